@@ -1,0 +1,5 @@
+"Everything, by name: `from kd_fastai.all import *`"
+from .callback import *
+from .hooks import *
+from .losses import *
+from .teacher import *

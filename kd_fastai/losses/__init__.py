@@ -1,0 +1,4 @@
+"All losses, by name"
+from .output import *
+from .feature import *
+from .relation import *
