@@ -25,7 +25,11 @@ from .callback import KnowledgeDistillationCallback, Term
 from .hooks import match_feature_layers
 from .losses import Attention, SoftTarget
 
-# %% ../nbs/09_demo.ipynb #9fff2e2f
+# %% ../nbs/09_demo.ipynb #11d02f37
+class _Digits(TensorDataset):
+    "Pictures and classes"
+    def new_empty(self): return _Digits(*(t[:0].clone() for t in self.tensors))  # what `learn.export` keeps of the data
+
 class _Rows(DataLoader):
     "Batches by one look-up in a `TensorDataset`: item by item, data this small would take longer than the networks"
     def create_batches(self, samps):
@@ -43,7 +47,7 @@ def digits(
     if labels is not None:
         if not 10<=labels<=990: raise ValueError(f"Expected 10 to 990 labels (of 1000, at least one a class), got {labels}")
         train,_ = train_test_split(train, train_size=labels, stratify=y[train], random_state=seed)
-    train,test = TensorDataset(x[train], y[train]),TensorDataset(x[test], y[test])
+    train,test = _Digits(x[train], y[train]),_Digits(x[test], y[test])
     return DataLoaders(_Rows(train, bs=min(bs, len(train)), shuffle=True, drop_last=True), _Rows(test, bs=len(test)))
 
 # %% ../nbs/09_demo.ipynb #c398cb16

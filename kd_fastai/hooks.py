@@ -67,7 +67,7 @@ def parse_layer(
     get_module_by_name(model, name)
     return Site(spec, name, call and int(call), item)
 
-# %% ../nbs/00_hooks.ipynb #31cc76f6
+# %% ../nbs/00_hooks.ipynb #2d9c89bc
 class Capture:
     """Keep the outputs of named layers of `model`, while open, for `take` to hand over.
 
@@ -80,10 +80,11 @@ class Capture:
         self.model,self.who,self.handles,self.outs = unwrap(model),who,[],{}
         try: self.sites = [parse_layer(model, o) for o in dict.fromkeys(layers)]
         except ValueError as e: raise ValueError(f"{who}: {e}") from None
+        self.modules = {o.spec: get_module_by_name(model, o.name) for o in self.sites}
 
     def __enter__(self):
         if self.sites: self.handles.append(self.model.register_forward_pre_hook(self._begin))
-        for n in {o.name for o in self.sites}: self.handles.append(get_module_by_name(self.model, n).register_forward_hook(self._keep(n)))
+        for o in self.sites: self.handles.append(self.modules[o.spec].register_forward_hook(self._keep(o)))
         return self
 
     def __exit__(self, *exc):
@@ -100,13 +101,11 @@ class Capture:
         "A new forward of the whole model: what an earlier one left (a cancelled batch, say) does not count"
         self.clear()
 
-    def _keep(self, name):
-        sites = [o for o in self.sites if o.name==name]
+    def _keep(self, site):
         @torch.compiler.disable  # reads `_version`, which has no meaning in a traced graph
         def hook(module, inp, out):
-            for o in sites:
-                t = self._pick(o, out)
-                self.outs.setdefault(o.spec, []).append((t, t._version))
+            t = self._pick(site, out)
+            self.outs.setdefault(site.spec, []).append((t, t._version))
         return hook
 
     def _pick(self, site, out):
