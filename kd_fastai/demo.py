@@ -25,7 +25,7 @@ from .callback import KnowledgeDistillationCallback, Term
 from .hooks import match_feature_layers
 from .losses import Attention, SoftTarget
 
-# %% ../nbs/09_demo.ipynb #11d02f37
+# %% ../nbs/09_demo.ipynb #b0c3312b
 class _Digits(TensorDataset):
     "Pictures and classes"
     def new_empty(self): return _Digits(*(t[:0].clone() for t in self.tensors))  # what `learn.export` keeps of the data
@@ -48,7 +48,9 @@ def digits(
         if not 10<=labels<=990: raise ValueError(f"Expected 10 to 990 labels (of 1000, at least one a class), got {labels}")
         train,_ = train_test_split(train, train_size=labels, stratify=y[train], random_state=seed)
     train,test = _Digits(x[train], y[train]),_Digits(x[test], y[test])
-    return DataLoaders(_Rows(train, bs=min(bs, len(train)), shuffle=True, drop_last=True), _Rows(test, bs=len(test)))
+    dls = DataLoaders(_Rows(train, bs=min(bs, len(train)), shuffle=True, drop_last=True), _Rows(test, bs=len(test)))
+    dls.train.rng.seed(seed)  # the order of batches
+    return dls
 
 # %% ../nbs/09_demo.ipynb #c398cb16
 def small_net(

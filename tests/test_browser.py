@@ -1,0 +1,139 @@
+"The doc site in a real browser: it loads, fits the screen, shows its formulas and plots, and its search and menu work."
+import os, re, shutil
+from functools import cache, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+import pytest
+
+exe = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+pytestmark = [pytest.mark.skipif(not find_spec('playwright'), reason='playwright, which drives the browser, is not installed'),
+              pytest.mark.skipif(not exe, reason='no browser is installed: chromium, chromium-browser or google-chrome')]
+flags = '''--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync'''.split()
+flags.append('--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1')   # a request to another host fails at once
+sizes = dict(desktop=(1280,800), phone=(390,844))
+for_sizes = pytest.mark.parametrize('size', sizes)
+keep_shots = 'KD_SCREENSHOTS' in os.environ
+
+# red is how KaTeX shows a command that it does not know; the site cuts off what sticks out of `main`, so that the page stays narrow
+facts = '''async () => {
+    await document.fonts.ready;
+    const all = s => [...document.querySelectorAll(s)], main = document.querySelector('main'), prose = main.cloneNode(true);
+    prose.querySelectorAll('pre, code, .katex').forEach(e => e.remove());
+    return {sideways: document.documentElement.scrollWidth - innerWidth, cut: main.scrollWidth - main.clientWidth,
+            bad: all('.katex-error, .katex [mathcolor="#cc0000"], .math:not(:has(.katex))').map(e => e.textContent),
+            formulas: all('.katex').length, pictures: all('main img').map(e => e.naturalWidth), text: prose.textContent} }'''
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+@pytest.fixture(scope='module')
+def url(site):
+    "The address of the site on a local server"
+    if not (site/'site_libs'/'katex').exists(): pytest.skip('KaTeX is neither in node_modules nor to be had from npm')
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=site)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}/'
+        server.shutdown()
+
+@pytest.fixture(scope='module')
+def new_tab():
+    "A function that opens a tab of a size, in a profile of its own"
+    from playwright.sync_api import sync_playwright
+    def f(size):
+        tab = browser.new_page(viewport=dict(zip(('width','height'), sizes[size])))
+        tab.set_default_timeout(10_000)
+        return tab
+    with sync_playwright() as p, p.chromium.launch(executable_path=exe, args=flags) as browser: yield f
+
+@pytest.fixture(scope='module')
+def shots(tmp_path_factory):
+    "The folder for screenshots"
+    return Path(__file__).parent/'screenshots' if keep_shots else tmp_path_factory.mktemp('screenshots')
+
+def listen(tab):
+    "The lists of what a tab asks for and of what goes wrong in it, as it happens"
+    requests,errors = [],[]
+    tab.on('request', lambda r: requests.append(r.url))
+    tab.on('requestfailed', lambda r: errors.append(f'{r.url}: {r.failure}'))
+    tab.on('response', lambda r: r.status<400 or errors.append(f'{r.url}: {r.status}'))
+    tab.on('console', lambda m: m.type!='error' or errors.append(m.text))
+    tab.on('pageerror', lambda e: errors.append(str(e)))
+    return requests,errors
+
+@pytest.fixture(scope='module')
+def look(url, new_tab, shots):
+    "A function that opens a page, once for all tests, and says what is to be seen there"
+    @cache
+    def listened(size):   # one tab for all pages: a new one each time takes three times as long
+        tab = new_tab(size)
+        return tab, listen(tab)
+    @cache
+    def f(page, size):
+        tab,logs = listened(size)
+        for l in logs: l.clear()
+        tab.goto(url+page)
+        seen = tab.evaluate(facts)
+        tab.screenshot(path=shots/f'{page.replace("/", "_")}.{size}.png', full_page=keep_shots)
+        return SimpleNamespace(**seen, **dict(zip(('requests','errors'), map(list, logs))))
+    return f
+
+@for_sizes
+def test_loads(look, page, size): assert not look(page, size).errors
+
+@for_sizes
+def test_stays_local(look, url, page, size):
+    "Nothing is asked of another host"
+    assert not [r for r in look(page, size).requests if not r.startswith((url, 'data:'))]
+
+@for_sizes
+def test_fits(look, page, size):
+    "The page does not scroll sideways, and nothing is cut off; a wide table or formula scrolls by itself"
+    seen = look(page, size)
+    assert seen.sideways <= 1 and seen.cut <= 8   # the tail of an index may reach into the margin
+
+@for_sizes
+def test_formulas(look, page, source, size):
+    "Formulas are set without an error, and none is left as TeX"
+    seen = look(page, size)
+    assert not seen.bad and '$$' not in seen.text
+    assert seen.formulas or '$$' not in source
+
+def test_markdown(look, page):
+    "Links and callouts are made; a symbol in backticks within a link's text, which becomes a link itself, would undo the outer one"
+    assert not re.findall(r'.{,60}\]\(.{,40}|:::.{,40}', look(page, 'desktop').text)
+
+@for_sizes
+def test_pictures(look, page, source, size):
+    "A plot that the notebook stores is a picture on the page"
+    pictures = look(page, size).pictures
+    assert all(pictures)
+    assert pictures or '"image/png"' not in source
+
+@for_sizes
+def test_search(url, new_tab, size):
+    "The search finds a loss, and leads to where it is defined"
+    tab = new_tab(size)
+    tab.goto(url)
+    if size=='phone': tab.locator('.navbar-toggler').click()
+    tab.locator('.smalldocs-search input').press_sequentially('SoftTarget')
+    tab.locator('a.search-result[href$="#softtarget"]').click()
+    tab.wait_for_url('**/*.html#softtarget')
+    assert tab.locator('main pre').filter(has_text='def SoftTarget(').is_visible()
+    tab.close()
+
+def test_menu(url, new_tab):
+    "On a phone the menu is out of sight; it opens, and a link of it can be followed"
+    tab = new_tab('phone')
+    tab.goto(url)
+    link = tab.locator('#quarto-sidebar a.sidebar-link[href$=".html"]').last
+    assert link.bounding_box()['x'] < 0
+    tab.locator('.quarto-btn-toggle').click()
+    target = link.get_attribute('href')
+    link.click()
+    tab.wait_for_url(url+target)
+    assert tab.locator('main h1').is_visible()
+    tab.close()
