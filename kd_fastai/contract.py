@@ -102,17 +102,20 @@ def facts(
     "The facts of a loss"
     return next((o.about for o in _peel(loss) if hasattr(o, 'about')), None)
 
-# %% ../nbs/00_contract.ipynb #21b43468
+# %% ../nbs/00_contract.ipynb #885b4975
 def loss_table(
-    losses:list # Losses that have facts
+    losses:list,     # Losses that have facts
+    brief:bool=False # Leave out what it needs and costs?
 )->str: # A Markdown table
     "One row a loss: what it is for, what it needs, what it costs"
+    def needed(n): return ('layers' if 'fm_s' in n else 'predictions') + (', labels' if 'target' in n else '')
     def row(f):
-        a,n = f.about,needs(f).wanted
-        what = 'layers' if 'fm_s' in n else 'predictions'
-        if 'target' in n: what += ', labels'
-        return f"| `{f.__name__}` | {a.best_for} | {a.complexity} | {what} | equal {a.equal} | {a.cost} | {a.weight:g} | [{a.paper}]({a.url}) |"
-    return '\n'.join(['| loss | best for | complexity | needs | student and teacher | cost a batch | weight to try | paper |', '|---|---|---|---|---|---|---|---|', *map(row, losses)])
+        a = f.about
+        costs = [] if brief else [needed(needs(f).wanted), f'equal {a.equal}', a.cost]
+        return [f'`{f.__name__}`', a.best_for, a.complexity, *costs, f'{a.weight:g}', f'[{a.paper}]({a.url})']
+    costs = [] if brief else ['needs', 'student and teacher', 'cost a batch']
+    head = ['loss', 'best for', 'complexity', *costs, 'weight to try', 'paper']
+    return '\n'.join('| '+' | '.join(o)+' |' for o in [head, ['---']*len(head), *map(row, losses)])
 
 # %% ../nbs/00_contract.ipynb #c31a518e
 def _shape(t): return '('+', '.join(map(str, t.shape))+')'
