@@ -7,11 +7,12 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['Term', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/07_callback.ipynb #e497ad49
+# %% ../nbs/07_callback.ipynb #05ea7810
 import copy, math, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 import torch
+import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import camel2snake, patch
 from fastai.basics import Learner, ValueMetric, detuplify, find_bs, join_path_file
@@ -128,7 +129,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if key not in self._said: warnings.warn(msg, stacklevel=3)
         self._said.add(key)
 
-# %% ../nbs/07_callback.ipynb #4cf7018f
+# %% ../nbs/07_callback.ipynb #a9b4bc66
 @patch
 def before_fit(self:KnowledgeDistillationCallback):
     "Check what needs no forward, add the columns, and let the optimizer train what losses own"
@@ -162,10 +163,11 @@ def _check_meaning(self:KnowledgeDistillationCallback):
     if self.teacher.learner: check_taught_alike(self.teacher.learner, self.learn, vocab=asked, normalize=self.teacher.tfm is None)
     soft = [o.name for o in self.terms if getattr(facts(o.loss), 'softmax', False)]
     lf = getattr(self.loss_func, 'func', self.loss_func)
-    if soft and isinstance(lf, _not_softmax): self._warn('softmax',
-        f"{', '.join(soft)} takes predictions for logits of a softmax, but the Learner's loss is {type(lf).__name__}: Logits fits it")
+    if soft and (isinstance(lf, _elementwise) or lf in _elementwise_functions): self._warn('softmax',
+        f"{', '.join(soft)} takes predictions for logits of a softmax, but the Learner's loss is {loss_name(lf)}: Logits fits it")
 
-_not_softmax = nn.BCEWithLogitsLoss,nn.BCELoss,nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss
+_elementwise = nn.BCEWithLogitsLoss,nn.BCELoss,nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss
+_elementwise_functions = F.binary_cross_entropy_with_logits,F.binary_cross_entropy,F.mse_loss,F.l1_loss,F.smooth_l1_loss,F.huber_loss
 
 # %% ../nbs/07_callback.ipynb #5cb545b0
 @patch
@@ -212,7 +214,7 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
     if not self.learn.lock.locked(): self.leave()
 
-# %% ../nbs/07_callback.ipynb #d0839fd6
+# %% ../nbs/07_callback.ipynb #10ee9cc6
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss"
@@ -235,18 +237,19 @@ def _given(self:KnowledgeDistillationCallback):
     fm_s,fm_t = ({k: _half_to_float(plain(v)) for k,v in fm.items()} for fm in (self._student.take(), fm_t))
     preds = [_half_to_float(o) for o in (prediction(self.pred), teacher_pred)]
     if preds[0].ndim>2 and self._axis!=1: preds = [o.movedim(self._axis,1) for o in preds]
-    pred,teacher_pred,target = _labelled(*preds, detuplify(tuple(map(plain, self.yb))), self._ignore)
-    return dict(pred=pred, teacher_pred=teacher_pred, target=target, fm_s=fm_s, fm_t=fm_t)
+    preds.append(detuplify(tuple(map(plain, self.yb))))
+    if preds[0].ndim>2: preds = _labelled(*preds, self._ignore)
+    return dict(zip(('pred','teacher_pred','target'), preds), fm_s=fm_s, fm_t=fm_t)
 
-# %% ../nbs/07_callback.ipynb #3f9411d5
+# %% ../nbs/07_callback.ipynb #8aa8ff4c
 def _class_axis(loss_func):
     "Dimension of the classes; 1 where the loss function does not say, or takes its targets element by element"
     return 1 if getattr(loss_func, 'floatify', False) else getattr(loss_func, 'axis', 1)
 
 def _labelled(pred, teacher_pred, target, ignore_index):
-    "Dense predictions without the positions whose label is `ignore_index`: `(N, C)` of those that remain"
-    dense = pred.ndim>2 and isinstance(target, Tensor) and target.shape==pred[:,0].shape==teacher_pred[:,0].shape
-    if ignore_index is None or not dense or not (ignored := target==ignore_index).any(): return pred,teacher_pred,target
+    "Predictions without the positions whose label is `ignore_index`: `(N, C)` of those that remain"
+    fits = isinstance(target, Tensor) and pred.ndim>1 and target.shape==pred[:,0].shape==teacher_pred[:,0].shape
+    if ignore_index is None or not fits or not (ignored := target==ignore_index).any(): return pred,teacher_pred,target
     return pred.movedim(1,-1)[~ignored],teacher_pred.movedim(1,-1)[~ignored],target[~ignored]
 
 def _half_to_float(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
@@ -255,7 +258,7 @@ def _full_precision(device):
     "Autocast off: a product of float32 tensors would be cast back"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
-# %% ../nbs/07_callback.ipynb #d68a72e3
+# %% ../nbs/07_callback.ipynb #538ab6b8
 @patch
 def _value(self:KnowledgeDistillationCallback, term, factor, given):
     "What a term's loss gives for this batch, a scalar; without a gradient where its factor is 0, so that it only watches"
@@ -275,6 +278,8 @@ def _value(self:KnowledgeDistillationCallback, term, factor, given):
 def _both_labels(self:KnowledgeDistillationCallback, term, args):
     "The loss, interpolated between both labels where samples are mixed; by the batch's mean share, since a loss is one number"
     mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)), None)
+    if 'target' in term.needs.required: args.update(zip(('pred','teacher_pred','target'), _labelled(args['pred'], args['teacher_pred'], args['target'], self._ignore)))
+    if not len(args['pred']): return self.learn.loss_grad*0     # no label in this batch
     if mix is None or 'target' not in term.needs.wanted: return term.loss(**term.needs.pick(args))
     a,b = (term.loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.yb, mix.yb1))
     return torch.lerp(b, a, plain(mix.lam).mean().to(a))

@@ -67,7 +67,7 @@ def parse_layer(
     get_module_by_name(model, name)
     return Site(spec, name, call and int(call), item)
 
-# %% ../nbs/00_hooks.ipynb #2d9c89bc
+# %% ../nbs/00_hooks.ipynb #0eae7680
 class Capture:
     """Keep the outputs of named layers of `model`, while open, for `take` to hand over.
 
@@ -80,9 +80,9 @@ class Capture:
         self.model,self.who,self.handles,self.outs = unwrap(model),who,[],{}
         try: self.sites = [parse_layer(model, o) for o in dict.fromkeys(layers)]
         except ValueError as e: raise ValueError(f"{who}: {e}") from None
-        self.modules = {o.spec: get_module_by_name(model, o.name) for o in self.sites}
 
     def __enter__(self):
+        self.modules = {o.spec: get_module_by_name(self.model, o.name) for o in self.sites}  # now, since SyncBatchNorm may have replaced some
         if self.sites: self.handles.append(self.model.register_forward_pre_hook(self._begin))
         for o in self.sites: self.handles.append(self.modules[o.spec].register_forward_hook(self._keep(o)))
         return self

@@ -235,6 +235,15 @@ def test_classes_last_and_ignored_positions():
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert seen[0][0]==(8*4,12) and (seen[0][1]!=-100).all()
 
+def test_missing_labels(teacher):
+    "a sample without a label is distilled all the same, but not by a loss that needs labels"
+    seen = []
+    def soft(pred, teacher_pred): seen.append(len(pred)); return SoftTarget(pred, teacher_pred)
+    def hard(pred, target): seen.append(target); return F.cross_entropy(pred, target)
+    dls = digits(100); y = dls.train.dataset.tensors[1]; y[::2] = -100
+    fit(learner(KnowledgeDistillationCallback(teacher, [soft, hard]), dls))
+    assert seen[::2]==[20]*5 and sum(map(len, seen[1::2]))==50 and all((o>=0).all() for o in seen[1::2])
+
 def learner_with(vocab=None, norm=None, width=4):
     dls = digits(100)
     if norm is not None: dls.train.after_batch = dls.valid.after_batch = Pipeline([Normalize.from_stats([norm], [1.], cuda=False)])
