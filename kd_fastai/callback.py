@@ -129,7 +129,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if key not in self._said: warnings.warn(msg, stacklevel=3)
         self._said.add(key)
 
-# %% ../nbs/07_callback.ipynb #a9b4bc66
+# %% ../nbs/07_callback.ipynb #9d298ed1
 @patch
 def before_fit(self:KnowledgeDistillationCallback):
     "Check what needs no forward, add the columns, and let the optimizer train what losses own"
@@ -153,7 +153,8 @@ def _check_models(self:KnowledgeDistillationCallback):
     for who,m in models.items():
         if isinstance(m, nn.DataParallel) and len(m.device_ids)>1: raise ValueError(
             f"The {who} is a DataParallel over {len(m.device_ids)} devices, whose replicas share their hooks: use learn.distrib_ctx instead")
-    shared = set.intersection(*({*m.modules()} for m in models.values()))
+    def own(m): return {o for o in m.modules() if isinstance(o, nn.modules.dropout._DropoutNd) or any(True for _ in (*o.parameters(), *o.buffers()))}
+    shared = own(models['student']) & own(models['teacher'])  # a ReLU may well be shared: fastai's tabular models do
     if shared: raise ValueError(f"Teacher and student share {len(shared)} of their layers, so that one could not answer while the other trains: give the teacher a copy (copy.deepcopy)")
 
 @patch

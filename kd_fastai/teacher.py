@@ -86,7 +86,7 @@ class Teacher:
             if self.tfm is not None: xb = tuplify(self.tfm(*xb))
             return prediction(self.model(*xb)),self.capture.take()
 
-# %% ../nbs/06_teacher.ipynb #1fb72d33
+# %% ../nbs/06_teacher.ipynb #bb5ace70
 def _vocab(dls):
     "Vocabularies as plain lists"
     def f(v): return [f(o) for o in v] if not isinstance(v, (str,bytes)) and hasattr(v, '__iter__') else v
@@ -98,7 +98,7 @@ def _stats(dls):
     fs = [f for k in ('after_batch','procs') for f in getattr(getattr(dls, k, None), 'fs', [])]
     n = next((f for f in fs if isinstance(f, Normalize)), None)
     if n is None: return None
-    values = [n.mean, n.std] if hasattr(n, 'mean') else [torch.tensor([*o.values()]) for o in (n.means, n.stds)]
+    values = [n.mean, n.std] if n.mean is not None else [torch.tensor([*o.values()]) for o in (n.means, n.stds)]
     return [[round(float(x), 4) for x in torch.as_tensor(o).flatten()] for o in values]
 
 def check_taught_alike(

@@ -446,7 +446,7 @@ BAD = {
     'teacher layer':         (kd(Attention, [('0','9')]), ValueError, "teacher: No layer '9'"),
     'teacher layer model.':  (kd(Attention, [('0','model.1')]), ValueError, "use '1'"),
     'student layer':         (kd(Attention, [('9','0')]), ValueError, "student: No layer '9'"),
-    'itself':                ('itself', ValueError, 'share 16 of their layers'),
+    'itself':                ('itself', ValueError, 'share 11 of their layers'),
     'one position':          (kd(Attention, '3'), ValueError, 'has one position'),
     'shapes':                (lambda: KnowledgeDistillationCallback(small_net(8), FitNet, '1'), ValueError, "'1' (20, 8, 4, 4) of the student and '1' (20, 16, 4, 4) of the teacher"),
     'sizes':                 (kd(Attention, [('0','1')]), ValueError, 'equal batch and spatial sizes'),

@@ -1,0 +1,170 @@
+"The callback in the Learners that people have: other data, other heads, other callbacks."
+import warnings
+from contextlib import suppress
+from copy import deepcopy
+import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+from torch import nn
+from fastai.vision.all import *
+from fastai.tabular.all import *
+from fastai.text.all import *
+from fastai.callback.all import *
+from kd_fastai.all import *
+from kd_fastai.demo import digits, small_net
+
+for o in [*globals()]:
+    if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+def quiet(learn):
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+class Spy:
+    "A loss that keeps what it saw, and compares predictions"
+    def __init__(self, loss=Logits): self.seen,self.loss,self.__name__ = [],loss,'spy'
+    def __call__(self, pred, teacher_pred, target, **kwargs):
+        self.seen.append((pred.detach(), teacher_pred, target))
+        return self.loss(pred, teacher_pred)
+
+def distil(learn, teacher, loss=Logits, **kwargs):
+    "One epoch; returns what the loss saw. The teacher's answer falls in the column, and nothing stays"
+    spy = Spy(loss)
+    quiet(learn).fit(1, 1e-2, cbs=KnowledgeDistillationCallback(teacher, spy, weight=1., **kwargs))
+    v = learn.recorder.values[-1]
+    assert len(spy.seen)==len(learn.dls.train) and learn.recorder.metric_names[-2]=='spy' and np.isfinite(v[-1])
+    assert not any(m._forward_hooks for m in learn.model.modules())
+    return spy.seen
+
+def test_tabular():
+    "several inputs, categorical and continuous"
+    df = pd.DataFrame({'a': np.random.choice(list('xyz'), 64), 'b': np.random.randn(64), 'y': np.random.choice(['no','yes'], 64)})
+    def make(layers):
+        dls = TabularDataLoaders.from_df(df, procs=[Categorify, FillMissing, Normalize], cat_names=['a'], cont_names=['b'], y_names='y', valid_idx=list(range(16)), bs=16)
+        return tabular_learner(dls, layers=layers)
+    teacher = make([32,16])
+    seen = distil(make([8]), teacher, SoftTarget)
+    assert seen[0][0].shape==seen[0][1].shape==(16,2)
+    df2 = df.assign(b=df.b*5+3)
+    other = tabular_learner(TabularDataLoaders.from_df(df2, procs=[Categorify, FillMissing, Normalize], cat_names=['a'], cont_names=['b'], y_names='y', valid_idx=list(range(16)), bs=16), layers=[8])
+    with pytest.raises(ValueError, match='normalised differently'): distil(other, teacher)
+
+@pytest.fixture(scope='module')
+def texts():
+    words = 'good bad fine poor great awful film plot actor scene'.split()
+    set_seed(0)
+    return pd.DataFrame({'text': [' '.join(np.random.choice(words, 12)) for _ in range(48)], 'label': np.random.choice(['neg','pos'], 48), 'is_valid': [False]*32+[True]*16})
+
+def lstm_config(c, n_hid):
+    c = c.copy(); c.update(emb_sz=8, n_hid=n_hid, n_layers=1)
+    return c
+
+def test_text_classification(texts):
+    "outputs that are tuples, a hidden state that is reset"
+    dls = TextDataLoaders.from_df(texts, text_col='text', label_col='label', valid_col='is_valid', bs=8, seq_len=8)
+    def make(n): return text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=lstm_config(awd_lstm_clas_config, n))
+    seen = distil(make(8), make(16), SoftTarget)
+    assert seen[0][0].shape==(8,2)
+
+def test_language_model(texts):
+    "classes on the last axis"
+    dls = TextDataLoaders.from_df(texts, text_col='text', valid_col='is_valid', is_lm=True, bs=4, seq_len=8)
+    def make(n): return language_model_learner(dls, AWD_LSTM, pretrained=False, config=lstm_config(awd_lstm_lm_config, n))
+    teacher = make(16)
+    seen = distil(make(8), teacher, SoftTarget)
+    pred,teacher_pred,y = seen[0]
+    assert pred.shape==teacher_pred.shape==(4, len(dls.vocab), 8) and y.shape==(4,8)
+
+class Upsampling(nn.Module):
+    def __init__(self, width): super().__init__(); self.down,self.up = ConvLayer(1,width,stride=2),nn.Conv2d(width,3,1)
+    def forward(self, x): return F.interpolate(self.up(self.down(x)), scale_factor=2)
+
+def tensors(x, y, bs=8): return DataLoaders.from_dsets(L(zip(x,y)), L(zip(x,y))[:8], bs=bs, num_workers=0)
+
+def test_segmentation():
+    "dense predictions, features too; void pixels are left out"
+    y = torch.randint(0,3,(32,8,8)); y[:,0] = 255
+    dls = tensors(torch.rand(32,1,8,8), y)
+    def make(n): return Learner(dls, Upsampling(n), loss_func=CrossEntropyLossFlat(axis=1, ignore_index=255))
+    seen = distil(make(4), make(8).model, SoftTarget)
+    assert seen[0][0].shape==(8*7*8,3) and (seen[0][2]!=255).all()
+    quiet(l := make(4)).fit(1, cbs=KnowledgeDistillationCallback(make(8).model, Term(Attention, 1000), match_feature_layers(make(4).model, make(8).model, dls.one_batch()[0])))
+
+@pytest.mark.parametrize('loss_func,y', [(BCEWithLogitsLossFlat(), torch.rand(32,3).round()), (MSELossFlat(), torch.rand(32,3)), (nn.L1Loss(), torch.rand(32,3))], ids=['multi-label','regression','plain torch'])
+def test_other_heads(loss_func, y):
+    dls = tensors(torch.rand(32,5), y)
+    seen = distil(Learner(dls, nn.Linear(5,3), loss_func=loss_func), nn.Linear(5,3))
+    assert seen[0][0].shape==(8,3)
+
+class HF(nn.Module):
+    "Returns what Hugging Face models return"
+    def __init__(self, n): super().__init__(); self.body,self.head = nn.Linear(5,n),nn.Linear(n,3)
+    def forward(self, x):
+        h = self.body(x)
+        return {'logits': self.head(h), 'hidden_states': (x,h)}
+
+def test_dictionaries():
+    def lf(out, y): return F.cross_entropy(out['logits'], y)
+    dls = tensors(torch.rand(32,5), torch.randint(0,3,(32,)))
+    seen = distil(Learner(dls, HF(4), loss_func=lf), HF(8), SoftTarget)
+    assert seen[0][0].shape==(8,3)
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    from PIL import Image
+    d = tmp_path_factory.mktemp('pictures')
+    for i in range(24): Image.fromarray(np.random.randint(0,255,(32,32,3),dtype=np.uint8)).save(d/f"{'ab'[i%2]}_{i}.png")
+    return d
+
+def test_vision_learner(pictures):
+    "pictures, augmentation, torchvision bodies, freezing; the features that match are there"
+    dls = ImageDataLoaders.from_name_func(pictures, get_image_files(pictures), lambda p: Path(p).name[0], bs=8, num_workers=0, batch_tfms=[*aug_transforms(size=32), Normalize.from_stats(*imagenet_stats)])
+    def make(arch): return vision_learner(dls, arch, pretrained=False, metrics=accuracy)
+    teacher,student = make(resnet34),quiet(make(resnet18))
+    layers = match_feature_layers(student.model, teacher.model, dls.one_batch()[0])
+    student.add_cb(KnowledgeDistillationCallback(teacher, [SoftTarget, Term(Attention, 1000), Term(Similarity, 1000)], layers))
+    student.freeze(); student.fit_one_cycle(1, slice(1e-3)); student.unfreeze(); student.fit_one_cycle(1, slice(1e-5,1e-3))
+    names = student.recorder.metric_names
+    assert [*names][4:8]==['task_loss','soft_target','attention','similarity'] and all(np.isfinite(student.recorder.values[-1]))
+    student.predict(get_image_files(pictures)[0]); student.tta(n=1)
+    assert student.metrics.attrgot('name')==['accuracy']
+    interp = ClassificationInterpretation.from_learner(student)
+    assert interp.confusion_matrix().sum()==len(dls.valid_ds)
+
+@pytest.mark.parametrize('cb', [lambda p: CSVLogger(p/'h.csv'), lambda p: SaveModelCallback(monitor='valid_loss', fname=str(p/'m')), lambda p: EarlyStoppingCallback(monitor='valid_loss'),
+    lambda p: SaveModelCallback(monitor='attention', comp=np.less, fname=str(p/'m')), lambda p: ChannelsLast(), lambda p: GradientClip(0.1), lambda p: BnFreeze(), lambda p: ReduceLROnPlateau()],
+    ids=['CSVLogger','SaveModel','EarlyStopping','SaveModel on a term','ChannelsLast','GradientClip','BnFreeze','ReduceLROnPlateau'])
+def test_other_callbacks(cb, tmp_path):
+    set_seed(0)
+    dls,teacher = digits(100),small_net(8)
+    learn = quiet(Learner(dls, small_net(4), loss_func=LabelSmoothingCrossEntropyFlat(), metrics=accuracy, path=tmp_path))
+    learn.fit(2, 1e-2, cbs=[KnowledgeDistillationCallback(teacher, [SoftTarget, Term(Attention, 1000)], ['0','1']), cb(tmp_path)])
+    assert learn.recorder.values[-1][-1]>0
+    if (f := tmp_path/'h.csv').exists(): assert [*pd.read_csv(f)][4:7]==['task_loss','soft_target','attention'] and len(pd.read_csv(f))==2
+
+def test_checkpointing():
+    "Non-reentrant checkpoints work; a reentrant one cuts the gradient, and is named"
+    from torch.utils.checkpoint import checkpoint
+    class Net(nn.Module):
+        def __init__(self, reentrant): super().__init__(); self.a,self.b,self.reentrant = nn.Linear(64,16),nn.Linear(16,10),reentrant
+        def body(self, x): return self.a(x).tanh()
+        def forward(self, x): return self.b(checkpoint(self.body, x.flatten(1), use_reentrant=self.reentrant))
+    def fit(reentrant):
+        set_seed(0)
+        learn = quiet(Learner(digits(100), Net(reentrant), loss_func=CrossEntropyLossFlat()))
+        learn.fit(1, 1e-2, cbs=KnowledgeDistillationCallback(Net(False), FitNet, 'a', weight=1.))
+        return learn
+    assert fit(False).recorder.values[-1][-1]>0
+    with pytest.raises(ValueError, match="through its layers \\['a'\\].*use_reentrant=False"): fit(True)
+
+def test_compiled_models():
+    "give the numbers of the plain ones"
+    def run(wrap):
+        torch._dynamo.reset(); set_seed(0)
+        dls,student,teacher = digits(100),small_net(4),small_net(8)
+        learn = quiet(Learner(dls, wrap(student), loss_func=CrossEntropyLossFlat()))
+        learn.fit(1, 1e-2, cbs=KnowledgeDistillationCallback(wrap(teacher), [SoftTarget, Term(Attention, 1000)], ['0','1']))
+        return torch.cat([p.flatten() for p in student.parameters()])
+    torch.testing.assert_close(run(noop), run(partial(torch.compile, backend='eager')), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
