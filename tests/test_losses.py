@@ -1,0 +1,448 @@
+"One menu of tests for every loss without weights. What a loss promises at equality, and where its minimum is, stands in `LOSSES`."
+import inspect, io, json, math, re, shutil, sys
+from functools import partial
+from pathlib import Path
+import numpy as np, pytest, scipy.spatial.distance, scipy.special, torch, torch.nn.functional as F
+from fastcore.docments import docments
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from kd_fastai.contract import facts, loss_name, needs
+from kd_fastai.losses import *
+from kd_fastai.losses import output, feature, relation
+
+root = Path(__file__).resolve().parent.parent
+golden = root/'tests'/'golden'
+sys.path.insert(0, str(golden))
+from check import check, load_index
+from impls import IMPLS
+
+# --- what is known of each loss
+
+def at(**changes): return lambda x: {**x, **{k: f(x) for k,f in changes.items()}}   # inputs at a stated minimum
+def maps_at(f): return at(fm_s=lambda x: {ks: f(t) for ks,t in zip(x['fm_s'], x['fm_t'].values())})
+def certain(x, of): return x['teacher_pred']+200*F.one_hot(of(x), x['pred'].shape[1])
+
+def corrected(x, threshold=.2):
+    "The teacher's logits after MFT's correction, sample by sample"
+    q = x['teacher_pred'].softmax(1)
+    for p,y in zip(q, x['target']):
+        top = p.max().item()
+        m = min(1, threshold/(1-p[y].item())) if p.argmax()==y else (top-p[y].item()+threshold)/(1+top-p[y].item())
+        p *= 1-m; p[y] += m
+    return q.log()
+
+def others_entropy(x, gamma=1.5):
+    "What is left of NormalizedKD for a student that is certain of the label"
+    p = np.stack([np.delete(r, y) for r,y in zip(x['teacher_pred'].softmax(1).numpy(), x['target'])])
+    return gamma*scipy.special.entr(p/p.sum(1, keepdims=True)).sum(1).mean()
+
+def ladder(x): return at(**{k: lambda x: {n: torch.tensor([0.,3.,10.,30.]).to(f)[:,None] for n,f in x[k].items()} for k in ('fm_s','fm_t')})(x)
+
+ZERO,STATIONARY,UNBOUNDED = 'zero','stationary','unbounded below'   # zero at equality, its minimum; a gradient of zero there; no minimum
+LOSSES = {   # name: (inputs, at equality: one of these, or where the minimum is instead and its value)
+    'SoftTarget': ('predictions', ZERO), 'Logits': ('predictions', ZERO), 'Mutual': ('predictions', ZERO),
+    'DecoupledKD': ('labels', ZERO), 'DIST': ('predictions', ZERO), 'MultiLevel': ('predictions', ZERO), 'StreamlinedKD': ('predictions', ZERO),
+    'NormalizedKD': ('labels', (at(pred=lambda x: certain(x, lambda x: x['target'])), others_entropy)),
+    'WSLD': ('labels', STATIONARY),
+    'TTM': ('predictions', (at(pred=lambda x: x['teacher_pred']/4), 0)),
+    'MFT': ('labels', (at(pred=corrected), 0)),
+    'HardTarget': ('predictions', (at(pred=lambda x: certain(x, lambda x: x['teacher_pred'].argmax(1))), 0)),
+    'JSD': ('predictions', ZERO), 'SkewKL': ('predictions', ZERO), 'AlphaBeta': ('predictions', ZERO), 'MultiLabel': ('predictions', ZERO),
+    'BoundedRegression': ('numbers', ZERO),
+    'Attention': ('features', ZERO), 'FitNet': ('features', ZERO), 'Similarity': ('features', ZERO), 'AttentionNorm': ('features', ZERO), 'NST': ('features', ZERO),
+    'ActivationBoundaries': ('features', (maps_at(lambda t: 3*torch.where(t>0, 1., -1.).to(t)), 0)),
+    'FSP': ('features', ZERO), 'FactorTransfer': ('features', ZERO), 'CWD': ('features', ZERO), 'PKD': ('features', ZERO), 'CATKD': ('features', ZERO), 'HCL': ('features', ZERO),
+    'KTA': ('features', ZERO), 'Affinity': ('features', ZERO), 'PartialL2': ('features', ZERO),
+    'SRD': ('both', UNBOUNDED),
+    'PKT': ('features', ZERO), 'RKD': ('features', ZERO), 'CorrelationCongruence': ('features', ZERO), 'ICKD': ('features', ZERO), 'IRG': ('both', ZERO),
+    'DarkRank': ('features', (ladder, 0)),
+}
+LOSSES = {k: (globals()[k], *v) for k,v in LOSSES.items()}
+VARIANTS = { # the same tests for what parameters and wrappers make of them
+    'DecoupledKD, soft': (partial(DecoupledKD, T=1.), 'labels', ZERO),
+    'DIST, soft': (partial(DIST, T=4., beta=2.), 'predictions', ZERO),
+    'JSD, forward': (partial(JSD, beta=0), 'predictions', ZERO), 'JSD, reverse': (partial(JSD, beta=1, T=2.), 'predictions', ZERO),
+    'SkewKL, reverse': (partial(SkewKL, reverse=True), 'predictions', ZERO),
+    **{f'AlphaBeta {a} {b}': (partial(AlphaBeta, alpha=a, beta=b), 'predictions', ZERO) for a,b in ((1,0),(0,1),(0,0),(.2,.7))},
+    'TTM, weighted': (partial(TTM, weighted=True), 'predictions', (at(pred=lambda x: x['teacher_pred']/4), 0)),
+    'standardize(SoftTarget)': (standardize(SoftTarget), 'predictions', ZERO), 'standardize(DecoupledKD)': (standardize(DecoupledKD), 'labels', ZERO),
+    'pooled(Attention)': (pooled(Attention), 'features', ZERO), 'pooled(NST)': (pooled(NST), 'features', ZERO),
+    'halving(FitNet)': (halving(FitNet), 'features', ZERO),
+    'FactorTransfer, attention': (partial(FactorTransfer, p1=2, p2=2), 'features', ZERO),
+    'KTA, p=2': (partial(KTA, p=2, q=1), 'features', ZERO),
+    'CATKD, raw': (partial(CATKD, normalize=False), 'features', ZERO), 'PKD, teacher resized': (partial(PKD, resize_stu=False), 'features', ZERO),
+    'normalized(RKD)': (normalized(RKD), 'features', ZERO),
+    'CorrelationCongruence, bilinear': (partial(CorrelationCongruence, kernel='bilinear', normalize=False, squared=False), 'features', ZERO),
+}
+ALL = {**LOSSES, **VARIANTS}
+every = pytest.mark.parametrize('name', ALL)
+each  = pytest.mark.parametrize('name', LOSSES)
+def some(test): return pytest.mark.parametrize('name', [k for k,(f,*_) in ALL.items() if test(needs(f).wanted)])
+with_maps,with_preds,with_labels = (some(lambda n, o=o: o in n) for o in ('fm_t','teacher_pred','target'))
+
+# --- inputs
+
+GRIDS = {'shape': (((4,6,6),(8,3,3)), ((4,6,6),(8,3,3))), 'size': (((4,6,6),(8,3,3)), ((6,6,6),(12,3,3))),
+         'channels': (((4,6,6),(8,3,3)), ((4,5,5),(8,4,4))), 'batch': (((4,6,6),(8,3,3)), ((6,5,5),(12,2,2)))}
+
+def equal(name):
+    "What must be equal in student and teacher"
+    return 'batch' if name.startswith('pooled') else 'size' if name=='FactorTransfer, attention' else facts(ALL[name][0]).equal
+
+def inputs(name, B=4, C=5, dtype=torch.float32, seed=0, same=False, grids=None):
+    "Random arguments for a loss, as different in shape as it allows"
+    f,kind,_ = ALL[name]
+    g = torch.Generator().manual_seed(seed)
+    def rand(*shape): return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+    s,t = grids or GRIDS[equal(name)]
+    fm_t = {f't{i}': rand(B,*o) for i,o in enumerate(t)}
+    x = dict(pred=2*rand(B,C), teacher_pred=2*rand(B,C), fm_t=fm_t, fm_s={f's{i}': rand(B,*o) for i,o in enumerate(s)},
+             target=torch.randint(C, (B,), generator=g) if kind!='numbers' else rand(B,C))
+    if same: x.update(pred=x['teacher_pred'].clone(), fm_s={k.replace('t','s'): v.clone() for k,v in fm_t.items()})
+    return {k: x[k] for k in inspect.signature(f).parameters if k in needs(f).wanted}
+
+def changed(x, f, who=('pred','teacher_pred','fm_s','fm_t')):
+    def on(v): return {k: f(t) for k,t in v.items()} if isinstance(v, dict) else f(v)
+    return {k: on(v) if k in who else v for k,v in x.items()}
+
+def tensors(x, *names): return [t for n in names if n in x for t in (x[n].values() if isinstance(x[n], dict) else [x[n]])]
+
+def run(name, x):
+    "Value and gradients of the student's tensors"
+    f = ALL[name][0]
+    x = changed(x, lambda t: t.detach().clone(memory_format=torch.preserve_format).requires_grad_(), ('pred','fm_s'))
+    loss = f(**x)
+    assert loss.shape==() and loss.requires_grad
+    unused = name=='Similarity'
+    grads = torch.autograd.grad(loss, tensors(x, 'fm_s') if unused else tensors(x, 'pred', 'fm_s'))
+    return loss.detach(),grads
+
+def close(a, b, tol=1e-4):
+    for p,q in zip(tree_leaves(a), tree_leaves(b)): torch.testing.assert_close(p, q, rtol=tol, atol=tol*max(1e-2, float(q.abs().max())))
+
+# --- golden numbers
+
+EXCLUDED = {'kd_ce_combined', 'decoupled_kd_normalized', 'hkd', 'cc_repdistiller', 'kdsvd', 'mlkd_authors_full',  # golden/README.md: informative, or not to be built
+            'pad_l2'}                                                                                          # learns a variance: a loss with weights
+STATELESS = [k for k,m in load_index(golden)['methods'].items() if not m['parameterised'] and k not in EXCLUDED]
+
+@pytest.mark.parametrize('method', STATELESS)
+def test_golden(method):
+    res = check(golden, {method: IMPLS[method]}, methods=[method], out=(said := io.StringIO()))[method]
+    assert res['PASS']>0 and res['FAIL']==res['ERROR']==0, said.getvalue()
+
+# --- the table, names and docs
+
+def test_table():
+    "Every public loss is in the table, and says what it needs as the table does"
+    public = {n for m in (output, feature, relation) for n in m.__all__ if hasattr(getattr(m, n), 'about')}
+    assert public==set(LOSSES)
+    for name,(f,kind,_) in ALL.items():
+        n = needs(f).wanted
+        assert kind==('both' if {'fm_s','teacher_pred'}<=n else 'features' if 'fm_s' in n else 'predictions' if 'target' not in n else kind) and kind in ('both','features','predictions','labels','numbers')
+
+@each
+def test_documented(name):
+    f = LOSSES[name][0]
+    assert len(f.__doc__)>30 and all(v for k,v in docments(f).items() if k not in ('kwargs','self'))
+    a = facts(f)
+    assert a.url.startswith('https://') and re.search(r'\b(19|20)\d\d$', a.paper) and a.best_for and a.complexity in ('low','medium','high') and a.cost and a.weight>0
+    page = next(p for m,p in ((output,'01_losses.output'),(feature,'02_losses.feature'),(relation,'03_losses.relation')) if name in m.__all__)
+    prose = [''.join(c['source']) for c in json.loads((root/'nbs'/f'{page}.ipynb').read_text())['cells'] if c['cell_type']=='markdown']
+    entry, = [c for c in prose if c.startswith(f'## {name}\n')]
+    marks = ['$$', '**Paper**', '**Reduction**', '**Range**', '**Default weight**', '**At equality**', '**Differs from the paper in**']
+    assert [m for m in marks if m not in entry]==[] and [entry.index(m) for m in marks]==sorted(entry.index(m) for m in marks)
+    assert re.search(r'\*\*Paper\*\*: .+\]\(https://', entry)
+    weight = re.search(r'\*\*Default weight\*\*: ([\d.]+)', entry)[1]
+    assert float(weight)==a.weight
+
+T,D = torch.Tensor,dict[str, torch.Tensor]
+SIGNATURES = {
+    'SoftTarget': [('pred',T), ('teacher_pred',T), ('T',float,5)], 'Logits': [('pred',T), ('teacher_pred',T)], 'Mutual': [('pred',T), ('teacher_pred',T)],
+    'Attention': [('fm_s',D), ('fm_t',D), ('p',int,2)], 'ActivationBoundaries': [('fm_s',D), ('fm_t',D), ('m',float,2)], 'FitNet': [('fm_s',D), ('fm_t',D)],
+    'Similarity': [('fm_s',D), ('fm_t',D), ('pred',T), ('p',int,2)], 'PKT': [('fm_s',D), ('fm_t',D), ('eps',float,1e-7)],
+    'RKD': [('fm_s',D), ('fm_t',D), ('distance',float,25.), ('angle',float,50.)],
+}
+@pytest.mark.parametrize('name', SIGNATURES)
+def test_specification(name):
+    sig = inspect.signature(LOSSES[name][0])
+    *params,last = sig.parameters.values()
+    assert [(p.name, p.annotation, *(() if p.default is p.empty else (p.default,))) for p in params]==SIGNATURES[name]
+    assert sig.return_annotation is T and (last.name, last.kind)==('kwargs', last.VAR_KEYWORD)
+
+@every
+def test_signature(name):
+    "Uniform: data without defaults, parameters with defaults, `**kwargs`; wrappers and partials keep names and facts"
+    f = ALL[name][0]
+    params = inspect.signature(f).parameters
+    assert all((p.default is p.empty)==(k in ('pred','teacher_pred','fm_s','fm_t','target')) for k,p in params.items() if k!='kwargs')
+    assert 'kwargs' in params and loss_name(f) in LOSSES and facts(f) is facts(LOSSES[loss_name(f)][0])
+
+# --- the menu
+
+@every
+def test_equality(name):
+    _,_,equality = ALL[name]
+    x = inputs(name, dtype=torch.float64, same=True)
+    value,grads = run(name, x)
+    scale = run(name, inputs(name, dtype=torch.float64))[0]
+    if equality==ZERO:
+        assert abs(value)<=1e-6*max(1, scale) and all(g.abs().max()<=1e-5*max(1, scale) for g in grads)
+        assert scale>1e-6
+    elif equality==UNBOUNDED: assert value<-50 and all(g.isfinite().all() for g in grads)
+    elif equality==STATIONARY: assert value>0 and all(g.abs().max()<1e-12 for g in grads)
+    else:
+        where,least = equality
+        if name=='DarkRank': value = run(name, changed(x, lambda t: t/20))[0]  # random embeddings are so far apart that any ranking is certain
+        assert value>1e-3
+        y = where(inputs(name, dtype=torch.float64))
+        least = least(y) if callable(least) else least
+        assert abs(run(name, y)[0]-least)<1e-8 and scale>least
+
+@every
+def test_gradient(name):
+    "Reaches every tensor of the student, and none of the teacher"
+    x = changed(inputs(name), lambda t: t.requires_grad_())
+    ALL[name][0](**x).backward()
+    assert all(t.grad is None for t in tensors(x, 'teacher_pred', 'fm_t'))
+    assert all(t.grad.isfinite().all() and t.grad.abs().sum()>0 for t in tensors(x, 'fm_s') + ([] if name=='Similarity' else tensors(x, 'pred')))
+
+def _channel(f):
+    f = f.clone(); f[:,0] = 0
+    return f
+def _row(f):
+    f = f.clone(); f[0] = 0
+    return f
+EXTREME = dict(logits60=lambda t: 60*t.sign(), zeros=torch.zeros_like, constant=torch.ones_like, dead_channel=_channel, zero_row=_row, equal_rows=lambda t: t[:1].expand_as(t).clone(),
+               large=lambda t: 1e4*t, small=lambda t: 1e-12*t, relu=lambda t: (t-3).relu())
+@every
+@pytest.mark.parametrize('how', EXTREME)
+def test_extreme(name, how):
+    "Finite, with finite gradients, when student, teacher or both are extreme"
+    for who in (('pred','fm_s'), ('teacher_pred','fm_t'), ('pred','fm_s','teacher_pred','fm_t')):
+        for same in (False, True) if len(who)==4 else (False,):
+            value,grads = run(name, changed(inputs(name, same=same), EXTREME[how], who))
+            assert value.isfinite() and all(g.isfinite().all() for g in grads), who
+
+@with_preds
+def test_opposite(name):
+    "Logits of ±60 that contradict each other still pull"
+    x = inputs(name)
+    pred = torch.full_like(x['pred'], -60); pred[:,0] = 60
+    if LOSSES.get(name, ALL[name])[1]=='labels': x['target'] = torch.ones_like(x['target'])
+    value,grads = run(name, {**x, 'pred': pred, 'teacher_pred': pred.flip(1)})
+    assert value.isfinite() and all(g.isfinite().all() for g in grads)
+    if name in ('SoftTarget','Mutual','DecoupledKD','DecoupledKD, soft','NormalizedKD','TTM','MFT','HardTarget','JSD, forward','MultiLabel'): assert grads[0].abs().max()>1e-3
+
+@every
+def test_batch_of_one(name):
+    value,grads = run(name, inputs(name, B=1))
+    assert value.isfinite() and all(g.isfinite().all() for g in grads)
+
+@every
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half(name, dtype):
+    "Half tensors, large ones too, under the callback's rule: autocast off, on float copies"
+    for scale in (1, 300):
+        x = changed(inputs(name), lambda t: (scale*t).to(dtype))
+        with torch.autocast('cpu', dtype=torch.bfloat16), torch.autocast('cpu', enabled=False): value,grads = run(name, changed(x, torch.Tensor.float))
+        assert value.dtype==torch.float32 and value.isfinite() and all(g.isfinite().all() for g in grads)
+        if scale==1: close(value, run(name, changed(x, lambda t: t.double()))[0].float(), 2e-3)
+
+@every
+def test_permutation(name):
+    order = torch.tensor([2,0,3,1])
+    x = inputs(name, dtype=torch.float64)
+    value,grads = run(name, x)
+    value2,grads2 = run(name, changed(x, lambda t: t[order], x))
+    close((value2,grads2), (value,[g[order] for g in grads]), 1e-8)
+
+@with_maps
+def test_channels_last(name):
+    x = inputs(name, dtype=torch.float64)
+    close(run(name, changed(x, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim==4 else t)), run(name, x), 1e-9)
+
+@with_maps
+def test_tokens(name):
+    "Features `(B, N, D)` count as maps with channels last"
+    def flat(shapes): return tuple((c,h*w) for c,h,w in shapes)
+    grids = tuple(map(flat, GRIDS[equal(name)]))
+    x = inputs(name, grids=grids, dtype=torch.float64)
+    tokens = changed(x, lambda t: t.mT if t.ndim==3 else t, ('fm_s','fm_t'))
+    value,grads = run(name, tokens)
+    if name.startswith(('HCL','CATKD','FSP','PKD','IRG','pooled')): assert value.isfinite() and all(g.abs().sum()>0 for g in grads)  # pooling a row is not pooling a plane
+    else: close(value, run(name, changed(x, lambda t: t[...,None], ('fm_s','fm_t')))[0], 1e-8)
+
+@with_preds
+def test_dense(name):
+    "Positions are averaged: a picture of one answer counts like that answer"
+    x = inputs(name, dtype=torch.float64)
+    def wide(t): return t[...,None,None].expand(*t.shape, 2, 3).clone()
+    close(ALL[name][0](**changed(x, wide, ('pred','teacher_pred','target'))), ALL[name][0](**x), 1e-6)
+
+@every
+def test_compile(name):
+    "One graph, with the same number and the same gradients"
+    torch._dynamo.reset()
+    f,*rest = ALL[name]
+    x = inputs(name, dtype=torch.float64)
+    expected = run(name, x)
+    ALL['compiled'] = (torch.compile(f, fullgraph=True, backend='aot_eager'), *rest)
+    try: close(run('compiled', x) if name!='Similarity' else ALL['compiled'][0](**x), expected if name!='Similarity' else expected[0], 1e-8)
+    finally: del ALL['compiled']
+
+@every
+def test_gradcheck(name):
+    if name=='WSLD': pytest.skip("its weights have no gradient: see test_wsld")
+    small = {'shape': (((2,3,3),(4,2,2)),)*2, 'size': (((2,3,3),(4,2,2)), ((3,3,3),(6,2,2))), 'channels': (((2,3,3),(4,2,2)), ((2,2,2),(4,3,3))), 'batch': (((2,3,3),(4,2,2)), ((3,2,2),(6,2,2)))}
+    x = inputs(name, B=3, C=4, dtype=torch.float64, seed=1, grids=small[equal(name)])
+    keys = [(n,k) for n in ('pred','fm_s') if n in x and not (n=='pred' and name=='Similarity') for k in (x[n] if isinstance(x[n], dict) else [None])]
+    def f(*leaves):
+        y = {**x, **({'fm_s': dict(x['fm_s'])} if 'fm_s' in x else {})}
+        for (n,k),t in zip(keys, leaves):
+            if k is None: y[n] = t
+            else: y[n][k] = t
+        return ALL[name][0](**y)
+    assert torch.autograd.gradcheck(f, [(x[n] if k is None else x[n][k]).requires_grad_() for n,k in keys], atol=1e-6)
+
+@pytest.mark.skipif(not shutil.which('g++'), reason="inductor needs a compiler")
+@pytest.mark.parametrize('name', ['DecoupledKD','NST'])
+def test_inductor(name):
+    "Compiled for real"
+    torch._dynamo.reset()
+    x = inputs(name)
+    close(torch.compile(ALL[name][0], fullgraph=True)(**x), ALL[name][0](**x))
+
+class _Largest(TorchDispatchMode):
+    numel = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor): self.numel = max(self.numel, t.untyped_storage().nbytes()//t.element_size())
+        return out
+@with_maps
+def test_lean(name):
+    "No tensor much larger than a feature: nothing of B×B×D, B×C×C×HW or B×C×HW×HW"
+    grids = {'shape': (((16,8,8),(16,8,8)),)*2}
+    x = inputs(name, B=16, grids=grids['shape'])
+    with _Largest() as seen: run(name, x)
+    assert seen.numel<=4*x['fm_s']['s0'].numel()
+
+# --- errors
+
+@with_preds
+def test_unequal_predictions(name):
+    x = inputs(name)
+    with pytest.raises(ValueError, match=r'\(4, 5\).*\(4, 1\)'): ALL[name][0](**{**x, 'teacher_pred': x['teacher_pred'][:,:1]})
+
+@with_preds
+def test_one_class(name):
+    x = changed(inputs(name), lambda t: t[:,:1], ('pred','teacher_pred') + (('target',) if ALL[name][1]=='numbers' else ()))
+    if facts(ALL[name][0]).softmax:
+        with pytest.raises(ValueError, match=r'at least two classes, got \(4, 1\)'): ALL[name][0](**x)
+    else: assert run(name, x)[0].isfinite()
+
+@with_labels
+def test_bad_labels(name):
+    x = inputs(name)
+    for y in (x['target'][:3], None):
+        with pytest.raises(ValueError, match=r'labels.*\(4, 5\)'): ALL[name][0](**{**x, 'target': y})
+
+@with_maps
+def test_bad_features(name):
+    f,x = ALL[name][0],inputs(name)
+    with pytest.raises(ValueError, match='got 2 and 1'): f(**{**x, 'fm_t': dict([*x['fm_t'].items()][:1])})
+    with pytest.raises(ValueError, match='got 0 and 0'): f(**{**x, 'fm_s': {}, 'fm_t': {}})
+    with pytest.raises(TypeError, match='fm_s must be a dict'): f(**{**x, 'fm_s': [*x['fm_s'].values()]})
+    bad = {'batch': lambda t: t[:3], 'channels': lambda t: t[:,:1], 'size': lambda t: t[:,:,:2,:2], 'shape': lambda t: t[:,:1]}
+    for k in {'batch', equal(name)}:
+        fm_t = {n: bad[k](t) for n,t in x['fm_t'].items()}
+        a,b = (re.escape(str(tuple(fm[n].shape))) for fm,n in ((x['fm_s'],'s0'), (fm_t,'t0')))
+        with pytest.raises(ValueError, match=f'{a}.*{b}'): f(**{**x, 'fm_t': fm_t})
+
+@pytest.mark.parametrize('f', [partial(SoftTarget, T=0), partial(JSD, beta=1.5), partial(SkewKL, alpha=-1), partial(AlphaBeta, alpha=-1), partial(MultiLevel, levels=()),
+    partial(StreamlinedKD, instance=0, direction=0)], ids=loss_name)
+def test_bad_parameters(f):
+    with pytest.raises(ValueError): f(torch.rand(2,3), torch.rand(2,3))
+
+# --- against independent computations
+
+def probabilities(x, T=1.): return [scipy.special.softmax(x[k].numpy()/T, axis=1) for k in ('teacher_pred','pred')]
+def kl(p, q): return scipy.special.rel_entr(p, q).sum(1).mean()
+
+@pytest.mark.parametrize('beta', [0, .1, .5, .9, 1])
+def test_jsd(beta):
+    x = inputs('JSD', dtype=torch.float64)
+    p,q = probabilities(x, 3)
+    m = beta*p+(1-beta)*q
+    expected = {0: kl(p,q), 1: kl(q,p)}.get(beta, beta*kl(p,m)+(1-beta)*kl(q,m))
+    assert math.isclose(JSD(**x, beta=beta, T=3), 9*expected, rel_tol=1e-9)
+    if beta==.5: assert math.isclose(expected, (scipy.spatial.distance.jensenshannon(p, q, axis=1)**2).mean(), rel_tol=1e-9)
+
+@pytest.mark.parametrize('alpha', [0, .1, .7, 1])
+def test_skew(alpha):
+    x = inputs('SkewKL', dtype=torch.float64)
+    p,q = probabilities(x)
+    assert math.isclose(SkewKL(**x, alpha=alpha), kl(p, alpha*p+(1-alpha)*q), rel_tol=1e-9, abs_tol=1e-12)
+    assert math.isclose(SkewKL(**x, alpha=alpha, reverse=True), kl(q, alpha*q+(1-alpha)*p), rel_tol=1e-9, abs_tol=1e-12)
+
+@pytest.mark.parametrize('a,b', [(.5,.5), (1,1), (.2,.7), (2,.5), (1,0), (0,1), (.5,0), (0,2), (0,0)])
+def test_alpha_beta(a, b):
+    "The published formula in a loop; at its poles the limit, by coming near"
+    x = inputs('AlphaBeta', dtype=torch.float64)
+    def formula(a, b): return np.mean([sum(-(p**a*q**b - a/(a+b)*p**(a+b) - b/(a+b)*q**(a+b))/(a*b) for p,q in zip(*pq)) for pq in zip(*probabilities(x))])
+    e = 1e-4
+    expected = formula(a, b) if a and b else (formula(a or e, b or e) + formula(a or -e, b or -e))/2
+    assert math.isclose(AlphaBeta(**x, alpha=a, beta=b), expected, rel_tol=1e-9 if a and b else 1e-3)
+
+def test_hard_target():
+    x = inputs('HardTarget', dtype=torch.float64)
+    _,q = probabilities(x)
+    assert math.isclose(HardTarget(**x), -np.mean([math.log(r[t.argmax()]) for r,t in zip(q, x['teacher_pred'])]), rel_tol=1e-9)
+
+def test_multi_label():
+    x = inputs('MultiLabel', dtype=torch.float64)
+    p,q = (scipy.special.expit(x[k].numpy()/2) for k in ('teacher_pred','pred'))
+    expected = np.mean([a*math.log(a/b)+(1-a)*math.log((1-a)/(1-b)) for a,b in zip(p.ravel(), q.ravel())])
+    assert math.isclose(MultiLabel(**x, T=2), 4*expected, rel_tol=1e-9)
+
+@pytest.mark.parametrize('m', [0, 5])
+def test_bounded_regression(m):
+    x = inputs('BoundedRegression', B=9, dtype=torch.float64)
+    total = 0
+    for s,t,y in zip(x['pred'].tolist(), x['teacher_pred'].tolist(), x['target'].tolist()):
+        es,et = math.dist(s, y)**2,math.dist(t, y)**2
+        if es+m>et: total += es
+    assert 0<total and math.isclose(BoundedRegression(**x, m=m), total/9, rel_tol=1e-9)
+
+def test_wsld():
+    "The gradient with the weights held fixed"
+    x = inputs('WSLD', dtype=torch.float64)
+    p,q = probabilities(x, 2)
+    p1,q1 = probabilities(x)
+    y = x['target'].numpy()
+    w = 1-np.exp(np.log(q1[range(4),y])/-np.log(p1[range(4),y]))
+    np.testing.assert_allclose(run('WSLD', x)[1][0], 4*w[:,None]*(q-p)/2/4, rtol=1e-5)
+
+def test_standardize():
+    "Scale and shift do not matter, and constant logits learn as they are"
+    x = inputs('SoftTarget', dtype=torch.float64)
+    close(standardize(SoftTarget)(3*x['pred']+7, x['teacher_pred']/9-2), standardize(SoftTarget)(**x), 1e-6)
+    pred = torch.zeros(2, 5, requires_grad=True)
+    standardize(SoftTarget)(pred, x['teacher_pred'][:2].float()).backward()
+    assert 1e-3<pred.grad.abs().max()<10
+
+def test_wrappers_keep_the_order():
+    "Arguments by place or by name, wherever the features stand"
+    x = inputs('SRD')
+    for w in (pooled, normalized): close(w(SRD)(*x.values()), w(SRD)(**x))
+    assert [*x]==['pred','teacher_pred','fm_s','fm_t'] and pooled(SRD)(**x)==SRD(**x)
+    with pytest.raises(TypeError, match='fm_t'): pooled(SRD)(x['pred'], x['teacher_pred'], x['fm_s'])
+
+def test_both_forms_of_nst():
+    "More positions than channels, and fewer"
+    for c,hw in ((4,9),(9,4)):
+        s,t = torch.randn(2,c,hw,1).double(),torch.randn(2,c+1,hw,1).double()
+        a,b = (F.normalize(f.flatten(2), dim=2) for f in (s,t))
+        def k(a, b): return np.mean([(u@v).item()**2 for i in range(2) for u in a[i] for v in b[i]])
+        assert math.isclose(NST({'a':s}, {'a':t}), k(b,b)+k(a,a)-2*k(a,b), rel_tol=1e-9)
