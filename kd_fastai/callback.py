@@ -7,10 +7,12 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['Term', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/07_callback.ipynb #05ea7810
+# %% ../nbs/07_callback.ipynb #26e798b6
 import copy, math, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
+from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -24,7 +26,7 @@ from .hooks import Capture, layer_lists, unique_names, unwrap
 from .scope import GuestParams, ScopedCallback
 from .teacher import Teacher, check_taught_alike, plain, prediction
 
-# %% ../nbs/07_callback.ipynb #333ae0aa
+# %% ../nbs/07_callback.ipynb #8bd683d5
 def _finite(x, what):
     "A finite number, or an error that says what is none"
     try: x = float(x)
@@ -43,10 +45,10 @@ class Term:
 
     Raises `TypeError` for what is no loss, has unknown parameters or needs what nobody gives, and for a weight that is no number; `ValueError` for one that is not finite."""
     def __init__(self,
-        loss,                # A loss: a function, a `partial` of one, or an `nn.Module` instance
+        loss:Callable,       # A loss: a function, a `partial` of one, or an `nn.Module` instance
         weight:float=1.,     # Factor of the loss; the callback's own weight does not touch it
-        layers=None,         # A layer name, a list of names and (student, teacher) tuples, or what `match_feature_layers` returns; those of the callback, if not given
-        schedule=None,       # A fastai schedule that multiplies the weight; that of the callback, if not given
+        layers:str|list|dict|None=None, # A layer name, a list of names and (student, teacher) tuples, or what `match_feature_layers` returns; those of the callback, if not given
+        schedule:Callable|None=None, # A fastai schedule that multiplies the weight; that of the callback, if not given
         name:str|None=None   # Name of its column; made from the loss, if not given
     ):
         self.needs = needs(loss)
@@ -89,7 +91,7 @@ class Term:
         pairs = f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in zip(*self.layers))}" if self.feature and self.layers and any(self.layers) else ''
         return f"{self.weight:g}·{'schedule·' if self.schedule else ''}{loss_name(self.loss)}{f'({kw})' if kw else ''}{pairs}"
 
-# %% ../nbs/07_callback.ipynb #8488f633
+# %% ../nbs/07_callback.ipynb #9201cd28
 class KnowledgeDistillationCallback(ScopedCallback):
     """Train a student with a teacher: while training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term.
 
@@ -102,14 +104,14 @@ class KnowledgeDistillationCallback(ScopedCallback):
     _answering = False
 
     def __init__(self,
-        teacher,                   # An `nn.Module`, a `Learner`, or the path of an exported `Learner`
-        loss,                      # One loss, or a list of losses and `Term`s; a bare loss is `Term(loss, weight=weight)`
-        activations_student=None,  # Student's layers: a name, a list of names and (student, teacher) tuples, or what `match_feature_layers` returns
-        activations_teacher=None,  # Teacher's layers, where their names differ
+        teacher:nn.Module|Learner|str|Path, # An `nn.Module`, a `Learner`, or the path of an exported `Learner`
+        loss:Callable|Term|list,   # One loss, or a list of losses and `Term`s; a bare loss is `Term(loss, weight=weight)`
+        activations_student:str|list|dict|None=None, # Student's layers: a name, a list of names and (student, teacher) tuples, or what `match_feature_layers` returns
+        activations_teacher:str|list|None=None, # Teacher's layers, where their names differ
         weight:float=0.5,          # Weight of the bare losses
         task_weight:float=1.,      # Weight of the Learner's own loss
-        schedule=None,             # A fastai schedule that multiplies the weights, such as `SchedCos(0,1)`; begins anew with each fit
-        teacher_tfm=None           # Makes the teacher's inputs from the student's, where they differ: `teacher_tfm(*xb)`
+        schedule:Callable|None=None, # A fastai schedule that multiplies the weights, such as `SchedCos(0,1)`; begins anew with each fit
+        teacher_tfm:Callable|None=None # Makes the teacher's inputs from the student's, where they differ: `teacher_tfm(*xb)`
     ):
         losses = loss if isinstance(loss, (list,tuple)) else [loss]
         if not losses: raise ValueError("Expected at least one loss, got none")

@@ -117,19 +117,20 @@ def facts(
     "The facts of a loss"
     return next((o.about for o in _peel(loss) if hasattr(o, 'about')), None)
 
-# %% ../nbs/00_contract.ipynb #885b4975
+# %% ../nbs/00_contract.ipynb #1af30ac4
 def loss_table(
     losses:list,     # Losses that have facts
     brief:bool=False # Leave out what it needs and costs?
 )->str: # A Markdown table
     "One row a loss: what it is for, what it needs, what it costs"
-    def needed(n): return ('layers' if 'fm_s' in n else 'predictions') + (', labels' if 'target' in n else '')
+    def needed(f):
+        n = needs(f).wanted
+        what = f'layers, equal {f.about.equal}' if 'fm_s' in n else 'predictions'
+        return what + (', labels' if 'target' in n else '')
     def row(f):
-        a = f.about
-        costs = [] if brief else [needed(needs(f).wanted), f'equal {a.equal}', a.cost]
-        return [f'`{f.__name__}`', a.best_for, a.complexity, *costs, f'{a.weight:g}', f'[{a.paper}]({a.url})']
-    costs = [] if brief else ['needs', 'student and teacher', 'cost a batch']
-    head = ['loss', 'best for', 'complexity', *costs, 'weight to try', 'paper']
+        a,(author,*_,year) = f.about,f.about.paper.split(', ')
+        return [f'`{f.__name__}`', a.best_for, a.complexity, *([] if brief else [needed(f), a.cost]), f'{a.weight:g}', f'[{author}, {year}]({a.url})']
+    head = ['loss', 'best for', 'complexity', *([] if brief else ['needs', 'cost a batch']), 'weight to try', 'paper']
     return '\n'.join('| '+' | '.join(o)+' |' for o in [head, ['---']*len(head), *map(row, losses)])
 
 # %% ../nbs/00_contract.ipynb #98e37f8c

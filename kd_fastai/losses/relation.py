@@ -166,10 +166,12 @@ def DarkRank(
     pairs = [(s.flatten(1),t.flatten(1)) for s,t in paired(fm_s, fm_t, equal='batch')]
     return sum(_rank_loss(s, _nearest(t, permute_len), alpha, beta) for s,t in pairs)
 
-# %% ../../nbs/03_losses.relation.ipynb #b90b75a5
+# %% ../../nbs/03_losses.relation.ipynb #83b23e09
 def _edges(f):
     "Squared distances between samples, in units of the largest"
-    d = torch.cdist(f.flatten(1), f.flatten(1), compute_mode='donot_use_mm_for_euclid_dist').pow(2)
+    f = _rows(f)
+    sq = f.pow(2).sum(1)
+    d = (sq[:,None]+sq-2*f@f.T).clamp_min(0)*(1-torch.eye(len(f), dtype=f.dtype, device=f.device))
     return d/d.max().clamp_min(1e-12)
 
 def _moved(a, b):
