@@ -26,7 +26,7 @@ from .hooks import Capture, layer_lists, unique_names, unwrap
 from .scope import GuestParams, ScopedCallback
 from .teacher import Teacher, check_taught_alike, plain, prediction
 
-# %% ../nbs/07_callback.ipynb #8bd683d5
+# %% ../nbs/07_callback.ipynb #023c08df
 def _finite(x, what):
     "A finite number, or an error that says what is none"
     try: x = float(x)
@@ -69,12 +69,13 @@ class Term:
         return bool(self.needs.wanted & {'fm_s','fm_t'})
 
     def filled(self, layers, schedule):
-        "A copy with the callback's layers and schedule where it has none. Raises `ValueError` for a feature loss without layers"
+        "A copy with the callback's layers and schedule where it has none. Raises `ValueError` for what the loss needs and is not there"
         res = copy.copy(self)
         if res.layers is None: res.layers = layers
         if res.schedule is None: res.schedule = schedule
         if self.needs.required & {'fm_s','fm_t'} and not any(res.layers): raise ValueError(
             f"{loss_name(self.loss)} compares features, but no layers are named: give activations_student (match_feature_layers finds some)")
+        if 'idx' in self.needs.required: raise ValueError(f"{loss_name(self.loss)} needs idx, the samples' positions in the data set, which the callback cannot give yet")
         return res
 
     def factor(self, pct:float)->float:
@@ -261,12 +262,11 @@ def _full_precision(device):
     "Autocast off: a product of float32 tensors would be cast back"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
-# %% ../nbs/07_callback.ipynb #538ab6b8
+# %% ../nbs/07_callback.ipynb #26987534
 @patch
 def _value(self:KnowledgeDistillationCallback, term, factor, given):
     "What a term's loss gives for this batch, a scalar; without a gradient where its factor is 0, so that it only watches"
     args = {**{k:v for k,v in given.items() if k not in ('fm_s','fm_t')}, **term.features(given['fm_s'], given['fm_t'])}
-    if lacking := term.needs.required-args.keys(): raise ValueError(f"{term.name} needs {', '.join(sorted(lacking))}, which the callback does not have")
     try:
         with torch.set_grad_enabled(factor!=0): v = self._both_labels(term, args)
     except Exception as e:
@@ -282,7 +282,7 @@ def _both_labels(self:KnowledgeDistillationCallback, term, args):
     "The loss, interpolated between both labels where samples are mixed; by the batch's mean share, since a loss is one number"
     mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)), None)
     if 'target' in term.needs.required: args.update(zip(('pred','teacher_pred','target'), _labelled(args['pred'], args['teacher_pred'], args['target'], self._ignore)))
-    if not len(args['pred']): return self.learn.loss_grad*0     # no label in this batch
+    if not len(args['pred']): return args['pred'].sum()  # no label in this batch
     if mix is None or 'target' not in term.needs.wanted: return term.loss(**term.needs.pick(args))
     a,b = (term.loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.yb, mix.yb1))
     return torch.lerp(b, a, plain(mix.lam).mean().to(a))
@@ -295,11 +295,11 @@ def _no_gradient(self:KnowledgeDistillationCallback, term):
     raise ValueError(f"{term.name} gives the student no gradient{f' through its layers {term.layers[0]}' if term.feature else ''}: is something detached, or inside a "
         "reentrant checkpoint (then use_reentrant=False)?")
 
-# %% ../nbs/07_callback.ipynb #da01da1e
+# %% ../nbs/07_callback.ipynb #25f5cbbc
 @patch
 def _record(self:KnowledgeDistillationCallback, task, values):
     "Add to the columns' means. Raises `FloatingPointError` for a term that is not finite, naming it and the step"
-    vals = torch.stack([o.detach().double().mean() for o in (task, *values)]).tolist()
+    vals = torch.stack([o.detach().float().mean() for o in (task, *values)]).tolist()
     for o,v in zip(self.terms, vals[1:]):
         if not math.isfinite(v): raise FloatingPointError(f"{o.name} is {v} in epoch {self.epoch}, batch {self.iter}: a smaller learning rate or gradient clipping may help")
     bs = find_bs(self.learn.yb)

@@ -244,6 +244,13 @@ def test_missing_labels(teacher):
     fit(learner(KnowledgeDistillationCallback(teacher, [soft, hard]), dls))
     assert seen[::2]==[20]*5 and sum(map(len, seen[1::2]))==50 and all((o>=0).all() for o in seen[1::2])
 
+def test_no_label_at_all(teacher):
+    dls = digits(100); dls.train.dataset.tensors[1][:] = -100
+    def hard(pred, target): return F.cross_entropy(pred, target)
+    learn = learner(dls=dls)
+    fit(learn, cbs=KnowledgeDistillationCallback(teacher, [SoftTarget, hard], task_weight=0))
+    assert weights(learn).isfinite().all() and history(learn).hard.iloc[0]==0
+
 def learner_with(vocab=None, norm=None, width=4):
     dls = digits(100)
     if norm is not None: dls.train.after_batch = dls.valid.after_batch = Pipeline([Normalize.from_stats([norm], [1.], cuda=False)])
