@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['Term', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/07_callback.ipynb #26e798b6
+# %% ../nbs/07_callback.ipynb #d8a789b8
 import copy, math, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import camel2snake, patch
-from fastai.basics import Learner, ValueMetric, detuplify, find_bs, join_path_file
+from fastai.basics import Learner, ValueMetric, detuplify, find_bs, join_path_file, num_distrib
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
@@ -316,7 +316,7 @@ def _compare(self:KnowledgeDistillationCallback, term, v, task):
     if small: self._warn(('small', term.name), f"{term.name} adds {term.weight*v:.1g} to a task loss of {self.task_weight*task:.2g}, too little to matter: {hint}")
     self._said.add(('small', term.name))
 
-# %% ../nbs/07_callback.ipynb #2043a12e
+# %% ../nbs/07_callback.ipynb #63de0fa9
 @patch(as_prop=True)
 def _modules(self:KnowledgeDistillationCallback): return [o.module for o in self.terms if o.module is not None]
 
@@ -338,6 +338,8 @@ def _build(self:KnowledgeDistillationCallback, given):
 @patch
 def _train_owned(self:KnowledgeDistillationCallback):
     "For the rest of this fit the optimizer trains them too; `lr_find` leaves them as they were"
+    if self._guests.params and num_distrib()>1: raise NotImplementedError(
+        f"Weights that losses own ({', '.join(o.name for o in self.terms if o.module is not None)}) are not kept equal over processes yet: train in one, or without these losses")
     if self._guests.params: self.scope.enter_context(self._guests.visiting(self.learn.opt, trial=any(isinstance(cb, LRFinder) for cb in self.learn.cbs)))
 
 @patch

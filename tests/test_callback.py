@@ -11,6 +11,8 @@ from fastai.callback.all import *
 from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
 from kd_fastai.contract import facts
+from kd_fastai import losses
+from kd_fastai.losses import output, feature, relation
 
 for o in [*globals()]:
     if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
@@ -114,6 +116,14 @@ def test_falls_at_its_default_weight(teacher, loss):
     def last(w): return history(fit(learner(KnowledgeDistillationCallback(teacher, Term(loss, w, name='term'), '1')), 4)).term.iloc[-1]
     assert last(facts(loss).weight) < last(0)
 
+@pytest.mark.parametrize('name', [n for m in (output, feature, relation) for n in m.__all__ if hasattr(getattr(m, n), 'about') and n!='BoundedRegression'])
+def test_every_loss_trains_a_learner(teacher, name):
+    "with its default weight, and its value in the table (BoundedRegression, which wants numbers for labels, has its own tests)"
+    loss,layers = getattr(losses, name),{'FSP': ['0','1'], 'IRG': ['0','1','4'], 'SRD': '4', 'DarkRank': '4'}.get(name, '1')
+    learn = fit(learner(KnowledgeDistillationCallback(teacher, Term(loss, facts(loss).weight, name='term'), layers)))
+    assert math.isfinite(history(learn).term.iloc[0]) and weights(learn).isfinite().all()
+    assert not torch.equal(weights(learn), weights(fit(learner())))
+
 def test_schedule_multiplies_and_begins_anew(teacher):
     seen = []
     class Watch(Callback):
@@ -189,6 +199,14 @@ def test_save_and_load_bring_owned_weights_back(teacher, opt, tmp_path):
     assert (a.knowledge_distillation.terms[0].loss.w==c.knowledge_distillation.terms[0].loss.w).all()
     plain = learner(path=tmp_path, opt_func=opt).load('m')     # the student's file needs nothing of ours
     assert (weights(plain)==weights(b)).all()
+
+def test_owned_weights_refuse_several_processes(teacher, monkeypatch):
+    "where they would drift apart"
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    learn = learner()
+    before = weights(learn)
+    with pytest.raises(NotImplementedError, match='Weights that losses own .scale. are not kept equal'): fit(learn, cbs=KnowledgeDistillationCallback(teacher, Scale(), '1'))
+    assert (weights(learn)==before).all()
 
 def test_mixed_precision_computes_losses_in_float32(teacher):
     class CPUMixedPrecision(MixedPrecision):
