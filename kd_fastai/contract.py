@@ -117,7 +117,7 @@ def facts(
     "The facts of a loss"
     return next((o.about for o in _peel(loss) if hasattr(o, 'about')), None)
 
-# %% ../nbs/00_contract.ipynb #1af30ac4
+# %% ../nbs/00_contract.ipynb #ca3243b2
 def loss_table(
     losses:list,     # Losses that have facts
     brief:bool=False # Leave out what it needs and costs?
@@ -130,7 +130,7 @@ def loss_table(
     def row(f):
         a,(author,*_,year) = f.about,f.about.paper.split(', ')
         return [f'`{f.__name__}`', a.best_for, a.complexity, *([] if brief else [needed(f), a.cost]), f'{a.weight:g}', f'[{author}, {year}]({a.url})']
-    head = ['loss', 'best for', 'complexity', *([] if brief else ['needs', 'cost a batch']), 'weight to try', 'paper']
+    head = ['loss', 'best for', 'complexity', *([] if brief else ['needs', 'cost']), 'weight', 'paper']
     return '\n'.join('| '+' | '.join(o)+' |' for o in [head, ['---']*len(head), *map(row, losses)])
 
 # %% ../nbs/00_contract.ipynb #98e37f8c
