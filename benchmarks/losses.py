@@ -13,14 +13,15 @@ from kd_fastai.losses import output, feature, relation
 try: from torchdistill.losses import mid_level as td
 except ImportError: td = None
 
+CLASSES = 100
 EMBEDDINGS = 'PKT','RKD','DarkRank','CorrelationCongruence','SRD'
 LOSSES = {n: getattr(m, n) for m in (output, feature, relation) for n in m.__all__ if hasattr(getattr(m, n), 'about')}
 
 def inputs(name, B, C):
     "Arguments of one loss"
     def feat(): return {'a': torch.randn(B, C, 8, 8), 'b': torch.randn(B, C, 8, 8)} if name in ('FSP','IRG') else {'a': torch.randn(B, C)} if name in EMBEDDINGS else {'a': torch.randn(B, C, 8, 8)}
-    x = dict(pred=torch.randn(B, 100), teacher_pred=torch.randn(B, 100), fm_s=feat(), fm_t=feat(), target=torch.randint(100, (B,)))
-    if name=='BoundedRegression': x['target'] = torch.randn(B, 100)
+    x = dict(pred=torch.randn(B, CLASSES), teacher_pred=torch.randn(B, CLASSES), fm_s=feat(), fm_t=feat(), target=torch.randint(CLASSES, (B,)))
+    if name=='BoundedRegression': x['target'] = torch.randn(B, CLASSES)
     return {k:v for k,v in x.items() if k in needs(LOSSES[name]).wanted}
 
 def students(x): return [t.requires_grad_() for t in tree_leaves([x.get('pred'), x.get('fm_s')]) if t is not None]
@@ -115,7 +116,7 @@ def main():
     print('\n'.join(said))
     for name in a.only or LOSSES:
         for B in a.batch:
-            for C in a.channels if 'fm_s' in needs(LOSSES[name]).wanted else a.channels[:1]:
+            for C in a.channels if 'fm_s' in needs(LOSSES[name]).wanted else [CLASSES]:
                 said.append(row(name, B, C, a.rounds)); print(said[-1], flush=True)
     if a.out: open(a.out, 'w').write('\n'.join(said)+'\n')
 
