@@ -108,7 +108,7 @@ def adapter(
     with torch.no_grad(): size(a[:1])  # says at once what cannot be resized
     return Adapter(size, channels, tokens=(t if equal!='channels' else s).ndim==3)
 
-# %% ../nbs/04_adapters.ipynb #3d691d4e
+# %% ../nbs/04_adapters.ipynb #fd776e06
 def check_adapt(
     adapt # 'auto', a function `(s, t) -> nn.Module` such as `adapter`, an `nn.Module`, or a list of such, one a pair of layers
 ):
@@ -126,11 +126,7 @@ class Adapted(nn.Module):
         super().__init__()
         check_adapt(adapt)
         self.loss,self.adapt,self.adapters = loss,adapt,None
-
-    @property
-    def __wrapped__(self):
-        "What the loss needs, its name and its facts are read through the wrapper"
-        return self.loss
+        self.__dict__['__wrapped__'] = loss  # what it needs, its name and its facts are read through the wrapper; not a second submodule
 
     def _adapter(self, adapt, s, t):
         if isinstance(adapt, nn.Module): return adapt
