@@ -1,7 +1,7 @@
 "One menu of tests for every loss that owns weights. What each takes, and the layers that it trains on, stand in `LOSSES`; a new loss joins by a line."
 import io, json, pickle, re, subprocess, sys
 from copy import deepcopy
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Callable, NamedTuple
 import numpy as np, pytest, torch
@@ -272,6 +272,16 @@ def test_compile(name):
     assert loss_name(compiled)==loss_name(loss) and needs(compiled)==needs(loss)
     close(run(compiled, x), run(loss, x), 1e-8)
 
+PARAMETERS = {   # as the page says, for the last pair, of C_s and C_t channels
+    'FitNetRegressor': lambda s,t: s*t+3*t, 'VID': lambda s,t: t*(s+t+t)+t, 'VID, narrow': lambda s,t: 3*(s+3+t)+t, 'PADL2': lambda s,t: s*t+2*t,
+    'ReviewKD': lambda s,t: s*(s+9*t)+2*(s+t), 'OFD': lambda s,t: s*t+2*t, 'SRRL': lambda s,t: s*t+2*t, 'SimKD': lambda s,t: t//2*(s+9*(t//2)+t)+4*(t//2)+2*t,
+}
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_parameters(name):
+    s,t = 6,6 if name=='PADL2' else 8
+    loss = built(name, inputs(name, shapes=(((s,3,3),), ((t,3,3),))))
+    assert sum(p.numel() for p in loss.parameters() if p.requires_grad)==PARAMETERS[name](s, t)
+
 # --- errors
 
 @every
@@ -370,6 +380,26 @@ def test_lr_find(name, teachers):
     before,mine = state(learn.model),state(own(learn))
     learn.lr_find(num_it=6, show_plot=False)
     assert same(before, state(learn.model)) and same(mine, state(own(learn)))
+
+@each
+def test_lr_find_before_any_fit(name, teachers):
+    "The weights, and the statistics of batch norm, are those that were built"
+    learn,kept = distilled(name, teachers),{}
+    make = own(learn).make
+    @wraps(make)
+    def remembered(**given): make(**given); kept.update(state(own(learn).float()))  # margins are computed in float64
+    own(learn).make = remembered
+    learn.lr_find(num_it=6, show_plot=False)
+    assert kept and same(kept, state(own(learn)))
+
+def test_adapted(teachers):
+    "A loss that needs equal shapes trains behind an adapter, which is trained too"
+    learn = learner(KnowledgeDistillationCallback(teachers[6], PADL2(), ['0','1'], weight=1., adapt='auto'))
+    fit(learn)
+    first = state(own(learn))
+    fit(learn)
+    last = state(own(learn))
+    assert any(k.startswith('adapters') for k in first) and any('branches' in k for k in first) and not any(torch.equal(v, last[k]) for k,v in first.items())
 
 @each
 def test_export(name, teachers, tmp_path):

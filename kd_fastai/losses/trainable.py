@@ -99,7 +99,7 @@ class FitNetRegressor(TrainableLoss):
         fm_s,fm_t = self.measured(fm_s, fm_t)
         return FitNet(_each(self.regressors, fm_s), fm_t)
 
-# %% ../../nbs/05_losses.trainable.ipynb #4888fcc8
+# %% ../../nbs/05_losses.trainable.ipynb #8d8f0006
 @about('Ahn et al., Variational Information Distillation for Knowledge Transfer, CVPR 2019', 'https://arxiv.org/abs/1904.05835',
        'features of any shape, channels weighed by what can be known', 'medium', 'BC²HW', weight=1., equal='batch', trains='regressors and variances')
 class VID(TrainableLoss):
@@ -127,9 +127,9 @@ class VID(TrainableLoss):
     )->torch.Tensor: # Scalar
         "Raises `ValueError` for channels that the regressors were not made for"
         fm_s,fm_t = self.measured(fm_s, fm_t)
-        return sum(self._unlikely(*o) for o in zip(self.regressors, self.log_scales, fm_s.values(), fm_t.values()))
+        return sum(self._nll(*o) for o in zip(self.regressors, self.log_scales, fm_s.values(), fm_t.values()))
 
-    def _unlikely(self, regressor, log_scale, s, t):
+    def _nll(self, regressor, log_scale, s, t):
         s,t = _alike(s, t)
         var = F.softplus(log_scale)[:,None,None]+self.eps
         return ((regressor(s)-t).pow(2)/var + var.log()).mean()/2
@@ -249,24 +249,24 @@ class OFD(TrainableLoss):
         fm_s,fm_t = self.measured(fm_s, fm_t)
         return self.distance(fm_s=_each(self.connectors, fm_s), fm_t=fm_t, margin=dict(zip(fm_t, self.margins)) if self.margin=='norm' else None)
 
-# %% ../../nbs/05_losses.trainable.ipynb #299775b0
+# %% ../../nbs/05_losses.trainable.ipynb #dbe5b38a
 class _Frozen(nn.Sequential):
     "Layers of the teacher: in eval mode always"
     def train(self, mode=True): return super().train(False)
 
-def _only(loss, fm):
-    "The one layer of a loss that takes one: its name and feature"
-    if len(fm)!=1: raise ValueError(f"{loss_name(loss)} takes one layer, the one that the classifier reads, got {[*fm]}")
-    return next(iter(fm.items()))
+def _last(loss, fm_s, fm_t):
+    "Both features of the one pair that a loss takes, as maps"
+    s,t = loss.measured(fm_s, fm_t)
+    if len(t)!=1: raise ValueError(f"{loss_name(loss)} takes one layer, the one that the classifier reads, got {[*t]}")
+    return *s.values(),*t.values()
 
 def _last_linear(model):
     names = [n for n,m in unwrap(model).named_modules() if isinstance(m, nn.Linear)]
     if not names: raise ValueError(f"{type(unwrap(model)).__name__} has no linear layer for a classifier: name one, classifier='...'")
     return names[-1]
 
-def _classifier(loss, teacher, fm_t, teacher_pred):
-    "A frozen copy of the teacher's classifier, which turns the feature into the predictions"
-    layer,t = _only(loss, fm_t)
+def _classifier(loss, teacher, layer, t, teacher_pred):
+    "A frozen copy of the teacher's classifier, which turns a layer's feature into the predictions"
     name = loss.classifier_name or _last_linear(teacher)
     head = copy.deepcopy(get_module_by_name(teacher, name)).requires_grad_(False)
     for m in head.modules(): m._forward_hooks.clear()   # those of a capture would take the copy for the layer
@@ -288,8 +288,8 @@ class SRRL(TrainableLoss):
         self.classifier_name = classifier
 
     def make(self, fm_s, fm_t, teacher_pred, teacher):
-        fm_s,fm_t = self.measured(fm_s, fm_t)
-        self.classifier = _classifier(self, teacher, fm_t, teacher_pred)
+        _,t = _last(self, fm_s, fm_t)
+        self.classifier = _classifier(self, teacher, next(iter(fm_t)), t, teacher_pred)
         self.transfer = _conv(*self.channels[0], 1, nn.ReLU())
 
     def forward(self,
@@ -299,12 +299,11 @@ class SRRL(TrainableLoss):
         **kwargs
     )->torch.Tensor: # Scalar
         "Raises `ValueError` for channels that the connector was not made for"
-        (s,),(t,) = (fm.values() for fm in self.measured(fm_s, fm_t))
-        s,t = _alike(s, t)
+        s,t = _alike(*_last(self, fm_s, fm_t))
         s = self.transfer(s)
         return F.mse_loss(s, t) + F.mse_loss(self.classifier(s.mean((2,3))), teacher_pred.detach())
 
-# %% ../../nbs/05_losses.trainable.ipynb #d6b89ccd
+# %% ../../nbs/05_losses.trainable.ipynb #bd9eab22
 def _replace(model, name, module):
     "Put a module in the place of a layer"
     parent,_,child = name.rpartition('.')
@@ -322,13 +321,14 @@ class SimKD(TrainableLoss):
         self.factor,self.classifier_name = factor,classifier
 
     def make(self, fm_s, fm_t, teacher_pred, teacher):
-        s,t = self.measured(fm_s, fm_t)
-        self.classifier = _classifier(self, teacher, t, teacher_pred)
-        (cs,ct),mid = self.channels[0],max(1, self.channels[0][1]//self.factor)
+        s,t = _last(self, fm_s, fm_t)
+        self.classifier = _classifier(self, teacher, next(iter(fm_t)), t, teacher_pred)
+        (cs,ct), = self.channels
+        mid = max(1, ct//self.factor)
         self.transfer = nn.Sequential(*_conv(cs, mid, 1, nn.ReLU()), *_conv(mid, mid, 3, nn.ReLU()), *_conv(mid, ct, 1, nn.ReLU()))
-        (self.layer,f),(s,),(t,) = _only(self, fm_s),s.values(),t.values()
-        self.reshape = [nn.Unflatten(1, (cs,1,1))] if f.ndim==2 else [nn.AdaptiveAvgPool2d(_alike(s, t)[0].shape[2:])] if any(a>b for a,b in zip(s.shape[2:], t.shape[2:])) else []
-        self.ndim = f.ndim
+        (self.layer,f), = fm_s.items()
+        self.ndim,pooled = f.ndim,_alike(s, t)[0]
+        self.before,self.after = ([nn.Unflatten(1, (cs,1,1))], [nn.Flatten()]) if f.ndim==2 else ([] if pooled is s else [nn.AdaptiveAvgPool2d(pooled.shape[2:])], [])
 
     def forward(self,
         fm_s:dict[str, torch.Tensor], # Student's last feature: `(B, C, H, W)`, `(B, N, D)` or `(B, C)`
@@ -336,8 +336,7 @@ class SimKD(TrainableLoss):
         **kwargs
     )->torch.Tensor: # Scalar
         "Raises `ValueError` for channels that the projector was not made for"
-        (s,),(t,) = (fm.values() for fm in self.measured(fm_s, fm_t))
-        s,t = _alike(s, t)
+        s,t = _alike(*_last(self, fm_s, fm_t))
         return F.mse_loss(self.transfer(s), t)
 
     def student(self,
@@ -351,7 +350,7 @@ class SimKD(TrainableLoss):
         if self.ndim==3 or re.search('[@:]', self.layer): raise ValueError(f"A projector has no place behind {self.layer!r}: name a layer that puts out one map or embedding")
         res = copy.deepcopy(unwrap(model))
         head = classifier or _last_linear(res)
-        tail = copy.deepcopy(nn.Sequential(*self.reshape, self.transfer, *([nn.Flatten()] if self.ndim==2 else []))).train(res.training)
+        tail = copy.deepcopy(nn.Sequential(*self.before, self.transfer, *self.after)).train(res.training)
         _replace(res, self.layer, nn.Sequential(get_module_by_name(res, self.layer), *tail))
         _replace(res, head, copy.deepcopy(self.classifier[0]))
         return res
