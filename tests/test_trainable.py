@@ -486,7 +486,8 @@ def test_simkd_student(layer, teachers, tmp_path):
 def test_simkd_student_refuses():
     with pytest.raises(RuntimeError, match='no projector yet'): SimKD().student(small_net(4))
     x = inputs('SimKD', shapes=(((6,8),), ((6,12),)))
-    with pytest.raises(ValueError, match="no place behind 's0'"): built('SimKD', x).student(small_net(4))
-    x = inputs('SimKD', shapes=(((8,),), ((12,),)))
-    x['fm_s'] = {'2@0': x['fm_s']['s0']}
-    with pytest.raises(ValueError, match="no place behind '2@0'"): built('SimKD', x).student(small_net(4))
+    with pytest.raises(ValueError, match="no place between 's0' and the classifier '5'"): built('SimKD', x).student(small_net(4))
+    for layer in ('2@0', '2:0', '5'):
+        x = inputs('SimKD', shapes=(((8,),), ((12,),)))
+        x['fm_s'] = {layer: x['fm_s']['s0']}
+        with pytest.raises(ValueError, match=f"no place between '{layer}' and the classifier '5'"): built('SimKD', x).student(small_net(4))
