@@ -299,7 +299,7 @@ class SRRL(TrainableLoss):
         s = self.transfer(s)
         return F.mse_loss(s, t) + F.mse_loss(self.classifier(s.mean((2,3))), teacher_pred.detach())
 
-# %% ../../nbs/05_losses.trainable.ipynb #0fec8e40
+# %% ../../nbs/05_losses.trainable.ipynb #620dbaf0
 def _replace(model, name, module):
     "Put a module in the place of a layer"
     parent,_,child = name.rpartition('.')
@@ -348,7 +348,7 @@ class SimKD(TrainableLoss):
         head = classifier or _last_linear(res)
         if self.ndim==3 or re.search('[@:]', self.layer) or f'{head}.'.startswith(f'{self.layer}.'): raise ValueError(
             f"A projector has no place between {self.layer!r} and the classifier {head!r}: train with a layer before it that puts out one map or embedding")
-        tail = copy.deepcopy(nn.Sequential(*self.before, self.transfer, *self.after)).train(res.training)
-        _replace(res, self.layer, nn.Sequential(get_module_by_name(res, self.layer), *tail))
-        _replace(res, head, copy.deepcopy(self.classifier[0]))
+        def new(m): return copy.deepcopy(m).train(res.training)
+        _replace(res, self.layer, new(nn.Sequential(*self.before, self.transfer, *self.after)).insert(0, get_module_by_name(res, self.layer)))
+        _replace(res, head, new(self.classifier[0]))
         return res
