@@ -409,7 +409,11 @@ def test_export(name, teachers, tmp_path):
     assert b'kd_fastai.demo' in data and not any(o in data for o in (b'kd_fastai.losses', b'kd_fastai.callback', b'kd_fastai.scope'))
     assert same(state(load_learner(tmp_path/'m.pkl').model), state(learn.model))
 
-# --- margins of the overhaul
+# --- variances, and margins of the overhaul
+
+def test_first_variance():
+    loss = VID(init_pred_var=2., eps=.5).build(**inputs('VID'))
+    for v in loss.log_scales: close(nn.functional.softplus(v)+.5, torch.full_like(v, 2.), 1e-6)
 
 def margins(name, teacher, channels): return OFD().build(fm_s={'s': torch.rand(4,3,2,2)}, fm_t={name: torch.rand(4,channels,2,2)}, teacher=teacher).margins[0]
 
@@ -464,7 +468,8 @@ def test_simkd_student(layer, teachers, tmp_path):
     learn = fit(learner(kd, model=small_net(4) if layer!=('1','2') else nn.Sequential(*small_net(4)[:2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10))), 10)
     before = state(learn.model)
     final = learner(model=simkd.student(learn.model), path=tmp_path)
-    assert same(before, state(learn.model)) and final.model.training==learn.model.training
+    assert same(before, state(learn.model))
+    for mode in (True, False): assert {m.training for m in simkd.student(learn.model.train(mode)).modules()}=={mode}
     x = final.dls.valid.one_batch()[0]
     with torch.no_grad(), Capture(learn.model.eval(), [layer[0]]) as c:
         learn.model(x)
@@ -479,14 +484,16 @@ def test_simkd_student(layer, teachers, tmp_path):
     assert r.stdout.strip()==f"{sum(p.numel() for p in final.model.parameters())} []", r.stderr
     final.export('m.pkl')
     assert same(state(load_learner(tmp_path/'m.pkl').model), state(final.model))
-    head = final.model[-1].weight.clone()
+    head,kept = final.model[-1].weight.clone(),state(simkd)
     fit(final)                                                     # it trains on; the teacher's classifier stays
+    assert same(kept, state(simkd)) and not torch.equal(before['0.0.weight'], state(final.model)['0.0.weight'])
     assert torch.equal(head, final.model[-1].weight) and torch.equal(head, teachers[6][5].weight)
 
 def test_simkd_student_refuses():
     with pytest.raises(RuntimeError, match='no projector yet'): SimKD().student(small_net(4))
     x = inputs('SimKD', shapes=(((6,8),), ((6,12),)))
-    with pytest.raises(ValueError, match="no place behind 's0'"): built('SimKD', x).student(small_net(4))
-    x = inputs('SimKD', shapes=(((8,),), ((12,),)))
-    x['fm_s'] = {'2@0': x['fm_s']['s0']}
-    with pytest.raises(ValueError, match="no place behind '2@0'"): built('SimKD', x).student(small_net(4))
+    with pytest.raises(ValueError, match="no place between 's0' and the classifier '5'"): built('SimKD', x).student(small_net(4))
+    for layer in ('2@0', '2:0', '5'):
+        x = inputs('SimKD', shapes=(((8,),), ((12,),)))
+        x['fm_s'] = {layer: x['fm_s']['s0']}
+        with pytest.raises(ValueError, match=f"no place between '{layer}' and the classifier '5'"): built('SimKD', x).student(small_net(4))

@@ -20,7 +20,7 @@ from .feature import FitNet, HCL, PartialL2, _alike
 from .output import SoftTarget
 from .relation import ICKD
 
-# %% ../../nbs/05_losses.trainable.ipynb #9bfd06a0
+# %% ../../nbs/05_losses.trainable.ipynb #fffeab22
 def _planes(f):
     "A feature with channels first as maps `(B, C, H, W)`: an embedding has one position, tokens are one column"
     return f[(...,)+(None,)*(4-f.ndim)]
@@ -48,13 +48,14 @@ class TrainableLoss(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def measured(self,
-        fm_s:dict, # Student's features by layer
-        fm_t:dict  # Teacher's features by layer
+        fm_s:dict,        # Student's features by layer
+        fm_t:dict,        # Teacher's features by layer
+        equal:str='batch' # What must be equal: 'batch', 'size' or 'shape'
     )->tuple: # The same as maps `(B, C, H, W)`, the teacher's detached
         """Features as maps: an embedding has one position, tokens are one column.
 
-        Raises `ValueError` for features of more than four dimensions, and for other channels than the weights were made for."""
-        pairs = paired(fm_s, fm_t, equal='batch')
+        Raises `ValueError` for features of more than four dimensions, for shapes that do not fit, and for other channels than the weights were made for."""
+        pairs = paired(fm_s, fm_t, equal)
         if any(f.ndim>4 for o in pairs for f in o): raise ValueError(
             f"{loss_name(self)} expects features (B, C, H, W), (B, N, D) or (B, C), got {[tuple(f.shape) for f in (*fm_s.values(), *fm_t.values())]} of {[*fm_s, *fm_t]}")
         channels = [(s.shape[1], t.shape[1]) for s,t in pairs]
@@ -134,7 +135,7 @@ class VID(TrainableLoss):
         var = F.softplus(log_scale)[:,None,None]+self.eps
         return ((regressor(s)-t).pow(2)/var + var.log()).mean()/2
 
-# %% ../../nbs/05_losses.trainable.ipynb #fce0f00b
+# %% ../../nbs/05_losses.trainable.ipynb #27aafcc7
 @about('Zhang et al., Prime-Aware Adaptive Distillation, ECCV 2020', 'https://arxiv.org/abs/2008.01458',
        'samples that are not equally useful', 'medium', 'BC²HW', weight=1., trains='variances')
 class PADL2(TrainableLoss):
@@ -146,8 +147,7 @@ class PADL2(TrainableLoss):
         self.eps = eps
 
     def make(self, fm_s, fm_t):
-        paired(fm_s, fm_t)
-        self.measured(fm_s, fm_t)
+        self.measured(fm_s, fm_t, equal='shape')
         self.branches = nn.ModuleList(_conv(cs, ct, 1) for cs,ct in self.channels)
 
     def forward(self,
@@ -156,8 +156,7 @@ class PADL2(TrainableLoss):
         **kwargs
     )->torch.Tensor: # Scalar
         "Raises `ValueError` for unequal shapes"
-        paired(fm_s, fm_t)
-        fm_s,fm_t = self.measured(fm_s, fm_t)
+        fm_s,fm_t = self.measured(fm_s, fm_t, equal='shape')
         logs = _each(self.branches, fm_s).values()
         return sum(((t-s).pow(2)/(self.eps+v.exp())+v).mean() for s,t,v in zip(fm_s.values(), fm_t.values(), logs))
 
@@ -204,7 +203,7 @@ class ReviewKD(TrainableLoss):
         for abf,(k,s),t in zip(self.abfs, reversed(fm_s.items()), reversed(fm_t.values())): x,outs[k] = abf(s, x, t.shape[2:])
         return HCL(dict(reversed(outs.items())), fm_t)
 
-# %% ../../nbs/05_losses.trainable.ipynb #82041e35
+# %% ../../nbs/05_losses.trainable.ipynb #98e6d07a
 def _norm_of(teacher, layer, channels):
     "The batch norm of a layer: itself, the last one inside it, or the last before it"
     modules = [*unwrap(teacher).modules()]
@@ -216,7 +215,7 @@ def _norm_of(teacher, layer, channels):
 
 def _expected_negative(norm):
     "Mean of the negative values that a batch norm puts out, `(1, C, 1, 1)`"
-    w,b = (torch.full((norm.num_features,), d) if p is None else p.detach() for p,d in ((norm.weight,1.), (norm.bias,0.)))
+    w,b = (torch.full((norm.num_features,), d) if p is None else p.detach().cpu() for p,d in ((norm.weight,1.), (norm.bias,0.)))
     w,b = w.double().abs().clamp_min(1e-12),b.double()
     below = torch.special.ndtr(-b/w)
     mean = b - w*(-(b/w).pow(2)/2).exp()/(2*math.pi)**0.5/below
@@ -235,7 +234,7 @@ class OFD(TrainableLoss):
         self.margin,self.distance = margin,distance
 
     def make(self, fm_s, fm_t, teacher):
-        self.measured(fm_s, fm_t)
+        self.measured(fm_s, fm_t, equal='size')
         self.connectors = nn.ModuleList(_conv(cs, ct, 1) for cs,ct in self.channels)
         if self.margin=='norm': self.margins = nn.ParameterList(
             nn.Parameter(_expected_negative(_norm_of(teacher, n, ct)), requires_grad=False) for n,(_,ct) in zip(fm_t, self.channels))
@@ -246,7 +245,7 @@ class OFD(TrainableLoss):
         **kwargs
     )->torch.Tensor: # Scalar
         "Raises `ValueError` for unequal sizes"
-        fm_s,fm_t = self.measured(fm_s, fm_t)
+        fm_s,fm_t = self.measured(fm_s, fm_t, equal='size')
         return self.distance(fm_s=_each(self.connectors, fm_s), fm_t=fm_t, margin=dict(zip(fm_t, self.margins)) if self.margin=='norm' else None)
 
 # %% ../../nbs/05_losses.trainable.ipynb #dbe5b38a
@@ -303,7 +302,7 @@ class SRRL(TrainableLoss):
         s = self.transfer(s)
         return F.mse_loss(s, t) + F.mse_loss(self.classifier(s.mean((2,3))), teacher_pred.detach())
 
-# %% ../../nbs/05_losses.trainable.ipynb #bd9eab22
+# %% ../../nbs/05_losses.trainable.ipynb #620dbaf0
 def _replace(model, name, module):
     "Put a module in the place of a layer"
     parent,_,child = name.rpartition('.')
@@ -328,7 +327,8 @@ class SimKD(TrainableLoss):
         self.transfer = nn.Sequential(*_conv(cs, mid, 1, nn.ReLU()), *_conv(mid, mid, 3, nn.ReLU()), *_conv(mid, ct, 1, nn.ReLU()))
         (self.layer,f), = fm_s.items()
         self.ndim,pooled = f.ndim,_alike(s, t)[0]
-        self.before,self.after = ([nn.Unflatten(1, (cs,1,1))], [nn.Flatten()]) if f.ndim==2 else ([] if pooled is s else [nn.AdaptiveAvgPool2d(pooled.shape[2:])], [])
+        pool = [] if pooled is s else [nn.AdaptiveAvgPool2d(pooled.shape[2:])]
+        self.before,self.after = (pool,[]) if f.ndim>2 else ([nn.Unflatten(1, (cs,1,1))],[nn.Flatten()])
 
     def forward(self,
         fm_s:dict[str, torch.Tensor], # Student's last feature: `(B, C, H, W)`, `(B, N, D)` or `(B, C)`
@@ -347,12 +347,13 @@ class SimKD(TrainableLoss):
 
         What lies between stays the student's: it should average positions. Raises `RuntimeError` before `build`, and `ValueError` for a layer behind which a projector has no place."""
         if not self.built: raise RuntimeError("SimKD has no projector yet: train the student first")
-        if self.ndim==3 or re.search('[@:]', self.layer): raise ValueError(f"A projector has no place behind {self.layer!r}: name a layer that puts out one map or embedding")
         res = copy.deepcopy(unwrap(model))
         head = classifier or _last_linear(res)
-        tail = copy.deepcopy(nn.Sequential(*self.before, self.transfer, *self.after)).train(res.training)
-        _replace(res, self.layer, nn.Sequential(get_module_by_name(res, self.layer), *tail))
-        _replace(res, head, copy.deepcopy(self.classifier[0]))
+        if self.ndim==3 or re.search('[@:]', self.layer) or f'{head}.'.startswith(f'{self.layer}.'): raise ValueError(
+            f"A projector has no place between {self.layer!r} and the classifier {head!r}: train with a layer before it that puts out one map or embedding")
+        def new(m): return copy.deepcopy(m).train(res.training)
+        _replace(res, self.layer, new(nn.Sequential(*self.before, self.transfer, *self.after)).insert(0, get_module_by_name(res, self.layer)))
+        _replace(res, head, new(self.classifier[0]))
         return res
 
 # %% ../../nbs/05_losses.trainable.ipynb #85582039

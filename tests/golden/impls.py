@@ -45,7 +45,7 @@ RELATION = dict(
 
 class Owned:
     "A loss with the case's weights. `names` are patterns of the names that its `state` gives them, and what they are called here; `given` is what `build` gets beside features"
-    def __init__(self, make, names={}, given=lambda state, **case: {}, hp={}): self.make,self.names,self.given,self.hp = make,names,given,hp
+    def __init__(self, make, names={}, given=lambda **case: {}): self.make,self.names,self.given = make,names,given
 
     def name(self, key):
         "What a weight of the case is called here, if it is here"
@@ -54,7 +54,7 @@ class Owned:
 
     def build(self, fm_s, fm_t, state={}, aux={}, pred=None, teacher_pred=None, target=None, **hp):
         case = dict(fm_s=fm_s, fm_t=fm_t, pred=pred, teacher_pred=teacher_pred)
-        loss = self.make(**{self.hp.get(k, k): v for k,v in hp.items()}).build(**{**case, **self.given(state=state, aux=aux, **case)})
+        loss = self.make(**hp).build(**{**case, **self.given(state=state, aux=aux, **case)})
         known = loss.state_dict()
         loss.load_state_dict({**known, **{n: v for k,v in state.items() if (n := self.name(k)) in known}})
         return loss
@@ -69,7 +69,7 @@ class PAD(Owned):
     "The case gives the logarithms of the variances, which a branch makes otherwise"
     def build(self, aux, **kw):
         loss = super().build(**kw)
-        loss.branches[0].register_forward_hook(lambda *_: aux['log_variance'][...,None,None])
+        loss.branches[0].eval().register_forward_hook(lambda module, inp, out: aux['log_variance'].view_as(out))
         return loss
 
 class Summed(Owned):
