@@ -2,5 +2,6 @@
 from .callback import *
 from .hooks import *
 from .losses import *
+from .report import *
 from .schemes import *
 from .teacher import *

@@ -207,7 +207,7 @@ class MutualLearning(KnowledgeDistillationCallback):
         "Let the peers validate too"
         if not self.learn.lock.locked(): self._peer_scores = list(map(_validate, self.peers))
 
-# %% ../nbs/08_schemes.ipynb #d606ec08
+# %% ../nbs/08_schemes.ipynb #6a13424f
 class DistillationToken(KnowledgeDistillationCallback):
     """Teach the second head of a student, which returns `(class, distillation)` predictions while it trains (Touvron et al., 2021): the first learns from labels alone.
 
@@ -228,7 +228,7 @@ class DistillationToken(KnowledgeDistillationCallback):
             f"Expected (class, distillation) predictions while training, got {type(self.pred).__name__}: in timm's models call model.set_distilled_training(True)")
         self.learn.pred,self._second = self.pred
 
-    def _predictions(self, pred, teacher_pred): return super()._predictions(prediction(self.__dict__.pop('_second')), teacher_pred)
+    def _predictions(self, pred, teacher_pred): return super()._predictions(prediction(self.__dict__.pop('_second', pred)), teacher_pred)
 
 # %% ../nbs/08_schemes.ipynb #ca13abe1
 def exits(
