@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/report.html.md"""
 # %% auto #0
 __all__ = ['calibration_error', 'KDReport']
 
-# %% ../nbs/08_report.ipynb #25e947c1
+# %% ../nbs/08_report.ipynb #3df0ec2b
 import copy
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from fastcore.basics import GetAttr, patch, store_attr
-from fastai.basics import AvgLoss, Callback, CancelFitException, Learner, L, Recorder, noop
+from fastai.basics import AvgLoss, Callback, CancelFitException, Learner, Recorder, noop
 from fastai.torch_core import no_random
 from .callback import KnowledgeDistillationCallback
 from .contract import unwrap_loss
@@ -144,12 +144,11 @@ def _unsoftened(term):
     f,given = unwrap_loss(term.at(0.5))
     return f is Mutual or f is SoftTarget and given.get('T')==1
 
-# %% ../nbs/08_report.ipynb #8c25b602
+# %% ../nbs/08_report.ipynb #150d9c5c
 def _apart(learn):
-    "A copy of a Learner that shares its data, without what records and tracks"
+    "A copy of a Learner that shares its data; what records and tracks is replaced by what does nothing"
     shared = [learn.dls, *learn.dls.loaders, *(getattr(learn, k, None) for k in ('dl','xb','yb','pred','loss','loss_grad'))]
-    res = copy.deepcopy(learn, {id(o): o for o in shared})
-    res.remove_cbs(L(cb for cb in res.cbs if cb.order>Recorder.order))
+    res = copy.deepcopy(learn, {**{id(o): o for o in shared}, **{id(cb): Callback() for cb in learn.cbs if cb.order>Recorder.order}})
     res.logger = noop
     return res
 
@@ -172,7 +171,8 @@ def kd_report(self:Learner)->KDReport:
         learn = _apart(self)
         kd = next(cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback))
         batch,watch = _OneBatch(kd),_Watch(kd, learn.metrics)
-        learn.fit(1, cbs=batch)
+        learn.fit(0)  # raises what a fit would, and finds where the classes are
         with kd.teacher.answering(next((p.device for p in learn.model.parameters()), None)): values = learn.validate(cbs=watch)
+        learn.fit(1, cbs=batch)
         scores,agreement = watch.table(values)
         return KDReport(scores, agreement, batch.terms, batch.layers, [*_cautions(kd, scores, batch.terms)])

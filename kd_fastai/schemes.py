@@ -146,7 +146,7 @@ def _validate(learn):
 
 def _scores(learn): return {'parameters': sum(p.numel() for p in learn.model.parameters()), **_validate(learn)}
 
-# %% ../nbs/08_schemes.ipynb #015e21b5
+# %% ../nbs/08_schemes.ipynb #43a34c67
 class _Peers(Teacher):
     "Networks that answer while they learn themselves: in training mode, and with gradients, which stay theirs"
     @contextmanager
@@ -163,7 +163,7 @@ class _Peers(Teacher):
 class MutualLearning(KnowledgeDistillationCallback):
     """Train `peers` along with this Learner, so that each learns from the others' answers to the same batch (Zhang et al., 2018).
 
-    Raises `ValueError` for losses that look at features."""
+    Raises `ValueError` for losses that look at features or own weights."""
     _shared = ()  # a copied Learner has peers of its own
     def __init__(self,
         *peers:nn.Module|Learner,  # Networks, or their Learners, whose metrics are shown
@@ -173,13 +173,14 @@ class MutualLearning(KnowledgeDistillationCallback):
         schedule:Callable=None     # Multiplies the weights
     ):
         super().__init__(Ensemble(peers), loss, weight=weight, task_weight=task_weight, schedule=schedule)
-        if any(o.feature for o in self.terms): raise ValueError(f"Mutual learning compares predictions, got a loss on features: {self}")
+        if any(o.feature or o.module for o in self.terms): raise ValueError(f"Mutual learning takes losses on predictions without weights of their own, got {self}")
         self.teacher,self.peers = _Peers(self.teacher.model),[o for o in peers if isinstance(o, Learner)]
+        self._guests.params,self._built = [*self.teacher.model.parameters()],True  # as weights that a loss owns
 
     @property
     def _modules(self):
-        "What trains and is saved with the student"
-        return [*super()._modules, *self.teacher.model]
+        "What is saved with the student"
+        return [*self.teacher.model]
 
     def after_loss(self):
         "The leader's part, and then each peer's, for one backward"
@@ -230,7 +231,7 @@ class DistillationToken(KnowledgeDistillationCallback):
 
     def _predictions(self, pred, teacher_pred): return super()._predictions(prediction(self.__dict__.pop('_second', pred)), teacher_pred)
 
-# %% ../nbs/08_schemes.ipynb #ca13abe1
+# %% ../nbs/08_schemes.ipynb #325fd7c1
 def exits(
     loss:Callable # A loss on `pred` and `teacher_pred`, perhaps also `target`
 )->Callable: # A loss with the features of a student, whose layers are exits
@@ -242,10 +243,18 @@ def exits(
 
 def _labels(pred, target): return F.cross_entropy(pred, target)
 
+class _Itself(Teacher):
+    "The student's own prediction"
+    def __init__(self, kd):
+        super().__init__(nn.Identity())
+        self.kd = kd
+    def __call__(self, *xb): return prediction(self.kd.learn.pred).detach(),{}
+
 class SelfDistillation(KnowledgeDistillationCallback):
     """Let a network's own prediction teach its exits, without a gradient to itself, beside the labels (Zhang et al., 2019, without its term on features).
 
     Raises `TypeError` for exits that are no names."""
+    _shared = ()
     def __init__(self,
         layers:str|list,      # Names of the layers that are exits, with logits `(B, C)`
         loss:Callable=SoftTarget, # What the exits learn from the last prediction
@@ -257,5 +266,4 @@ class SelfDistillation(KnowledgeDistillationCallback):
         layers = {'student': layers, 'teacher': []}
         terms = [Term(exits(_labels), exit_weight, name='exits'), Term(exits(loss), weight)]
         super().__init__(nn.Identity(), terms, layers, task_weight=task_weight, schedule=schedule)
-
-    def _predictions(self, pred, teacher_pred): return super()._predictions(pred, pred.detach())
+        self.teacher = _Itself(self)

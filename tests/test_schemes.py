@@ -1,5 +1,5 @@
 "Other teachers and schemes, each in a training, with what defines it."
-import copy, warnings
+from copy import deepcopy
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -97,14 +97,14 @@ def test_mean_teacher_is_the_recursion(cbs):
     mean = seen[0]
     for s in seen[1:]: mean = {k: 0.8*mean[k]+0.2*v for k,v in s.items()}
     average = learn.mean_teacher.average
-    assert average.n_averaged==len(seen) and len(seen)==(15 if not cbs else 9)
+    assert average.n_averaged==len(seen) and len(seen)==(15 if not cbs else 7)
     torch.testing.assert_close({k:v for k,v in average.module.state_dict().items() if k in mean}, mean)
     assert not hooks(average, learn.model)
 
 def test_mean_teacher_teaches():
     "the average answers, in eval mode, what the loss sees"
     learn,seen = learner(),[]
-    def spy(pred, teacher_pred): seen.append((teacher_pred, copy.deepcopy(learn.mean_teacher.average.module), learn.x.clone())); return SoftTarget(pred, teacher_pred)
+    def spy(pred, teacher_pred): seen.append((teacher_pred, deepcopy(learn.mean_teacher.average.module), learn.x.clone())); return SoftTarget(pred, teacher_pred)
     learn.add_cb(MeanTeacher(learn, spy))
     fit(learn)
     for p,m,x in seen: torch.testing.assert_close(p.softmax(1), answers(m, x))
@@ -121,7 +121,7 @@ def test_mean_teacher_saves_copies_and_exports(tmp_path):
     assert torch.equal(weights(a), weights(c)) and torch.equal(weights(a.mean_teacher.average), weights(c.mean_teacher.average))
     plain = fit(learner(path=tmp_path)); plain.save('plain')
     c.load('plain'); assert c.mean_teacher.average.n_averaged==0
-    d = copy.deepcopy(a); before = weights(a.mean_teacher.average); fit(d)
+    d = deepcopy(a); before = weights(a.mean_teacher.average); fit(d)
     assert torch.equal(weights(a.mean_teacher.average), before) and not torch.equal(weights(d.mean_teacher.average), before)
     a.export('a.pkl')
     assert isinstance(load_learner(tmp_path/'a.pkl').model, nn.Sequential)
@@ -214,7 +214,7 @@ def test_mutual_learning_saves_its_peers(tmp_path):
     _,b = new(); fit(b); b.save('m')
     q,c = new(b.dls); fit(c.load('m'))
     assert torch.equal(weights(a), weights(c)) and torch.equal(weights(p), weights(q))
-    d = copy.deepcopy(c); before = weights(q); fit(d)
+    d = deepcopy(c); before = weights(q); fit(d)
     assert torch.equal(weights(q), before)
 
 def test_mutual_learning_ends_clean():
@@ -259,7 +259,7 @@ def test_distillation_token(teachers):
     h,x = history(learn),digits(100).valid.one_batch()[0]
     assert len(looked)==20 and h.hard_target.iloc[-1]<h.hard_target.iloc[0] and h.accuracy.iloc[-1]>0.3
     assert learn.get_preds(act=noop)[0].shape==(797,10)
-    copy.deepcopy(learn)
+    deepcopy(learn)
     with pytest.raises(ValueError, match='Expected .class, distillation. predictions'): fit(learner(cbs=DistillationToken(teachers[0])))
 
 class WithExit(nn.Module):
@@ -389,8 +389,8 @@ def test_distill(teachers):
 
 def state(learn):
     "All of a Learner that a report could change"
-    return copy.deepcopy(dict(model=learn.model.state_dict(), modes=[m.training for m in learn.model.modules()], cbs=learn.cbs.map(str), metrics=learn.metrics.attrgot('name'),
-        values=learn.recorder.values, rng=(torch.get_rng_state(), random.getstate(), np.random.get_state()[1]), loaders=[o.rng.getstate() for o in learn.dls.loaders],
+    return deepcopy(dict(model=learn.model.state_dict(), modes=[m.training for m in learn.model.modules()], cbs=learn.cbs.map(str), metrics=learn.metrics.attrgot('name'),
+        values=vars(learn.recorder).get('values'), rng=(torch.get_rng_state(), random.getstate(), np.random.get_state()[1]), loaders=[o.rng.getstate() for o in learn.dls.loaders],
         grads=[p.grad for p in learn.model.parameters()], opt=learn.opt and learn.opt.state_dict()['hypers']))
 
 def same(a, b):
@@ -409,7 +409,7 @@ def test_report_changes_nothing(teachers, fitted, tmp_path):
     a,b = new(),new()
     t = teachers[0].model.train()
     before,stamp = state(b),{p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
-    modes,sd = [m.training for m in t.modules()],copy.deepcopy(t.state_dict())
+    modes,sd = [m.training for m in t.modules()],deepcopy(t.state_dict())
     b.kd_report()
     after = state(b)
     assert [k for k in before if not same(before[k], after[k])]==[]
@@ -438,10 +438,10 @@ def test_report_warns(teachers):
     good = fit(learner(8, dls=digits()), 6)
     def said(learn, *args, **kwargs): return ' / '.join(learn.distill(*args, **kwargs).kd_report().warnings)
     assert 'the teacher is no better than the student' in said(good, learner(6, seed=3))
-    sure = nn.Sequential(copy.deepcopy(good.model), type('Times', (nn.Module,), {'forward': lambda self,x: 10*x})())
+    sure = nn.Sequential(deepcopy(good.model), type('Times', (nn.Module,), {'forward': lambda self,x: 10*x})())
     assert 'soft_target at T=1 carries little' in said(learner(), sure, partial(SoftTarget, T=1)) and 'mutual at T=1' in said(learner(), sure, Mutual)
     assert 'at T=1' not in said(learner(), sure, partial(SoftTarget, T=4))
-    w = said(learner(), good, [Term(FitNet, 1e5, layers='5'), Term(SoftTarget, 1e-6)] if False else Term(SoftTarget, 1e5))
+    w = said(learner(), good, Term(SoftTarget, 1e5))
     assert 'soft_target is ' in w and 'times the task loss' in w
     assert 'raise its weight of 1e-06' in said(learner(), good, Term(SoftTarget, 1e-6))
     with pytest.raises(ValueError, match='no teacher to report on'): learner().kd_report()
