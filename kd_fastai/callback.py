@@ -26,7 +26,7 @@ from .hooks import Capture, layer_lists, unique_names, unwrap
 from .scope import GuestParams, ScopedCallback
 from .teacher import Teacher, check_class_map, check_taught_alike, plain, prediction, shared_classes
 
-# %% ../nbs/07_callback.ipynb #6772b188
+# %% ../nbs/07_callback.ipynb #c6051cea
 def _finite(x, what):
     "A finite number, or an error that says what is none"
     try: x = float(x)
@@ -52,13 +52,14 @@ class Term:
         name:str|None=None,  # Name of its column; made from the loss, if not given
         **params             # Schedules of the loss's own parameters, such as `T=SchedCos(8,2)`
     ):
-        self.loss,self.params = loss,params
-        for o in params.values(): _check_schedule(o)
-        self.needs = needs(self.at(0.))
-        self.weight,self.schedule = _finite(weight, f"The weight of {loss_name(loss)}"),schedule
+        self.needs = needs(partial(loss, **params) if params else loss)
+        self.loss,self.weight,self.schedule,self.params = loss,_finite(weight, f"The weight of {loss_name(loss)}"),schedule,params
         self.layers = None if layers is None else layer_lists(layers)
         self.name = camel2snake(loss_name(loss)) if name is None else name
         _check_schedule(schedule)
+        for k,o in params.items():
+            if not callable(o): raise TypeError(f"{k}={o!r} is no schedule: a constant is given by partial({loss_name(loss)}, {k}={o!r})")
+            _check_schedule(o)
 
     @property
     def module(self)->nn.Module|None:

@@ -41,11 +41,11 @@ def distill(self:Learner,
     self.remove_cbs(L(cb for cb in self.cbs if isinstance(cb, KnowledgeDistillationCallback)))
     return self.add_cb(kd)
 
-# %% ../nbs/08_schemes.ipynb #e56d2bf5
+# %% ../nbs/08_schemes.ipynb #f95a71d9
 class Ensemble(nn.ModuleList):
     """Several teachers that answer as one, by the mean of their probabilities. A layer of the first is named `'0.layer1'`, and so on.
 
-    Raises `TypeError` for what is no teacher; `ValueError` for weights that are none, and for Learners with different vocabularies or `Normalize` statistics."""
+    Raises `TypeError` for what is no list of teachers; `ValueError` for an empty one, for weights that are none, and for Learners with different vocabularies or `Normalize` statistics."""
     def __init__(self,
         teachers:list,      # Models, `Learner`s or paths of exported ones
         weights:list=None,  # One number a teacher, which are scaled to a sum of 1; equal, if not given
@@ -53,6 +53,8 @@ class Ensemble(nn.ModuleList):
         logits:bool=False,  # Average logits instead?
         axis:int=1          # Dimension of the classes; -1 in language models
     ):
+        if not isinstance(teachers, (list,tuple)): raise TypeError(f"Expected a list of teachers, got {type(teachers).__name__}")
+        if not teachers: raise ValueError("An ensemble needs a teacher, got none")
         models,learners = zip(*map(read_teacher, teachers))
         super().__init__(models)
         w = torch.ones(len(models)) if weights is None else torch.tensor(list(map(float, weights)))
@@ -125,7 +127,7 @@ class MeanTeacher(KnowledgeDistillationCallback):
         if path and path.exists(): self.average.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
         else: self.average.n_averaged.zero_()
 
-# %% ../nbs/08_schemes.ipynb #6995b76e
+# %% ../nbs/08_schemes.ipynb #17b735ad
 def generations(
     learners:list|dict, # Untrained `Learner`s, in their order, perhaps by name
     train:Callable,     # `train(learn, teacher)` trains one; the teacher is the Learner before it, or None
@@ -141,7 +143,7 @@ def generations(
 
 def _validate(learn):
     "Names and values of the validation loss and metrics, without a word"
-    values = learn.validate()
+    with learn.no_bar(): values = learn.validate()
     return dict(zip(['valid_loss', *learn.metrics.attrgot('name')], values))
 
 def _scores(learn): return {'parameters': sum(p.numel() for p in learn.model.parameters()), **_validate(learn)}

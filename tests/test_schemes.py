@@ -311,7 +311,8 @@ def test_parameters_follow_schedules(teachers):
     ours,hand = (fit(learner(cbs=KnowledgeDistillationCallback(teachers[0], o))) for o in (Term(SoftTarget, T=SchedNo(3,3)), Term(partial(SoftTarget, T=3))))
     assert torch.equal(weights(ours), weights(hand))
     with pytest.raises(TypeError, match="SoftTarget has no parameter 'temperature': its parameters are pred, teacher_pred, T"): Term(SoftTarget, temperature=SchedLin(8,2))
-    with pytest.raises(TypeError, match='A schedule is a function'): Term(SoftTarget, T=4)
+    with pytest.raises(TypeError, match='T=4 is no schedule: a constant is given by partial'): Term(SoftTarget, T=4)
+    with pytest.raises(TypeError, match="FitNet has no parameter 'layer': its parameters are fm_s, fm_t"): Term(FitNet, layer='5')
     with pytest.raises(ValueError, match='must be finite'): Term(SoftTarget, T=lambda p: float('nan'))
 
 @pytest.mark.parametrize('shares,scheds,expected', [([0.4,0.6], [SchedLin(0,1),SchedNo(1,1)], [0,.5,1,1,1]), ([0.6,0.4], [SchedNo(1,1),SchedNo(0,0)], [1,1,1,0,0])], ids=['warm-up','stops early'])
