@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['Term', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/07_callback.ipynb #473bde13
+# %% ../nbs/07_callback.ipynb #f427842f
 import copy, math, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -21,12 +21,13 @@ from fastai.basics import Learner, ValueMetric, detuplify, find_bs, join_path_fi
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
+from .adapters import Adapted, check_adapt
 from .contract import facts, loss_name, needs, unwrap_loss
 from .hooks import Capture, layer_lists, unique_names, unwrap
-from .scope import GuestParams, ScopedCallback
+from .scope import GuestParams, ScopedCallback, batch_indices
 from .teacher import Teacher, check_class_map, check_taught_alike, plain, prediction, shared_classes
 
-# %% ../nbs/07_callback.ipynb #c6051cea
+# %% ../nbs/07_callback.ipynb #fbacfb79
 def _finite(x, what):
     "A finite number, or an error that says what is none"
     try: x = float(x)
@@ -50,10 +51,13 @@ class Term:
         layers:str|list|dict|None=None, # A layer name, a list of names and (student, teacher) tuples, or what `match_feature_layers` returns; those of the callback, if not given
         schedule:Callable|None=None, # A fastai schedule that multiplies the weight; that of the callback, if not given
         name:str|None=None,  # Name of its column; made from the loss, if not given
+        adapt:str|Callable|list|None=None, # Trained layers that give the student's features the teacher's shapes: 'auto', an `adapter`, a list of one a pair; that of the callback, if not given
         **params             # Schedules of the loss's own parameters, such as `T=SchedCos(8,2)`
     ):
         self.needs = needs(partial(loss, **params) if params else loss)
-        self.loss,self.weight,self.schedule,self.params = loss,_finite(weight, f"The weight of {loss_name(loss)}"),schedule,params
+        self.loss,self.weight,self.schedule,self.adapt,self.params = loss,_finite(weight, f"The weight of {loss_name(loss)}"),schedule,adapt,params
+        check_adapt(adapt)
+        if adapt is not None and not self.feature: raise ValueError(f"adapt is for losses on features, got {loss_name(loss)}, which looks at none")
         self.layers = None if layers is None else layer_lists(layers)
         self.name = camel2snake(loss_name(loss)) if name is None else name
         _check_schedule(schedule)
@@ -64,7 +68,7 @@ class Term:
     @property
     def module(self)->nn.Module|None:
         "The loss, if it is a module"
-        f = unwrap_loss(self.loss)[0]
+        f = self.loss if isinstance(self.loss, Adapted) else unwrap_loss(self.loss)[0]
         return f if isinstance(f, nn.Module) else None
 
     @property
@@ -72,14 +76,15 @@ class Term:
         "Does the loss look at features?"
         return bool(self.needs.wanted & {'fm_s','fm_t'})
 
-    def filled(self, layers, schedule):
-        "A copy with the callback's layers and schedule where it has none. Raises `ValueError` for what the loss needs and is not there"
+    def filled(self, layers, schedule, adapt=None):
+        "A copy with the callback's layers, schedule and adapters where it has none. Raises `ValueError` for what the loss needs and is not there"
         res = copy.copy(self)
         if res.layers is None: res.layers = layers
         if res.schedule is None: res.schedule = schedule
+        if res.adapt is None: res.adapt = adapt
         if self.needs.required & {'fm_s','fm_t'} and not any(res.layers): raise ValueError(
             f"{loss_name(self.loss)} compares features, but no layers are named: give activations_student (match_feature_layers finds some)")
-        if 'idx' in self.needs.required: raise ValueError(f"{loss_name(self.loss)} needs idx, the samples' positions in the data set, which the callback cannot give yet")
+        if res.adapt is not None and self.feature: res.loss = Adapted(self.loss, res.adapt)
         return res
 
     def factor(self, pct:float)->float:
@@ -98,9 +103,10 @@ class Term:
     def __repr__(self):
         kw = ', '.join(f'{k}={v}' for k,v in {**unwrap_loss(self.loss)[1], **dict.fromkeys(self.params, 'schedule')}.items())
         pairs = f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in zip(*self.layers))}" if self.feature and self.layers and any(self.layers) else ''
-        return f"{self.weight:g}·{'schedule·' if self.schedule else ''}{loss_name(self.loss)}{f'({kw})' if kw else ''}{pairs}"
+        adapted = ', adapted' if self.feature and self.adapt is not None else ''
+        return f"{self.weight:g}·{'schedule·' if self.schedule else ''}{loss_name(self.loss)}{f'({kw})' if kw else ''}{pairs}{adapted}"
 
-# %% ../nbs/07_callback.ipynb #a7d6136f
+# %% ../nbs/07_callback.ipynb #1f91316f
 class KnowledgeDistillationCallback(ScopedCallback):
     """Train a student with a teacher: while training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term.
 
@@ -121,6 +127,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         task_weight:float=1.,      # Weight of the Learner's own loss
         schedule:Callable|None=None, # A fastai schedule that multiplies the weights, such as `SchedCos(0,1)`; begins anew with each fit
         teacher_tfm:Callable|None=None, # Makes the teacher's inputs from the student's, where they differ: `teacher_tfm(*xb)`
+        adapt:str|Callable|list|None=None, # Trained layers that give the student's features the teacher's shapes: 'auto', an `adapter`, a list of one a pair
         class_map:list|None=None,  # The teacher's column for each of the student's classes, -1 where it has none, as `match_classes` gives it
         balance:bool=False         # Scale each term, batch by batch, to the size of the task loss, so that weights are shares of it?
     ):
@@ -128,13 +135,14 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if not losses: raise ValueError("Expected at least one loss, got none")
         self.weight,self.task_weight = _finite(weight, "weight"),_finite(task_weight, "task_weight")
         _check_schedule(schedule)
+        check_adapt(adapt)
         layers = layer_lists(activations_student, activations_teacher)
-        self.terms = [(o if isinstance(o, Term) else Term(o, weight=self.weight)).filled(layers, schedule) for o in losses]
+        self.terms = [(o if isinstance(o, Term) else Term(o, weight=self.weight)).filled(layers, schedule, adapt) for o in losses]
         for o,name in zip(self.terms, unique_names(['task_loss', *(o.name for o in self.terms)])[1:]): o.name = name
         self.teacher = Teacher(teacher, [n for o in self.terms for n in o.layers[1]], teacher_tfm)
         self.class_map,self.balance = class_map if class_map is None else check_class_map(class_map, [o.name for o in self.terms if 'target' in o.needs.required]),balance
         self._guests,self._built,self._loaded,self._said = GuestParams(),False,{},set()
-        if any(layers) and not any(o.feature for o in self.terms): self._warn('layers', f"Layers are named, but no loss looks at features: {self}")
+        if (any(layers) or adapt is not None) and not any(o.feature for o in self.terms): self._warn('layers', f"Layers are named or adapted, but no loss looks at features: {self}")
 
     def __repr__(self): return ' + '.join([f"{type(self).__name__}: {self.task_weight:g}·task_loss", *map(repr, self.terms)])
 
@@ -229,7 +237,7 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
     if not self.learn.lock.locked(): self.leave()
 
-# %% ../nbs/07_callback.ipynb #95cd1b04
+# %% ../nbs/07_callback.ipynb #7574c20b
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss"
@@ -251,7 +259,7 @@ def _given(self:KnowledgeDistillationCallback):
         "target by a transform, and set task_weight=0")
     teacher_pred,fm_t = self.teacher(*self.xb)
     fm_s,fm_t = ({k: _half_to_float(plain(v)) for k,v in fm.items()} for fm in (self._student.take(), fm_t))
-    return dict(self._predictions(prediction(self.pred), teacher_pred), fm_s=fm_s, fm_t=fm_t)
+    return dict(self._predictions(prediction(self.pred), teacher_pred), fm_s=fm_s, fm_t=fm_t, **self._indices(teacher_pred.device))
 
 @patch
 def _predictions(self:KnowledgeDistillationCallback, pred, teacher_pred):
@@ -262,6 +270,23 @@ def _predictions(self:KnowledgeDistillationCallback, pred, teacher_pred):
     preds = *preds,detuplify(tuple(map(plain, self.yb)))
     if preds[0].ndim>2: preds = _labelled(*preds, self._ignore)
     return dict(zip(('pred','teacher_pred','target'), preds))
+
+@patch
+def _mixed(self:KnowledgeDistillationCallback):
+    "The callback that mixes samples (MixUp, CutMix), or None"
+    return next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
+
+@patch
+def _indices(self:KnowledgeDistillationCallback, device):
+    "`{'idx': positions of the samples}`, if a term has a use for them; empty where there are none and no term insists"
+    if not any('idx' in o.needs.wanted for o in self.terms): return {}
+    try:
+        if self._mixed(): raise ValueError(f"A sample that {type(self._mixed()).__name__} mixed of two has no position in the data set")
+        return {'idx': batch_indices(self.learn.dl, self.iter, find_bs(self.xb)).to(device)}
+    except ValueError as e:
+        needy = [o.name for o in self.terms if 'idx' in o.needs.required]
+        if needy: raise ValueError(f"{', '.join(needy)} needs idx: {e}") from None
+        return {}
 
 # %% ../nbs/07_callback.ipynb #8aa8ff4c
 def _class_axis(loss_func):
@@ -280,7 +305,7 @@ def _full_precision(device):
     "Autocast off: a product of float32 tensors would be cast back"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
-# %% ../nbs/07_callback.ipynb #39e672ef
+# %% ../nbs/07_callback.ipynb #ae50ae19
 @patch
 def _value(self:KnowledgeDistillationCallback, term, factor, given):
     "What a term's loss gives for this batch, a scalar; without a gradient where its factor is 0, so that it only watches"
@@ -298,11 +323,11 @@ def _value(self:KnowledgeDistillationCallback, term, factor, given):
 @patch
 def _both_labels(self:KnowledgeDistillationCallback, term, args):
     "The loss, interpolated between both labels where samples are mixed; by the batch's mean share, since a loss is one number"
-    mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)), None)
+    mix = self._mixed()
     if 'target' in term.needs.required: args.update(zip(('pred','teacher_pred','target'), _labelled(args['pred'], args['teacher_pred'], args['target'], self._ignore)))
     if not len(args['pred']): return args['pred'].sum()  # no label in this batch
     loss = term.at(self.pct_train)
-    if mix is None or 'target' not in term.needs.wanted: return loss(**term.needs.pick(args))
+    if not getattr(mix, 'stack_y', False) or 'target' not in term.needs.wanted: return loss(**term.needs.pick(args))
     a,b = (loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.yb, mix.yb1))
     return torch.lerp(b, a, plain(mix.lam).mean().to(a))
 
@@ -340,7 +365,7 @@ def _compare(self:KnowledgeDistillationCallback, term, v, task):
     if small: self._warn(('small', term.name), f"{term.name} adds {term.weight*v:.1g} to a task loss of {self.task_weight*task:.2g}, too little to matter: {hint}")
     self._said.add(('small', term.name))
 
-# %% ../nbs/07_callback.ipynb #9dcf35b7
+# %% ../nbs/07_callback.ipynb #ac030188
 @patch(as_prop=True)
 def _modules(self:KnowledgeDistillationCallback): return [o.module for o in self.terms if o.module is not None]
 
@@ -364,7 +389,10 @@ def _train_owned(self:KnowledgeDistillationCallback):
     "For the rest of this fit the optimizer trains them too; `lr_find` leaves them as they were"
     if self._guests.params and num_distrib()>1: raise NotImplementedError(
         f"Weights that losses own ({', '.join(o.name for o in self.terms if o.module is not None)}) are not kept equal over processes yet: train in one, or without these losses")
-    if self._guests.params: self.scope.enter_context(self._guests.visiting(self.learn.opt, trial=any(isinstance(cb, LRFinder) for cb in self.learn.cbs)))
+    trial = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+    if trial:
+        for m in self._modules: self.scope.callback(m.load_state_dict, copy.deepcopy(m.state_dict()))
+    if self._guests.params: self.scope.enter_context(self._guests.visiting(self.learn.opt, trial))
 
 @patch
 def _beside(self:KnowledgeDistillationCallback, file, what='losses'):
@@ -378,7 +406,7 @@ def around_save(self:KnowledgeDistillationCallback, file, *args, **kwargs):
     "Save what losses own beside the student"
     with self._guests.away(self.learn.opt):
         yield
-        if self._guests.params and (path := self._beside(file)):
+        if self._built and any(m.state_dict() for m in self._modules) and (path := self._beside(file)):
             torch.save({'weights': [m.state_dict() for m in self._modules], 'states': self._guests.states}, path)
 
 @patch

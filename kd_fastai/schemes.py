@@ -148,7 +148,7 @@ def _validate(learn):
 
 def _scores(learn): return {'parameters': sum(p.numel() for p in learn.model.parameters()), **_validate(learn)}
 
-# %% ../nbs/08_schemes.ipynb #43a34c67
+# %% ../nbs/08_schemes.ipynb #0c9e7e86
 class _Peers(Teacher):
     "Networks that answer while they learn themselves: in training mode, and with gradients, which stay theirs"
     @contextmanager
@@ -194,9 +194,9 @@ class MutualLearning(KnowledgeDistillationCallback):
             self.learn.loss_grad = self.learn.loss_grad + self._of_peer(preds[i], others)
 
     def _of_peer(self, pred, others):
-        given,task = self._predictions(pred, others),plain(self.learn.loss_func(pred, *self.yb))
-        factors = [o.factor(self.pct_train) for o in self.terms]
-        return self.task_weight*task + sum(w*self._value(o, w, {**given, 'fm_s':{}, 'fm_t':{}}) for o,w in zip(self.terms, factors))
+        given = dict(self._predictions(pred, others), fm_s={}, fm_t={}, **self._indices(pred.device))
+        task,factors = plain(self.learn.loss_func(pred, *self.yb)),[o.factor(self.pct_train) for o in self.terms]
+        return self.task_weight*task + sum(w*self._value(o, w, given) for o,w in zip(self.terms, factors))
 
     def _add_columns(self):
         super()._add_columns()
