@@ -32,7 +32,7 @@ def calibration_error(
     group = (confidence*bins).long().clamp_max(bins-1)
     return (confidence.new_zeros(bins).index_add(0, group, right.to(confidence)-confidence).abs().sum()/len(confidence)).item()
 
-# %% ../nbs/08_report.ipynb #6dce6c1f
+# %% ../nbs/08_report.ipynb #2a6ab3b3
 class _OneBatch(Callback):
     "Measure the terms of a distillation callback on a fit's first batch, and end the fit"
     order = KnowledgeDistillationCallback.order+0.5
@@ -47,7 +47,7 @@ class _OneBatch(Callback):
         "The table of terms and that of layers"
         kd,values = self.kd,[o.detach().item() for o in self.values]
         weights = [kd.task_weight, *(o.factor(0.5) for o in kd.terms)]
-        if kd.balance: weights[1:] = [w*abs(values[0]/v) for w,v in zip(weights[1:], values[1:])]
+        if kd.balance: weights[1:] = [w*abs(values[0])/max(abs(v), 1e-8) for w,v in zip(weights[1:], values[1:])]
         grads = [w*self._gradient(o) for w,o in zip(weights, self.values)]
         sizes = [abs(w*v) for w,v in zip(weights, values)]
         norms = [g.norm().item() for g in grads]

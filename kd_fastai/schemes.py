@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/schemes.html.md"""
 # %% auto #0
 __all__ = ['Ensemble', 'MeanTeacher', 'generations', 'MutualLearning', 'DistillationToken', 'exits', 'SelfDistillation']
 
-# %% ../nbs/08_schemes.ipynb #1cb2fd38
+# %% ../nbs/08_schemes.ipynb #5d0e38da
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
 from fastai.basics import Learner, L, ValueMetric, is_listy
 from fastai.callback.schedule import LRFinder
-from .callback import KnowledgeDistillationCallback, Term
+from .callback import KnowledgeDistillationCallback, Term, _half_to_float
 from .contract import facts, loss_name, needs
 from .hooks import unwrap
 from .losses import Attention, HardTarget, Mutual, SoftTarget
@@ -41,7 +41,7 @@ def distill(self:Learner,
     self.remove_cbs(L(cb for cb in self.cbs if isinstance(cb, KnowledgeDistillationCallback)))
     return self.add_cb(kd)
 
-# %% ../nbs/08_schemes.ipynb #f95a71d9
+# %% ../nbs/08_schemes.ipynb #b007e229
 class Ensemble(nn.ModuleList):
     """Several teachers that answer as one, by the mean of their probabilities. A layer of the first is named `'0.layer1'`, and so on.
 
@@ -72,7 +72,7 @@ class Ensemble(nn.ModuleList):
         shapes = [tuple(p.shape) for p in preds]
         if len({*shapes})>1: raise ValueError(f"The teachers' predictions have different shapes: {shapes}. Have all the same classes?")
         if len(preds)==1: return preds[0]
-        preds = [p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in preds]
+        preds = list(map(_half_to_float, preds))
         if self.logits: return sum(w*p for w,p in zip(self.weights, preds))
         return self.T*torch.stack([w.log()+(p/self.T).log_softmax(self.axis) for w,p in zip(self.weights, preds)]).logsumexp(0)
 
@@ -148,7 +148,7 @@ def _validate(learn):
 
 def _scores(learn): return {'parameters': sum(p.numel() for p in learn.model.parameters()), **_validate(learn)}
 
-# %% ../nbs/08_schemes.ipynb #0c9e7e86
+# %% ../nbs/08_schemes.ipynb #7c783012
 class _Peers(Teacher):
     "Networks that answer while they learn themselves: in training mode, and with gradients, which stay theirs"
     @contextmanager
@@ -159,7 +159,7 @@ class _Peers(Teacher):
             finally: self.preds = None
 
     def __call__(self, *xb):
-        self.preds = [prediction(m(*map(plain, xb))) for m in self.model]
+        self.preds = [_half_to_float(prediction(m(*map(plain, xb)))) for m in self.model]
         return self.model.combine([p.detach() for p in self.preds]),{}
 
 class MutualLearning(KnowledgeDistillationCallback):

@@ -217,6 +217,27 @@ def test_mutual_learning_saves_its_peers(tmp_path):
     d = deepcopy(c); before = weights(q); fit(d)
     assert torch.equal(weights(q), before)
 
+def test_lr_find_leaves_peers():
+    "weights and batch norm statistics"
+    a,b = learner(4),learner(6, seed=1)
+    fit(a.add_cb(MutualLearning(b)))
+    before = deepcopy(b.model.state_dict())
+    a.lr_find(num_it=6, show_plot=False)
+    assert same(before, b.model.state_dict()) and b.metrics.attrgot('name')==['accuracy']
+
+class BFloat16(MixedPrecision):
+    "fastai's callback, on the CPU"
+    def before_fit(self): super().before_fit(); self.autocast,self.learn.scaler = torch.autocast('cpu', dtype=torch.bfloat16),torch.amp.GradScaler('cpu', enabled=False)
+
+@pytest.mark.parametrize('scheme', [lambda l: MutualLearning(learner(6), learner(8)), MeanTeacher, lambda l: KnowledgeDistillationCallback(Ensemble([small_net(4), small_net(6)]), SoftTarget)], ids=['mutual','mean teacher','ensemble'])
+def test_half_precision(scheme):
+    "answers are computed in half precision, combined and compared in full"
+    learn = learner(cbs=BFloat16(amp_mode='bf16'))
+    learn.add_cb(scheme(learn))
+    plain = learner(); plain.add_cb(scheme(plain))
+    a,b = (history(fit(o, 2)) for o in (learn, plain))
+    assert a.shape==b.shape and not a.equals(b) and np.allclose(a, b, rtol=0.1, atol=0.05)
+
 def test_mutual_learning_ends_clean():
     a,b = learner(4),learner(6, seed=1)
     class Boom(Callback):
@@ -261,6 +282,19 @@ def test_distillation_token(teachers):
     assert learn.get_preds(act=noop)[0].shape==(797,10)
     deepcopy(learn)
     with pytest.raises(ValueError, match='Expected .class, distillation. predictions'): fit(learner(cbs=DistillationToken(teachers[0])))
+
+def test_distillation_token_of_timm(teachers):
+    "its distilled transformer, which returns pairs when told to"
+    timm = pytest.importorskip('timm')
+    def net(): set_seed(0); return timm.create_model('deit_tiny_distilled_patch16_224', img_size=8, patch_size=4, in_chans=1, num_classes=10, embed_dim=32, depth=1, num_heads=2)
+    learn = learner(cbs=DistillationToken(teachers[0]), model=net())
+    with pytest.raises(ValueError, match='call model.set_distilled_training.True.'): fit(learn)
+    learn.model.set_distilled_training(True)
+    before = deepcopy(learn.model.state_dict())
+    h = history(fit(learn, 4, 1e-3))
+    assert h.hard_target.iloc[-1]<h.hard_target.iloc[0]
+    moved = {k for k,v in learn.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert {'dist_token','head_dist.weight','head.weight'}<=moved and learn.get_preds(act=noop)[0].shape==(797,10)
 
 class WithExit(nn.Module):
     def __init__(self):
