@@ -7,10 +7,9 @@ Docs: https://kd-fastai.github.io/kd_fastai/report.html.md"""
 # %% auto #0
 __all__ = ['calibration_error', 'KDReport']
 
-# %% ../nbs/08_report.ipynb #3df0ec2b
+# %% ../nbs/08_report.ipynb #cd1b1906
 import copy
 from contextlib import contextmanager
-from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import nn, Tensor
@@ -68,7 +67,7 @@ class _OneBatch(Callback):
 
 def _shares(xs): return [x/xs[0] if xs[0] else float('nan') for x in xs]
 
-# %% ../nbs/08_report.ipynb #1de56d9b
+# %% ../nbs/08_report.ipynb #c94604be
 class _Answered(GetAttr):
     "A Learner as if its model had answered otherwise, for metrics to look at"
     _default = 'learn'
@@ -98,7 +97,7 @@ class _Watch(Callback):
         res = pd.DataFrame([[_number(m.value) for m in self.scores], values], index=['teacher','student'], columns=['valid_loss', *(m.name for m in self.scores[1:])])
         if not self.rows: return res,None
         conf,cls,conf_t,cls_t,y = map(torch.cat, zip(*self.rows))
-        res['right'] = [(o==y).float().mean().item() for o in (cls_t, cls)]
+        res['accuracy'] = [(o==y).float().mean().item() for o in (cls_t, cls)]
         res['confidence'] = [o.mean().item() for o in (conf_t, conf)]
         res['calibration_error'] = [calibration_error(c, o==y) for c,o in ((conf_t, cls_t), (conf, cls))]
         return res,(cls==cls_t).float().mean().item()
@@ -112,31 +111,33 @@ def _in_students_order(pred, class_map):
     res[:,known] = pred[:,[class_map[i] for i in known]]
     return res
 
-# %% ../nbs/08_report.ipynb #f19936a1
-class KDReport(NamedTuple):
-    "What `Learner.kd_report` found"
-    scores:pd.DataFrame  # Teacher and student on the validation set
-    agreement:float|None # Share of the validation set on which they predict the same class; None without classes
-    terms:pd.DataFrame   # Weight, value, and size and gradient of each weighted term, in those of the weighted task loss
-    layers:pd.DataFrame  # Compared layers, with shapes
-    warnings:list        # What should be looked at
+# %% ../nbs/08_report.ipynb #865ebcaa
+class KDReport:
+    "What `Learner.kd_report` found. `repr` prints it, and a notebook shows its tables"
+    def __init__(self,
+        scores:pd.DataFrame,  # Teacher and student on the validation set
+        agreement:float|None, # Share of the validation set on which they predict the same class; None without classes
+        terms:pd.DataFrame,   # Weight and value of each term, and its weighted size and gradient in those of the task loss
+        layers:pd.DataFrame,  # Compared layers, with their shapes
+        warnings:list         # What should be looked at
+    ): store_attr()
 
     def _parts(self):
         agreement = '' if self.agreement is None else f"They agree on {self.agreement:.1%} of the validation set."
-        return [self.scores, agreement, self.terms, self.layers if len(self.layers) else '', *(f"Warning: {o}" for o in self.warnings)]
-    def __repr__(self): return '\n\n'.join(o if isinstance(o, str) else o.to_string(float_format='{:.3g}'.format) for o in self._parts() if len(o))
-    def _repr_html_(self): return '\n'.join(f'<p>{o}</p>' if isinstance(o, str) else o.to_html(float_format='{:.3g}'.format) for o in self._parts() if len(o))
+        return [o for o in (self.scores, agreement, self.terms, self.layers, *(f"Warning: {o}" for o in self.warnings)) if len(o)]
+    def __repr__(self): return '\n\n'.join(o if isinstance(o, str) else o.to_string(float_format='{:.3g}'.format) for o in self._parts())
+    def _repr_html_(self): return '\n'.join(f'<p>{o}</p>' if isinstance(o, str) else o.to_html(float_format='{:.3g}'.format) for o in self._parts())
 
-def _cautions(kd, scores, terms):
+def _cautions(kd, scores, agreement, terms):
     "What speaks against this teacher or these weights"
-    right = 'right' in scores
-    t,s = scores['right' if right else 'valid_loss']
-    if t<=s if right else t>=s: yield f"the teacher is no better than the student on the student's validation set ({t:.3g} against {s:.3g})"
+    classes = agreement is not None
+    t,s = scores['accuracy' if classes else 'valid_loss']
+    if t<=s if classes else t>=s: yield f"the teacher is no better than the student on the student's validation set ({t:.3g} against {s:.3g})"
     for n,r in terms.iloc[1:].iterrows():
         if r['size']>=100: yield f"{n} is {r['size']:,.0f} times the task loss: lower its weight of {r.weight:g}"
         if 0<r['size']<1e-3 and r.gradient<1e-2: yield f"{n} is {r['size']:.1g} of the task loss, its gradient {r.gradient:.1g} of the task's: raise its weight of {r.weight:g}"
     hard = [o.name for o in kd.terms if _unsoftened(o)]
-    if hard and right and scores.confidence.teacher>0.95: yield (
+    if hard and classes and scores.confidence.teacher>0.95: yield (
         f"{', '.join(hard)} at T=1 carries little beyond the labels: the teacher is sure of its answers ({scores.confidence.teacher:.1%} on average). A temperature of 2 to 8 shows what it confuses")
 
 def _unsoftened(term):
@@ -144,7 +145,7 @@ def _unsoftened(term):
     f,given = unwrap_loss(term.at(0.5))
     return f is Mutual or f is SoftTarget and given.get('T')==1
 
-# %% ../nbs/08_report.ipynb #150d9c5c
+# %% ../nbs/08_report.ipynb #1978bb3b
 def _apart(learn):
     "A copy of a Learner that shares its data; what records and tracks is replaced by what does nothing"
     shared = [learn.dls, *learn.dls.loaders, *(getattr(learn, k, None) for k in ('dl','xb','yb','pred','loss','loss_grad'))]
@@ -162,7 +163,7 @@ def _rewound(dls):
             if r is not None: o.rng = r
 
 @patch
-def kd_report(self:Learner)->KDReport:
+def kd_report(self:Learner)->'KDReport':
     """Score the teacher on the student's validation set, and compare it with the student, and the terms with the task loss. Trains and changes nothing.
 
     Raises `ValueError` without a distillation callback, and what the start of a fit would raise."""
@@ -175,4 +176,4 @@ def kd_report(self:Learner)->KDReport:
         with kd.teacher.answering(next((p.device for p in learn.model.parameters()), None)): values = learn.validate(cbs=watch)
         learn.fit(1, cbs=batch)
         scores,agreement = watch.table(values)
-        return KDReport(scores, agreement, batch.terms, batch.layers, [*_cautions(kd, scores, batch.terms)])
+        return KDReport(scores, agreement, batch.terms, batch.layers, [*_cautions(kd, scores, agreement, batch.terms)])
