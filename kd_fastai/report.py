@@ -111,7 +111,7 @@ def _in_students_order(pred, class_map):
     res[:,known] = pred[:,[class_map[i] for i in known]]
     return res
 
-# %% ../nbs/08_report.ipynb #865ebcaa
+# %% ../nbs/08_report.ipynb #ae553af6
 class KDReport:
     "What `Learner.kd_report` found. `repr` prints it, and a notebook shows its tables"
     def __init__(self,
@@ -125,8 +125,8 @@ class KDReport:
     def _parts(self):
         agreement = '' if self.agreement is None else f"They agree on {self.agreement:.1%} of the validation set."
         return [o for o in (self.scores, agreement, self.terms, self.layers, *(f"Warning: {o}" for o in self.warnings)) if len(o)]
-    def __repr__(self): return '\n\n'.join(o if isinstance(o, str) else o.to_string(float_format='{:.3g}'.format) for o in self._parts())
-    def _repr_html_(self): return '\n'.join(f'<p>{o}</p>' if isinstance(o, str) else o.to_html(float_format='{:.3g}'.format) for o in self._parts())
+    def __repr__(self): return '\n\n'.join(o if isinstance(o, str) else o.to_string(float_format='{:.4g}'.format) for o in self._parts())
+    def _repr_html_(self): return '\n'.join(f'<p>{o}</p>' if isinstance(o, str) else o.to_html(float_format='{:.4g}'.format) for o in self._parts())
 
 def _cautions(kd, scores, agreement, terms):
     "What speaks against this teacher or these weights"

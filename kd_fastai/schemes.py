@@ -7,8 +7,9 @@ Docs: https://kd-fastai.github.io/kd_fastai/schemes.html.md"""
 # %% auto #0
 __all__ = ['Ensemble', 'MeanTeacher', 'generations', 'MutualLearning', 'DistillationToken', 'exits', 'SelfDistillation']
 
-# %% ../nbs/08_schemes.ipynb #5d0e38da
+# %% ../nbs/08_schemes.ipynb #0c87c948
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Callable
 import pandas as pd
@@ -19,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
 from fastai.basics import Learner, L, ValueMetric, is_listy
 from fastai.callback.schedule import LRFinder
-from .callback import KnowledgeDistillationCallback, Term, _half_to_float
+from .callback import KnowledgeDistillationCallback, Term, _class_axis, _half_to_float
 from .contract import facts, loss_name, needs
 from .hooks import unwrap
 from .losses import Attention, HardTarget, Mutual, SoftTarget
@@ -41,7 +42,7 @@ def distill(self:Learner,
     self.remove_cbs(L(cb for cb in self.cbs if isinstance(cb, KnowledgeDistillationCallback)))
     return self.add_cb(kd)
 
-# %% ../nbs/08_schemes.ipynb #b007e229
+# %% ../nbs/08_schemes.ipynb #4f51efe5
 class Ensemble(nn.ModuleList):
     """Several teachers that answer as one, by the mean of their probabilities. A layer of the first is named `'0.layer1'`, and so on.
 
@@ -51,7 +52,7 @@ class Ensemble(nn.ModuleList):
         weights:list=None,  # One number a teacher, which are scaled to a sum of 1; equal, if not given
         T:float=1.,         # Temperature of the loss: the mean is that of `softmax(pred/T)`
         logits:bool=False,  # Average logits instead?
-        axis:int=1          # Dimension of the classes; -1 in language models
+        axis:int=None       # Dimension of the classes; that of the Learners' loss function, or 1, if not given
     ):
         if not isinstance(teachers, (list,tuple)): raise TypeError(f"Expected a list of teachers, got {type(teachers).__name__}")
         if not teachers: raise ValueError("An ensemble needs a teacher, got none")
@@ -62,6 +63,7 @@ class Ensemble(nn.ModuleList):
         if not T>0: raise ValueError(f"Expected a temperature above 0, got T={T}")
         self.register_buffer('weights', w/w.sum())
         self.T,self.logits,self.axis,self._learner = T,logits,axis,next(filter(None, learners), None)
+        if axis is None: self.axis = _class_axis(getattr(self._learner, 'loss_func', None))
         for i,o in enumerate(learners):
             if o is not None: check_taught_alike(self._learner, o, who=('One teacher',f'teacher {i}'))
 
@@ -87,7 +89,7 @@ class Ensemble(nn.ModuleList):
         for m in self:
             if hasattr(m, 'reset'): m.reset()
 
-# %% ../nbs/08_schemes.ipynb #282a45a2
+# %% ../nbs/08_schemes.ipynb #eb5d594e
 class MeanTeacher(KnowledgeDistillationCallback):
     """Distil from the student's own moving average, which is `average.module` (Tarvainen & Valpola, 2017).
 
@@ -103,11 +105,10 @@ class MeanTeacher(KnowledgeDistillationCallback):
         self.average = AveragedModel(unwrap(read_teacher(student)[0]), multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         super().__init__(self.average.module, loss, *args, **kwargs)
 
-    def before_fit(self):
-        "As always, for a model that fits the average"
+    def _check_models(self):
+        super()._check_models()
         s,t = ({k:v.shape for k,v in unwrap(m).state_dict().items()} for m in (self.learn.model, self.average.module))
         if s!=t: raise ValueError("The average is that of another model: MeanTeacher(learn.model, ...) takes the one that the Learner trains")
-        super().before_fit()
 
     def after_step(self):
         "Move the average"
@@ -127,7 +128,7 @@ class MeanTeacher(KnowledgeDistillationCallback):
         if path and path.exists(): self.average.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
         else: self.average.n_averaged.zero_()
 
-# %% ../nbs/08_schemes.ipynb #17b735ad
+# %% ../nbs/08_schemes.ipynb #f08b3a7b
 def generations(
     learners:list|dict, # Untrained `Learner`s, in their order, perhaps by name
     train:Callable,     # `train(learn, teacher)` trains one; the teacher is the Learner before it, or None
@@ -135,11 +136,12 @@ def generations(
 )->pd.DataFrame: # A row each: number of parameters, valid_loss and metrics
     "Train `learners` one after another, each with the one before as its teacher"
     named = learners if isinstance(learners, dict) else dict(enumerate(learners, 1))
-    rows = {} if teacher is None else {'teacher': _scores(teacher)}
-    for name,learn in named.items():
+    rows = [] if teacher is None else [_scores(teacher)]
+    for learn in named.values():
         train(learn, teacher)
-        rows[name],teacher = _scores(learn),learn
-    return pd.DataFrame(rows.values(), index=[*rows])
+        rows.append(_scores(learn))
+        teacher = learn
+    return pd.DataFrame(rows, index=[*['teacher']*(len(rows)-len(named)), *named])
 
 def _validate(learn):
     "Names and values of the validation loss and metrics, without a word"
@@ -148,7 +150,7 @@ def _validate(learn):
 
 def _scores(learn): return {'parameters': sum(p.numel() for p in learn.model.parameters()), **_validate(learn)}
 
-# %% ../nbs/08_schemes.ipynb #7c783012
+# %% ../nbs/08_schemes.ipynb #63ccace3
 class _Peers(Teacher):
     "Networks that answer while they learn themselves: in training mode, and with gradients, which stay theirs"
     @contextmanager
@@ -175,7 +177,7 @@ class MutualLearning(KnowledgeDistillationCallback):
         schedule:Callable=None     # Multiplies the weights
     ):
         super().__init__(Ensemble(peers), loss, weight=weight, task_weight=task_weight, schedule=schedule)
-        if any(o.feature or o.module for o in self.terms): raise ValueError(f"Mutual learning takes losses on predictions without weights of their own, got {self}")
+        if any(o.feature or o.module is not None for o in self.terms): raise ValueError(f"Mutual learning takes losses on predictions without weights of their own, got {self}")
         self.teacher,self.peers = _Peers(self.teacher.model),[o for o in peers if isinstance(o, Learner)]
         self._guests.params,self._built = [*self.teacher.model.parameters()],True  # as weights that a loss owns
 
@@ -201,10 +203,12 @@ class MutualLearning(KnowledgeDistillationCallback):
     def _add_columns(self):
         super()._add_columns()
         self._peer_scores = [{} for _ in self.peers]
-        columns = [ValueMetric(lambda i=i,n=n: self._peer_scores[i].get(n), f'{n}#{i+2}')
+        columns = [ValueMetric(partial(self._peer_score, i, n), f'{n}#{i+2}')
                    for i,p in enumerate(self.peers) for n in ('valid_loss', *p.metrics.attrgot('name'))]
         self.learn.metrics = self.learn.metrics + columns
         self.scope.callback(self._remove_columns, columns)
+
+    def _peer_score(self, i, name): return self._peer_scores[i].get(name)
 
     def after_validate(self):
         "Let the peers validate too"

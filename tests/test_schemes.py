@@ -69,6 +69,18 @@ def test_logits_are_the_geometric_mean(teachers, x):
     p = (answers(teachers[0].model, x)*answers(teachers[1].model, x)).sqrt()
     torch.testing.assert_close(answers(Ensemble(teachers, logits=True), x), p/p.sum(1, keepdim=True))
 
+def test_an_ensemble_of_language_models():
+    "knows from its Learners that the classes come last"
+    dls = DataLoaders.from_dsets(*[[(torch.randint(0,12,(6,)), torch.randint(0,12,(6,))) for _ in range(16)]]*2, bs=8, num_workers=0)
+    def lm(): return Learner(dls, nn.Sequential(nn.Embedding(12,8), nn.Linear(8,12)), loss_func=CrossEntropyLossFlat()).remove_cb(ProgressCallback)
+    a,b = lm(),lm()
+    ids,seen = torch.randint(0,12,(2,6)),[]
+    with torch.no_grad(): torch.testing.assert_close(Ensemble([a,b])(ids).softmax(-1), (a.model(ids).softmax(-1)+b.model(ids).softmax(-1))/2)
+    def spy(pred, teacher_pred): seen.append(teacher_pred.softmax(1).sum(1)); return SoftTarget(pred, teacher_pred)
+    learn = lm(); learn.logger = noop
+    learn.fit(1, cbs=KnowledgeDistillationCallback(Ensemble([a,b]), spy))
+    assert seen[0].shape==(8,6) and torch.allclose(seen[0], torch.ones(8,6))
+
 def test_an_ensemble_reads_paths(teachers, x, tmp_path):
     teachers[0].export(tmp_path/'t.pkl')
     assert torch.equal(answers(Ensemble([tmp_path/'t.pkl', teachers[1]]), x), answers(Ensemble(teachers), x))
