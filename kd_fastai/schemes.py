@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/schemes.html.md"""
 # %% auto #0
 __all__ = ['Ensemble', 'MeanTeacher', 'generations', 'MutualLearning', 'DistillationToken', 'exits', 'SelfDistillation']
 
-# %% ../nbs/08_schemes.ipynb #0c87c948
+# %% ../nbs/08_schemes.ipynb #8993ffab
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
 from fastai.basics import Learner, L, ValueMetric, is_listy
-from fastai.callback.schedule import LRFinder
 from .callback import KnowledgeDistillationCallback, Term, _class_axis, _half_to_float
 from .contract import facts, loss_name, needs
 from .hooks import unwrap
@@ -89,7 +88,7 @@ class Ensemble(nn.ModuleList):
         for m in self:
             if hasattr(m, 'reset'): m.reset()
 
-# %% ../nbs/08_schemes.ipynb #eb5d594e
+# %% ../nbs/08_schemes.ipynb #e97a47a9
 class MeanTeacher(KnowledgeDistillationCallback):
     """Distil from the student's own moving average, which is `average.module` (Tarvainen & Valpola, 2017).
 
@@ -112,7 +111,7 @@ class MeanTeacher(KnowledgeDistillationCallback):
 
     def after_step(self):
         "Move the average"
-        if not any(isinstance(cb, LRFinder) for cb in self.learn.cbs): self.average.update_parameters(unwrap(self.learn.model))
+        self.average.update_parameters(unwrap(self.learn.model))
 
     @contextmanager
     def around_save(self, file, *args, **kwargs):
