@@ -31,7 +31,7 @@ def calibration_error(
     group = (confidence*bins).long().clamp_max(bins-1)
     return (confidence.new_zeros(bins).index_add(0, group, right.to(confidence)-confidence).abs().sum()/len(confidence)).item()
 
-# %% ../nbs/08_report.ipynb #2a6ab3b3
+# %% ../nbs/08_report.ipynb #3ae71d3c
 class _OneBatch(Callback):
     "Measure the terms of a distillation callback on a fit's first batch, and end the fit"
     order = KnowledgeDistillationCallback.order+0.5
@@ -47,8 +47,9 @@ class _OneBatch(Callback):
         kd,values = self.kd,[o.detach().item() for o in self.values]
         weights = [kd.task_weight, *(o.factor(0.5) for o in kd.terms)]
         if kd.balance: weights[1:] = [w*abs(values[0])/max(abs(v), 1e-8) for w,v in zip(weights[1:], values[1:])]
-        grads = [w*self._gradient(o) for w,o in zip(weights, self.values)]
-        sizes = [abs(w*v) for w,v in zip(weights, values)]
+        parts = [kd.task_weight or 1., *weights[1:]]  # a task that does not count is still the measure
+        grads = [w*self._gradient(o) for w,o in zip(parts, self.values)]
+        sizes = [abs(w*v) for w,v in zip(parts, values)]
         norms = [g.norm().item() for g in grads]
         self.terms = pd.DataFrame(dict(weight=weights, value=values, size=_shares(sizes), gradient=_shares(norms),
             cosine=[torch.cosine_similarity(g, grads[0], 0).item() for g in grads]), index=['task_loss', *(o.name for o in kd.terms)])

@@ -516,3 +516,35 @@ def test_reports_of_all_schemes(teachers, scheme):
     assert same(before, state(learn)) and r.terms.gradient.iloc[1:].gt(0).all() and r.scores.shape[0]==2
     fit(learn)
     if scheme=='balanced': assert r.terms['size'].soft_target==pytest.approx(0.5)
+
+def test_report_where_the_task_does_not_count(teachers):
+    r = learner().distill(teachers[0], Mutual, task_weight=0).kd_report()
+    assert [*r.terms.weight]==[0,0.5] and r.terms['size'].mutual==pytest.approx(0.5*r.terms.value.mutual/r.terms.value.task_loss) and r.terms.gradient.mutual>0
+
+def test_report_without_classes():
+    "regression: scores by loss and metric alone"
+    ds = [(x := torch.rand(4), x[:2]*2) for _ in range(32)]
+    def make(n, metrics): return Learner(DataLoaders.from_dsets(ds, ds, bs=8, num_workers=0), nn.Sequential(nn.Linear(4,n), nn.ReLU(), nn.Linear(n,2)), loss_func=MSELossFlat(), metrics=metrics).remove_cb(ProgressCallback)
+    set_seed(0); t,s = make(16, []),make(4, [mae, rmse])
+    t.logger = s.logger = noop; t.fit(10, 1e-2)
+    r = s.distill(t, Logits).kd_report()
+    assert r.agreement is None and [*r.scores]==['valid_loss','mae','_rmse'] and r.scores.valid_loss.teacher==pytest.approx(t.validate()[0])
+    assert r.scores._rmse.teacher==pytest.approx(r.scores.valid_loss.teacher**0.5, rel=1e-4) and 'agree' not in repr(r)
+
+def test_report_after_an_interrupt(teachers):
+    "which leaves a batch on the Learner"
+    learn = learner().distill(teachers[0])
+    class Boom(Callback):
+        def after_backward(self): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(learn, cbs=Boom())
+    assert learn.pred is not None and learn.kd_report().scores.shape[0]==2 and learn.pred.requires_grad
+
+def test_report_sees_what_a_fit_would_refuse(teachers):
+    "and leaves the teacher in its modes"
+    t = teachers[0].model.train()
+    def bad(pred, teacher_pred): raise RuntimeError('bad loss')
+    learn = learner().distill(t, bad)
+    before = state(learn)
+    with pytest.raises(RuntimeError, match='bad loss'): learn.kd_report()
+    with pytest.raises(ValueError, match='No layer'): learner().distill(t, layers=[('stage9','0')]).kd_report()
+    assert same(before, state(learn)) and all(m.training for m in t.modules()) and not hooks(t, learn.model)
