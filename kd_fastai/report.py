@@ -7,14 +7,14 @@ Docs: https://kd-fastai.github.io/kd_fastai/report.html.md"""
 # %% auto #0
 __all__ = ['calibration_error', 'KDReport']
 
-# %% ../nbs/08_report.ipynb #cd1b1906
+# %% ../nbs/08_report.ipynb #4f9e223b
 import copy
 from contextlib import contextmanager
 import pandas as pd
 import torch
 from torch import nn, Tensor
 from fastcore.basics import GetAttr, patch, store_attr
-from fastai.basics import AvgLoss, Callback, CancelFitException, Learner, Recorder, noop
+from fastai.basics import AvgLoss, Callback, CancelFitException, L, Learner, Recorder, noop
 from fastai.torch_core import no_random
 from .callback import KnowledgeDistillationCallback
 from .contract import unwrap_loss
@@ -146,13 +146,26 @@ def _unsoftened(term):
     f,given = unwrap_loss(term.at(0.5))
     return f is Mutual or f is SoftTarget and given.get('T')==1
 
-# %% ../nbs/08_report.ipynb #1978bb3b
-def _apart(learn):
-    "A copy of a Learner that shares its data; what records and tracks is replaced by what does nothing"
-    shared = [learn.dls, *learn.dls.loaders, *(getattr(learn, k, None) for k in ('dl','xb','yb','pred','loss','loss_grad'))]
-    res = copy.deepcopy(learn, {**{id(o): o for o in shared}, **{id(cb): Callback() for cb in learn.cbs if cb.order>Recorder.order}})
-    res.logger = noop
+# %% ../nbs/08_report.ipynb #6015ca03
+def _apart(learn, kd):
+    "A second Learner of the same models and data, with copies of all else that a fit changes; what records and tracks is left out"
+    res = copy.copy(learn)
+    memo = {id(o): o for o in (learn.model, *learn.model.parameters(), kd.teacher.model, kd.teacher.learner, *getattr(kd, 'peers', ()))} | {id(learn): res}
+    res.opt,res.metrics,res.logger,res.cbs = copy.deepcopy(learn.opt, memo),copy.deepcopy(learn.metrics),noop,L()
+    for cb in learn.cbs:
+        res.__dict__.pop(cb.name, None)
+        if cb.order<=Recorder.order: res.add_cb(copy.deepcopy(cb, memo) if isinstance(cb, KnowledgeDistillationCallback) else copy.copy(cb))
     return res
+
+@contextmanager
+def _kept(*models):
+    "Modes and buffers are afterwards what they were"
+    modules = [m for o in models for m in o.modules()]
+    modes,buffers = [m.training for m in modules],[(m, n, b, b.clone()) for m in modules for n,b in m.named_buffers(recurse=False)]
+    try: yield
+    finally:
+        for m,training in zip(modules, modes): m.training = training
+        for m,n,b,v in buffers: setattr(m, n, b.copy_(v))
 
 @contextmanager
 def _rewound(dls):
@@ -168,9 +181,10 @@ def kd_report(self:Learner)->'KDReport':
     """Score the teacher on the student's validation set, and compare it with the student, and the terms with the task loss. Trains and changes nothing.
 
     Raises `ValueError` without a distillation callback, and what the start of a fit would raise."""
-    if not self.cbs.filter(lambda cb: isinstance(cb, KnowledgeDistillationCallback)): raise ValueError("There is no teacher to report on: attach one first, learn.distill(teacher)")
-    with no_random(), _rewound(self.dls):
-        learn = _apart(self)
+    kd = next((cb for cb in self.cbs if isinstance(cb, KnowledgeDistillationCallback)), None)
+    if kd is None: raise ValueError("There is no teacher to report on: attach one first, learn.distill(teacher)")
+    with no_random(), _rewound(self.dls), _kept(self.model, kd.teacher.model):
+        learn = _apart(self, kd)
         kd = next(cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback))
         batch,watch = _OneBatch(kd),_Watch(kd, learn.metrics)
         learn.fit(0)  # raises what a fit would, and finds where the classes are
