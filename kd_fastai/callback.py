@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['Term', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/07_callback.ipynb #d8a789b8
+# %% ../nbs/07_callback.ipynb #a162273b
 import copy, math, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import camel2snake, patch
-from fastai.basics import Learner, ValueMetric, detuplify, find_bs, join_path_file, num_distrib
+from fastai.basics import Learner, ValueMetric, detuplify, find_bs, join_path_file, rank_distrib
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from .contract import facts, loss_name, needs, unwrap_loss
-from .hooks import Capture, layer_lists, unique_names, unwrap
-from .scope import GuestParams, ScopedCallback
+from .hooks import Capture, layer_lists, layer_name, unique_names, unwrap
+from .scope import GuestParams, ScopedCallback, add_up, among_parameters, from_first, mean_gradients, parallel
 from .teacher import Teacher, check_taught_alike, plain, prediction
 
-# %% ../nbs/07_callback.ipynb #023c08df
+# %% ../nbs/07_callback.ipynb #2d12def4
 def _finite(x, what):
     "A finite number, or an error that says what is none"
     try: x = float(x)
@@ -85,11 +85,11 @@ class Term:
     def features(self, fm_s:dict, fm_t:dict)->dict:
         "Its own layers from all that were captured; a layer used again gets the key `name#2`"
         if not any(self.layers): return {}
-        return {k: dict(zip(unique_names(names), (fm[n] for n in names))) for k,names,fm in zip(('fm_s','fm_t'), self.layers, (fm_s,fm_t))}
+        return {k: dict(zip(unique_names([*map(layer_name, names)]), (fm[n] for n in names))) for k,names,fm in zip(('fm_s','fm_t'), self.layers, (fm_s,fm_t))}
 
     def __repr__(self):
         kw = ', '.join(f'{k}={v}' for k,v in unwrap_loss(self.loss)[1].items())
-        pairs = f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in zip(*self.layers))}" if self.feature and self.layers and any(self.layers) else ''
+        pairs = f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in zip(*(map(layer_name, o) for o in self.layers)))}" if self.feature and self.layers and any(self.layers) else ''
         return f"{self.weight:g}·{'schedule·' if self.schedule else ''}{loss_name(self.loss)}{f'({kw})' if kw else ''}{pairs}"
 
 # %% ../nbs/07_callback.ipynb #9201cd28
@@ -132,10 +132,10 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if key not in self._said: warnings.warn(msg, stacklevel=3)
         self._said.add(key)
 
-# %% ../nbs/07_callback.ipynb #9d298ed1
+# %% ../nbs/07_callback.ipynb #2a4f66d1
 @patch
 def before_fit(self:KnowledgeDistillationCallback):
-    "Check what needs no forward, add the columns, and let the optimizer train what losses own"
+    "Check what needs no forward, and add the columns"
     if self.learn.lock.locked(): return
     self.leave()
     self._check_models()
@@ -144,7 +144,6 @@ def before_fit(self:KnowledgeDistillationCallback):
     self._axis,self._ignore = _class_axis(self.loss_func),getattr(self.loss_func, 'ignore_index', None)
     self._train = self.scope.enter_context(ExitStack())
     self._add_columns()
-    if self._built: self._train_owned()
 
 @patch
 def _check_models(self:KnowledgeDistillationCallback):
@@ -192,12 +191,13 @@ def _reset_means(self:KnowledgeDistillationCallback): self._sums,self._count = [
 @patch
 def _mean(self:KnowledgeDistillationCallback, i): return self._sums[i]/self._count if self._count else None
 
-# %% ../nbs/07_callback.ipynb #d83bc9f7
+# %% ../nbs/07_callback.ipynb #b644adf8
 @patch
 def before_train(self:KnowledgeDistillationCallback):
     "Open the captures and let the teacher answer, until the epoch's training ends"
     self._train.close()
     self._reset_means()
+    if self._built: self._train_owned()
     self._train.enter_context(self.teacher.answering(next((p.device for p in self.learn.model.parameters()), None)))
     self._train.enter_context(self._student)
     self._train.callback(setattr, self, '_answering', False)
@@ -207,6 +207,7 @@ def before_train(self:KnowledgeDistillationCallback):
 def after_train(self:KnowledgeDistillationCallback):
     "Take the hooks away, and give the teacher back"
     self._train.close()
+    if parallel(self.learn): *self._sums,self._count = add_up([*self._sums, self._count], self.learn.model.device)
 
 @patch
 def after_epoch(self:KnowledgeDistillationCallback):
@@ -262,7 +263,7 @@ def _full_precision(device):
     "Autocast off: a product of float32 tensors would be cast back"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
-# %% ../nbs/07_callback.ipynb #26987534
+# %% ../nbs/07_callback.ipynb #c5d9ec70
 @patch
 def _value(self:KnowledgeDistillationCallback, term, factor, given):
     "What a term's loss gives for this batch, a scalar; without a gradient where its factor is 0, so that it only watches"
@@ -279,7 +280,7 @@ def _value(self:KnowledgeDistillationCallback, term, factor, given):
 
 @patch
 def _both_labels(self:KnowledgeDistillationCallback, term, args):
-    "The loss, interpolated between both labels where samples are mixed; by the batch's mean share, since a loss is one number"
+    "The loss, interpolated between both labels where samples are mixed; by the batch's mean share, since a loss is one number (CutMix has but one)"
     mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)), None)
     if 'target' in term.needs.required: args.update(zip(('pred','teacher_pred','target'), _labelled(args['pred'], args['teacher_pred'], args['target'], self._ignore)))
     if not len(args['pred']): return args['pred'].sum()  # no label in this batch
@@ -316,7 +317,7 @@ def _compare(self:KnowledgeDistillationCallback, term, v, task):
     if small: self._warn(('small', term.name), f"{term.name} adds {term.weight*v:.1g} to a task loss of {self.task_weight*task:.2g}, too little to matter: {hint}")
     self._said.add(('small', term.name))
 
-# %% ../nbs/07_callback.ipynb #63de0fa9
+# %% ../nbs/07_callback.ipynb #b0e39218
 @patch(as_prop=True)
 def _modules(self:KnowledgeDistillationCallback): return [o.module for o in self.terms if o.module is not None]
 
@@ -338,9 +339,15 @@ def _build(self:KnowledgeDistillationCallback, given):
 @patch
 def _train_owned(self:KnowledgeDistillationCallback):
     "For the rest of this fit the optimizer trains them too; `lr_find` leaves them as they were"
-    if self._guests.params and num_distrib()>1: raise NotImplementedError(
-        f"Weights that losses own ({', '.join(o.name for o in self.terms if o.module is not None)}) are not kept equal over processes yet: train in one, or without these losses")
-    if self._guests.params: self.scope.enter_context(self._guests.visiting(self.learn.opt, trial=any(isinstance(cb, LRFinder) for cb in self.learn.cbs)))
+    if not self._guests.params or self._guests.inside(self.learn.opt): return
+    if parallel(self.learn): from_first(self._modules)
+    self.scope.enter_context(self._guests.visiting(self.learn.opt, trial=any(isinstance(cb, LRFinder) for cb in self.learn.cbs)))
+    self.scope.enter_context(among_parameters(self.learn, self._guests.params))
+
+@patch
+def after_backward(self:KnowledgeDistillationCallback):
+    "In several processes: what `DistributedDataParallel` does for the student"
+    if self._guests.params and parallel(self.learn): mean_gradients(self._guests.params)
 
 @patch
 def _beside(self:KnowledgeDistillationCallback, file):
@@ -354,7 +361,7 @@ def around_save(self:KnowledgeDistillationCallback, file, *args, **kwargs):
     "Save what losses own beside the student"
     with self._guests.away(self.learn.opt):
         yield
-        if self._guests.params and (path := self._beside(file)):
+        if self._guests.params and not rank_distrib() and (path := self._beside(file)):  # fastai, too, saves in the first process alone
             torch.save({'weights': [m.state_dict() for m in self._modules], 'states': self._guests.states}, path)
 
 @patch

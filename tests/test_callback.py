@@ -202,14 +202,6 @@ def test_save_and_load_bring_owned_weights_back(teacher, opt, tmp_path):
     plain = learner(path=tmp_path, opt_func=opt).load('m')     # the student's file needs nothing of ours
     assert (weights(plain)==weights(b)).all()
 
-def test_owned_weights_refuse_several_processes(teacher, monkeypatch):
-    "where they would drift apart"
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    learn = learner()
-    before = weights(learn)
-    with pytest.raises(NotImplementedError, match='Weights that losses own .scale. are not kept equal'): fit(learn, cbs=KnowledgeDistillationCallback(teacher, Scale(), '1'))
-    assert (weights(learn)==before).all()
-
 def test_mixed_precision_computes_losses_in_float32(teacher):
     class CPUMixedPrecision(MixedPrecision):
         def before_fit(self): super().before_fit(); self.autocast,self.learn.scaler = torch.autocast('cpu', dtype=torch.bfloat16),torch.amp.GradScaler('cpu', enabled=False)
