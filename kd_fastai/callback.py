@@ -219,14 +219,14 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
     if not self.learn.lock.locked(): self.leave()
 
-# %% ../nbs/07_callback.ipynb #10ee9cc6
+# %% ../nbs/07_callback.ipynb #3b2c2cda
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss"
     if not self._answering: return
     given = self._given()
     if not self._built: self._build(given)
-    task,factors = plain(self.learn.loss_grad),[o.factor(self.pct_train) for o in self.terms]
+    task,factors = self._task(given['target']),[o.factor(self.pct_train) for o in self.terms]
     with _full_precision(task.device): values = [self._value(o, w, given) for o,w in zip(self.terms, factors)]
     self._record(task, values)
     parts = [w*v for w,v in zip([self.task_weight, *factors], [task, *values]) if w]
@@ -245,6 +245,12 @@ def _given(self:KnowledgeDistillationCallback):
     preds.append(detuplify(tuple(map(plain, self.yb))))
     if preds[0].ndim>2: preds = _labelled(*preds, self._ignore)
     return dict(zip(('pred','teacher_pred','target'), preds), fm_s=fm_s, fm_t=fm_t)
+
+@patch
+def _task(self:KnowledgeDistillationCallback, target):
+    "The Learner's own loss; 0 for a batch in which no label is known, where it is the mean of nothing"
+    task = plain(self.learn.loss_grad)
+    return torch.where((target!=self._ignore).any(), task, 0.) if self._ignore is not None and isinstance(target, Tensor) else task
 
 # %% ../nbs/07_callback.ipynb #8aa8ff4c
 def _class_axis(loss_func):
