@@ -36,13 +36,13 @@ class Spy:
 
 def distil(learn, teacher, loss=Logits, **kwargs):
     "One epoch; returns what the loss saw. Its column is the mean, the student has moved, `valid_loss` is the task's, and nothing stays"
-    before = weights(learn)
+    before,own = weights(learn),hooks(learn.model)  # a U-Net has hooks of its own
     spy = Spy(loss)
     quiet(learn).fit(1, 1e-2, cbs=KnowledgeDistillationCallback(teacher, spy, weight=1., **kwargs))
     v = learn.recorder.values[-1]
     assert len(spy.seen)==len(learn.dls.train) and learn.recorder.metric_names[-2]=='spy' and v[-1]==pytest.approx(np.mean(spy.values), rel=1e-4) and v[-1]>0
     assert not (weights(learn)==before).all() and v[1]==pytest.approx(learn.validate()[0], rel=1e-4)
-    assert hooks(learn.model)==0
+    assert hooks(learn.model)==own
     return spy.seen
 
 def test_tabular():
@@ -118,6 +118,100 @@ def test_dictionaries():
     seen = distil(Learner(dls, HF(4), loss_func=lf), HF(8), SoftTarget)
     assert seen[0][0].shape==(8,3)
 
+class Picked(nn.Module):
+    "Layers that put out a tuple and a dict, and one that runs twice"
+    def __init__(self): super().__init__(); self.rnn,self.body,self.act,self.head = nn.LSTM(8,6,batch_first=True),HF(6),nn.Tanh(),nn.Linear(8,10)
+    def forward(self, x):
+        out = self.rnn(x[:,0])[0][:,:,:5]
+        return self.head(torch.cat([self.act(out[:,0]+out[:,-1]), self.act(self.body(out.mean(1))['logits'])], 1))
+
+@pytest.mark.parametrize('layer,by_hand', [
+    ('rnn:0', lambda m,x: m.rnn(x)[0]), (('rnn', lambda o: o[0][:,-1]), lambda m,x: m.rnn(x)[0][:,-1]), ('body:logits', lambda m,x: m.body(m.rnn(x)[0][:,:,:5].mean(1))['logits']),
+    (('body', lambda o: o['hidden_states'][1]), lambda m,x: m.body.body(m.rnn(x)[0][:,:,:5].mean(1))), ('act@1', lambda m,x: m.act(m.body(m.rnn(x)[0][:,:,:5].mean(1))['logits'])),
+    (('act@0', lambda o: o.pow(2)), lambda m,x: m.act((m.rnn(x)[0][:,0]+m.rnn(x)[0][:,-1])[:,:5]).pow(2))], ids=['tuple','function of a tuple','dict','function of a dict','second call','function of a call'])
+def test_picks_from_a_layer(layer, by_hand):
+    "by number, key, call or function; student's and teacher's features are what the layer gives by hand"
+    set_seed(0)
+    student,teacher,seen = Picked(),Picked(),[]
+    class Keep(Callback):
+        def before_batch(self):
+            if self.training: seen.append((self.x[:,0], by_hand(self.model, self.x[:,0]).detach()))
+    def loss(fm_s, fm_t): seen.append((*fm_s.items(), *fm_t.items())); return FitNet(fm_s, fm_t)
+    learn = quiet(Learner(digits(100), student, loss_func=CrossEntropyLossFlat(), cbs=Keep()))
+    learn.fit(1, 1e-2, cbs=KnowledgeDistillationCallback(teacher, loss, layer, weight=1.))
+    assert len(seen)==10
+    for (x,s),((name,fs),(_,ft)) in zip(seen[::2], seen[1::2]):
+        torch.testing.assert_close(fs, s); torch.testing.assert_close(ft, by_hand(teacher, x))
+        assert isinstance(name, str)
+    with pytest.raises(ValueError, match="student layer .*has no item"): learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, FitNet, ('rnn', lambda o: o['nothing'])))
+
+class TakeLogits(Callback):
+    "Predictions out of a `ModelOutput`, for the loss function, metrics and `predict`"
+    def after_pred(self): self.learn.pred = self.pred.logits
+
+def vit(hidden):
+    from transformers import ViTConfig, ViTForImageClassification
+    set_seed(hidden)
+    return ViTForImageClassification(ViTConfig(hidden_size=hidden, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4, num_channels=1, num_labels=10))
+
+def bert(hidden):
+    from transformers import BertConfig, BertForSequenceClassification
+    return BertForSequenceClassification(BertConfig(vocab_size=20, hidden_size=hidden, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3, max_position_embeddings=8))
+
+def test_hugging_face_vision():
+    "A `ModelOutput` with logits, tokens for features"
+    pytest.importorskip('transformers')
+    learn,teacher = Learner(digits(100), vit(8), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=TakeLogits()),vit(16)
+    seen = distil(learn, teacher, SoftTarget)
+    assert seen[0][0].shape==(20,10)
+    layers = match_feature_layers(learn.model, teacher, learn.dls.one_batch()[0])
+    learn.fit(2, 1e-2, cbs=KnowledgeDistillationCallback(teacher, [SoftTarget, Term(Similarity, 1000), Term(partial(RKD, angle=0), layers=('vit.layernorm', lambda o: o[:,0]))], layers, task_weight=0))
+    h = history(learn)
+    assert (h[['soft_target','similarity','rkd']].iloc[1]<h[['soft_target','similarity','rkd']].iloc[0]).sum()>=2
+    assert learn.get_preds()[0].shape==(797,10)
+
+def test_hugging_face_text():
+    "Several inputs: token ids and an attention mask"
+    pytest.importorskip('transformers')
+    items = [(torch.randint(1,20,(6,)), torch.ones(6), torch.tensor(i%3)) for i in range(32)]
+    dls = DataLoaders.from_dsets(items, items[:8], bs=8, num_workers=0)
+    seen = distil(Learner(dls, bert(8), loss_func=CrossEntropyLossFlat(), cbs=TakeLogits()), bert(16), SoftTarget)
+    assert seen[0][0].shape==seen[0][1].shape==(8,3)
+
+def test_timm(pictures):
+    "a model of timm, as it is and as `vision_learner` makes it; the teacher is of another architecture"
+    timm = pytest.importorskip('timm')
+    dls = ImageDataLoaders.from_name_func(pictures, get_image_files(pictures), first_letter, bs=8, num_workers=0, batch_tfms=Normalize.from_stats(*imagenet_stats))
+    teacher = vision_learner(dls, 'test_resnet', pretrained=False)
+    plain = Learner(dls, timm.create_model('test_efficientnet', num_classes=2), loss_func=CrossEntropyLossFlat())
+    for student in (plain, vision_learner(dls, 'test_efficientnet', pretrained=False)):
+        assert distil(student, teacher, SoftTarget)[0][0].shape==(8,2)
+        layers = match_feature_layers(student.model, teacher.model, dls.one_batch()[0])
+        assert len(layers['student'])>=3
+        student.fit(1, cbs=KnowledgeDistillationCallback(teacher, Term(Attention, 1000), layers))
+        assert 0<history(student).attention.iloc[0]<1
+
+def test_unet():
+    "fastai's own, on a small body: maps of predictions, features of both halves, void pixels"
+    from fastai.vision.models.unet import DynamicUnet
+    y = torch.randint(0,3,(32,16,16)); y[:,0] = 255
+    dls = tensors(torch.rand(32,1,16,16), y)
+    def make(n): set_seed(n); return DynamicUnet(nn.Sequential(*[ConvLayer(a, b, stride=2) for a,b in ((1,n),(n,2*n),(2*n,4*n))]), 3, (16,16))
+    student,teacher = make(2),make(4)
+    learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=255))
+    assert distil(learn, teacher, SoftTarget)[0][0].shape==(8*15*16,3)
+    layers = match_feature_layers(student, teacher, dls.one_batch()[0])
+    learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, [Term(Similarity, 1000), Term(Attention, 1000)], layers))
+    assert len(layers['student'])>=3 and (history(learn)[['similarity','attention']]>0).all(axis=None)
+
+def test_other_input_size_and_normalisation():
+    "the teacher gets what `teacher_tfm` makes of the student's inputs"
+    set_seed(0)
+    teacher,seen = nn.Sequential(nn.AvgPool2d(2), small_net(4)),[]
+    def tfm(x): seen.append(x); return F.interpolate(x*2+1, scale_factor=2)
+    got = distil(Learner(digits(100), small_net(4), loss_func=CrossEntropyLossFlat()), teacher, teacher_tfm=tfm)
+    for x,(_,t,_) in zip(seen, got): torch.testing.assert_close(t, teacher.eval()(F.interpolate(x*2+1, scale_factor=2)).detach())
+
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
     from PIL import Image
@@ -125,9 +219,11 @@ def pictures(tmp_path_factory):
     for i in range(24): Image.fromarray(np.random.randint(0,255,(32,32,3),dtype=np.uint8)).save(d/f"{'ab'[i%2]}_{i}.png")
     return d
 
+def first_letter(p): return Path(p).name[0]
+
 def test_vision_learner(pictures):
     "pictures, augmentation, torchvision bodies, freezing; the features that match are there"
-    dls = ImageDataLoaders.from_name_func(pictures, get_image_files(pictures), lambda p: Path(p).name[0], bs=8, num_workers=0, batch_tfms=[*aug_transforms(size=32), Normalize.from_stats(*imagenet_stats)])
+    dls = ImageDataLoaders.from_name_func(pictures, get_image_files(pictures), first_letter, bs=8, num_workers=0, batch_tfms=[*aug_transforms(size=32), Normalize.from_stats(*imagenet_stats)])
     def make(arch): return vision_learner(dls, arch, pretrained=False, metrics=accuracy)
     teacher,student = make(resnet34),quiet(make(resnet18))
     layers = match_feature_layers(student.model, teacher.model, dls.one_batch()[0])
