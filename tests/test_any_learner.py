@@ -1,5 +1,5 @@
 "The callback in the Learners that people have: other data, other heads, other callbacks."
-import warnings
+import pickle, subprocess, sys, warnings
 from contextlib import suppress
 from copy import deepcopy
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
@@ -272,3 +272,240 @@ def test_compiled_models():
         return torch.cat([p.flatten() for p in student.parameters()])
     torch.testing.assert_close(run(noop), run(partial(torch.compile, backend='eager')), rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
+
+# ---- training features, by their numbers
+
+class Scale(nn.Module):
+    "FitNet after a scale that is learned"
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.ones(1))
+    def forward(self, fm_s, fm_t): return FitNet({k: self.w*v for k,v in fm_s.items()}, fm_t)
+
+def distilled(cbs=None, n=1, losses=None, learn=None, **kwargs):
+    "The same small training, but for what is given"
+    set_seed(0)
+    learn = learn or quiet(Learner(kwargs.pop('dls', None) or digits(100), small_net(4), loss_func=kwargs.pop('loss_func', CrossEntropyLossFlat()), metrics=accuracy, **kwargs))
+    kd = KnowledgeDistillationCallback(small_net(4), losses or [SoftTarget, Term(Scale(), 1., layers='1')])
+    set_seed(1)
+    learn.fit(n, 1e-2, cbs=[kd, *L(cbs)])
+    learn.owned = [p for o in kd.terms if o.module is not None for p in o.module.parameters()]
+    return learn
+
+def test_clipping_takes_all_by_one_norm():
+    "student's and owned parameters, as `clip_grad_norm_` clips them together"
+    class Watch(Callback):
+        run_valid,norms = False,[]
+        def __init__(self, order): self.order,self.norms = order,[]
+        def before_step(self): self.norms.append((self.norm([*self.model.parameters()]), self.norm(self.opt.all_params().itemgot(0))))
+        def norm(self, ps): return torch.stack([p.grad.norm() for p in ps if p.grad is not None]).norm().item()
+    before,after = Watch(GradientClip.order-1),Watch(GradientClip.order+1)
+    learn = distilled([before, GradientClip(0.1), after], losses=Term(Scale(), 100., layers='1'))
+    for (s,a),(s2,a2) in zip(before.norms, after.norms):
+        assert a>s>0.1 and a2==pytest.approx(0.1, rel=1e-3) and s2==pytest.approx(s*0.1/a, rel=1e-3)
+    assert len(after.norms)==5 and 'parameters' not in learn.__dict__
+
+class CPUMixedPrecision(MixedPrecision):
+    "fastai's own says 'cuda'"
+    def before_fit(self):
+        super().before_fit()
+        self.autocast,self.learn.scaler = torch.autocast('cpu', dtype=torch.bfloat16 if self.amp_mode==AMPMode.BF16 else torch.float16),torch.amp.GradScaler('cpu', **self.kwargs)
+
+@pytest.mark.parametrize('mode,kwargs', [('bf16', {}), ('fp16', {}), ('fp16', dict(init_scale=2.**8))], ids=['bf16','fp16','fp16 low scale'])
+def test_mixed_precision(mode, kwargs):
+    "is close to full precision, in the student, the owned weight and every column"
+    full,half = distilled(opt_func=SGD),distilled(CPUMixedPrecision(amp_mode=mode, **kwargs), opt_func=SGD)
+    set_seed(0); start = weights(small_net(4))
+    assert (weights(half)-weights(full)).norm()<0.1*(weights(full)-start).norm()
+    assert 0<(half.owned[0]-full.owned[0]).abs()<0.1*(full.owned[0]-1).abs()
+    cols = ['task_loss','soft_target','scale']
+    np.testing.assert_allclose(history(half)[cols], history(full)[cols], rtol=0.05)
+
+def test_a_step_that_overflows_is_skipped():
+    "for owned weights too: nothing moves until the scaler has found its scale"
+    seen = []
+    class Watch(Callback):
+        order = 70
+        def after_batch(self):
+            if self.training: seen.append((self.scaler.get_scale(), weights(self), [p.item() for p in [*self.learn.parameters()][-1:]]))
+    learn = distilled([CPUMixedPrecision(amp_mode='fp16', init_scale=2.**127, backoff_factor=2.**-60), Watch()])
+    scales,ws,owned = zip(*seen)
+    assert scales[0]<2.**127 and torch.equal(ws[0], ws[1]) and owned[0]==owned[1]==[1.] and owned[-1]!=[1.]
+    assert weights(learn).isfinite().all()
+
+def test_accumulation_with_owned_weights():
+    "the student's and theirs are those of one large batch"
+    def run(bs, cbs):
+        def net(): set_seed(3); return nn.Sequential(nn.Flatten(), nn.Linear(64,16), nn.Tanh(), nn.Linear(16,10))
+        own,t = Scale(),net(); t[1].weight.data.mul_(2)
+        learn = quiet(Learner(digits(100, bs=bs), net(), loss_func=CrossEntropyLossFlat(), opt_func=SGD))
+        learn.fit(2, 0.1, cbs=[KnowledgeDistillationCallback(t, [SoftTarget, Term(own, 5., layers='2')]), *cbs])
+        return torch.cat([weights(learn), own.w.detach()])
+    a,b = run(20, [GradientAccumulation(100), GradientClip(0.5)]),run(100, [GradientClip(0.5)])
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert a[-1]!=1
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_mixed_labels(mix):
+    "the teacher sees the mixed pictures; a loss with labels is interpolated between both, by the mean share of the batch"
+    seen = []
+    def hard(pred, teacher_pred, target): seen.append((pred, teacher_pred, target)); return F.cross_entropy(pred, target)
+    class Keep(Callback):
+        order,run_valid,run = KnowledgeDistillationCallback.order+1,False,True
+        def before_fit(self): self.kept = []
+        def after_loss(self): self.kept.append((self.x.clone(), self.y, mixer.yb1[0], mixer.lam, self.loss.item(), self.learn.loss_func(self.pred, self.y).item()))
+    set_seed(0)
+    teacher,mixer,keep = small_net(4),mix(),Keep()
+    learn = quiet(Learner(digits(100), small_net(4), loss_func=CrossEntropyLossFlat(), cbs=[KnowledgeDistillationCallback(teacher, hard, weight=2.), mixer, keep]))
+    learn.fit(1, 1e-2)
+    assert len(seen)==10 and len(keep.kept)==5
+    for ((p,t,y),(_,_,y1)),(x,ya,yb,lam,loss,task) in zip(zip(seen[::2], seen[1::2]), keep.kept):
+        torch.testing.assert_close(t, teacher.eval()(x).detach())
+        assert (y==ya).all() and (y1==yb).all() and not (y==y1).all()
+        expected = torch.lerp(F.cross_entropy(p,yb), F.cross_entropy(p,ya), lam.mean())
+        assert loss==pytest.approx(task+2*expected.item(), rel=1e-5)
+        if mix is CutMix: assert expected.item()==pytest.approx(task, rel=1e-5)  # it has one share for all, so this is exact
+
+def test_channels_last_gives_the_same_numbers():
+    torch.testing.assert_close(weights(distilled(ChannelsLast())), weights(distilled()), rtol=1e-3, atol=1e-5)
+
+def test_trackers_follow_the_task(tmp_path):
+    "SaveModel and EarlyStopping see a valid_loss without the teacher, here with label smoothing"
+    lf = LabelSmoothingCrossEntropyFlat()
+    learn = distilled([SaveModelCallback(fname=str(tmp_path/'m')), EarlyStoppingCallback(patience=2, min_delta=10.)], 5, loss_func=lf)
+    h = history(learn)
+    assert len(h)==3   # the best, and two that are no better by 10
+    preds = learn.get_preds(act=noop)
+    assert lf(*preds).item()==pytest.approx(h.valid_loss.min(), rel=1e-5)==learn.validate()[0]
+
+def test_tensorboard(tmp_path):
+    "gets every column"
+    pytest.importorskip('tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn = distilled(TensorBoardCallback(tmp_path, log_preds=False), 2)
+    log = EventAccumulator(str(tmp_path)); log.Reload()
+    for k in ('task_loss','soft_target','scale','valid_loss'): np.testing.assert_allclose([o.value for o in log.Scalars(k)], history(learn)[k], rtol=1e-5)
+
+def test_csv(tmp_path):
+    learn = distilled(CSVLogger(tmp_path/'h.csv'), 2)
+    np.testing.assert_allclose(pd.read_csv(tmp_path/'h.csv')[[*history(learn)]], history(learn), rtol=1e-5)
+
+def test_training_metrics():
+    "a Recorder with train_metrics shows the columns beside both"
+    learn = quiet(Learner(digits(100), small_net(4), loss_func=CrossEntropyLossFlat(), metrics=accuracy))
+    learn.recorder.train_metrics = True
+    h = history(distilled(learn=learn))
+    assert h.train_soft_target[0]==h.valid_soft_target[0]>0
+
+def test_without_validation_data():
+    "an empty validation set, as fastai's splitters make; the columns are there all the same"
+    dls = digits(100)
+    dls.loaders[1] = dls.valid.new(dls.valid.dataset.new_empty())
+    learn = distilled(dls=dls)
+    assert torch.equal(weights(learn), weights(distilled())) and history(learn).soft_target[0]>0
+    alone = DataLoaders(digits(100).train)     # none at all is fastai's own IndexError, with a teacher and without
+    for cbs in (None, KnowledgeDistillationCallback(small_net(4), SoftTarget)):
+        with pytest.raises(IndexError): quiet(Learner(alone, small_net(4), loss_func=CrossEntropyLossFlat(), cbs=cbs)).fit(1)
+
+def test_one_callback_for_two_learners():
+    "one after the other, as if each had its own"
+    kd,ws = KnowledgeDistillationCallback(small_net(4), SoftTarget),[]
+    for cb in (kd, kd, KnowledgeDistillationCallback(kd.teacher.model, SoftTarget)):
+        set_seed(0); learn = quiet(Learner(digits(100), small_net(4), loss_func=CrossEntropyLossFlat())); learn.fit(1, cbs=cb); ws.append(weights(learn))
+    assert torch.equal(ws[0], ws[1]) and torch.equal(ws[0], ws[2])
+
+def test_data_parallel_of_one_device():
+    "`to_parallel` without a second device: names are those of the model inside"
+    pytest.importorskip('accelerate')
+    from fastai.distributed import ParallelTrainer
+    learn = distilled(ParallelTrainer([]))
+    assert isinstance(learn.model, nn.Sequential) and torch.equal(weights(learn), weights(distilled()))
+
+# ---- data without labels
+
+def unlabelled(x): return x, tensor(-100)     # the placeholder that CrossEntropyLoss leaves out
+
+def test_imitation_without_labels():
+    "pictures alone, and a placeholder by a transform: the same student as from the labelled ones with task_weight=0"
+    def run(tfms, task_weight):
+        set_seed(0)
+        x,y = digits(100).train.dataset.tensors
+        dls = DataLoaders(TfmdDL(TfmdLists([*x], tfms) if tfms else [*zip(x,y)], bs=20), digits(100).valid)
+        learn = quiet(Learner(dls, small_net(4), loss_func=CrossEntropyLossFlat()))
+        learn.fit(1, 1e-2, cbs=KnowledgeDistillationCallback(small_net(4), SoftTarget, weight=1., task_weight=task_weight))
+        return learn
+    learn = run([unlabelled], 0)
+    assert torch.equal(weights(learn), weights(run(None, 0))) and np.isfinite(learn.recorder.values[-1]).all()
+    assert torch.equal(weights(learn), weights(run([unlabelled], 1.)))    # no label, no task loss
+
+def test_few_labels():
+    "batches without any label among others: nothing becomes nan, and the loss is the labelled ones'"
+    dls,seen = digits(100),[]
+    dls.train.dataset.tensors[1][3:] = -100
+    class Keep(Callback):
+        order,run_valid = KnowledgeDistillationCallback.order+1,False
+        def after_loss(self): seen.append(((self.y>=0).sum().item(), self.loss.item(), F.cross_entropy(self.pred, self.y, reduction='sum').item()))
+    learn = distilled(Keep(), dls=dls, losses=Term(SoftTarget, 1e-9))
+    assert any(n==0 for n,*_ in seen) and any(n>0 for n,*_ in seen)
+    for n,loss,task in seen: assert loss==pytest.approx(task/max(n,1), abs=1e-5)
+    assert np.isfinite(learn.recorder.values[-1]).all() and weights(learn).isfinite().all()
+
+# ---- outside a fit
+
+class Never(nn.Module):
+    def forward(self, x): raise AssertionError('the teacher was asked')
+
+def picture_learner(pictures, cbs=None):
+    set_seed(0)
+    dls = ImageDataLoaders.from_name_func(pictures, get_image_files(pictures), first_letter, bs=8, num_workers=0, batch_tfms=Normalize.from_stats(*imagenet_stats))
+    body = nn.Sequential(ConvLayer(3,8,stride=2), AdaptiveConcatPool2d(1), nn.Flatten(), nn.Linear(16,2))
+    return quiet(Learner(dls, body, loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs, path=pictures))
+
+OUTSIDE = {
+    'validate':      lambda l,f: l.validate(), 'get_preds': lambda l,f: l.get_preds(with_loss=True), 'predict': lambda l,f: l.predict(f), 'tta': lambda l,f: l.tta(n=2), 'summary': lambda l,f: l.summary(),
+    'Interpretation':lambda l,f: [*Interpretation.from_learner(l).top_losses(3)], 'ClassificationInterpretation': lambda l,f: ClassificationInterpretation.from_learner(l).confusion_matrix(),
+    'show_results':  lambda l,f: l.show_results(show=False)}
+
+@pytest.mark.parametrize('fitted', [False,True], ids=['unfitted','fitted'])
+@pytest.mark.parametrize('what', OUTSIDE)
+def test_outside_a_fit(pictures, what, fitted):
+    "the same results as without the callback, and no teacher is asked"
+    import matplotlib; matplotlib.use('agg')
+    file,results = get_image_files(pictures).sorted()[0],[]
+    for kd in (KnowledgeDistillationCallback(picture_learner(pictures).model, SoftTarget), None):
+        learn = picture_learner(pictures, kd)
+        if fitted: learn.fit(1, 1e-2)
+        if kd: kd.teacher.model,state = Never(),learn.model.state_dict()
+        learn.model.load_state_dict(state)
+        set_seed(2)
+        results.append(OUTSIDE[what](learn, file))
+        assert learn.metrics.attrgot('name')==['accuracy'] and hooks(learn.model)==0
+    def flat(o): return [x for v in o for x in flat(v)] if isinstance(o, (tuple,list,L)) else [o]
+    for a,b in zip(*map(flat, results)):
+        if isinstance(a, (Tensor,np.ndarray,float)): np.testing.assert_allclose(a, b, rtol=1e-6)
+        elif what=='summary': assert [o for o in a.splitlines() if 'KnowledgeDistillation' not in o]==b.splitlines()   # which lists the callbacks
+        else: assert a==b
+
+def test_exported_and_predicting_where_kd_fastai_is_not(pictures):
+    "the file is of the same size, and predicts the same"
+    sizes,file = [],get_image_files(pictures).sorted()[0]
+    for name,cb in (('plain.pkl', None), ('kd.pkl', KnowledgeDistillationCallback(picture_learner(pictures).model, [SoftTarget, Term(Scale(), layers='0')]))):
+        learn = picture_learner(pictures, cb); learn.fit(1, 1e-2)
+        learn.recorder.metric_names = learn.recorder.values = learn.recorder.log = learn.final_record = None
+        learn.export(name); sizes.append((pictures/name).stat().st_size)
+    assert abs(sizes[1]-sizes[0])<0.01*sizes[0], sizes
+    expected = learn.predict(file)
+    code = f"import sys; sys.modules['kd_fastai']=None; sys.path.insert(0, {str(pictures)!r})\nfrom fastai.vision.all import *\ndef first_letter(p): return Path(p).name[0]\nsys.modules['test_any_learner']=sys.modules['__main__']\n" \
+           f"l = load_learner({str(pictures/'kd.pkl')!r}); print(l.predict({str(file)!r})[2].tolist())"
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert eval(r.stdout)==pytest.approx(expected[2].tolist(), rel=1e-5), r.stderr
+
+def test_copies_and_pickles():
+    "a copied Learner distils on, a pickled one has forgotten the teacher"
+    learn = distilled()
+    learn.add_cb(KnowledgeDistillationCallback(small_net(4), [SoftTarget, Term(Scale(), layers=('1', lambda o: o.tanh()))]))
+    twin = deepcopy(learn)
+    for l in (learn, twin): l.dls = digits(100); set_seed(5); l.fit(1, 1e-2)
+    assert torch.equal(weights(learn), weights(twin)) and learn.knowledge_distillation.teacher is twin.knowledge_distillation.teacher
+    assert torch.equal(learn.knowledge_distillation.terms[1].loss.w, twin.knowledge_distillation.terms[1].loss.w)
+    other = pickle.loads(pickle.dumps(learn))
+    assert torch.equal(weights(other), weights(learn)) and not any(isinstance(cb, KnowledgeDistillationCallback) for cb in other.cbs)
