@@ -62,6 +62,17 @@ def seeded(seed, *args, **kwargs):
     set_seed(seed)
     return learn
 
+def positions(ctx):
+    "Whether a loss that asks for the positions of its samples gets this process's, and which they were"
+    learn,seen = learner(False),[]
+    def indexed(pred, target, idx):
+        assert (learn.dls.train.dataset.tensors[1][idx]==target).all()
+        seen.extend(idx.tolist())
+        return pred.mean()
+    learn.remove_cb(learn.knowledge_distillation)
+    with ctx(learn): learn.fit(1, 0.1, cbs=KnowledgeDistillationCallback(teacher(), indexed))
+    return seen
+
 def worker(path):
     "What each of the processes does"
     from fastai.distributed import DistributedDL
@@ -72,6 +83,7 @@ def worker(path):
     def together(learn): return learn.distrib_ctx(sync_bn=False, cpu=True)
     res = {case: run(mine(opt_func=SGD), together, cbs=cbs(1)) for case,cbs in CASES.items()}
     res['norm'] = run(mine(norm=True), together)
+    res['positions'] = positions(together)
     res['student with batch norm'] = run(mine(model=small_net(4)), together)  # torch has SyncBatchNorm on GPUs alone
     learn = mine(path=path, opt_func=SGD)               # Adam's states, the student's too, would stay apart
     res['apart'] = run(learn, lambda l: nullcontext())           # each for itself, from other weights
@@ -118,6 +130,10 @@ def test_owned_weights_stay_equal(ranks, case):
     for k in ('student','owned'): same(*({n:v for n,v in o[k].items() if 'running' not in n} for o in (a,b)), rtol=0, atol=0)
     for k in ('task_loss','soft_target','adapted'): assert a['columns'][k]==b['columns'][k]
     assert a['hooks']==b['hooks']==0
+
+def test_positions_of_samples(ranks):
+    "each process is told its own, together they are all"
+    assert sorted(ranks[0]['positions']+ranks[1]['positions'])==[*range(N)]
 
 def test_apart_means_apart(ranks):
     "a Learner outside `distrib_ctx` trains by itself"
