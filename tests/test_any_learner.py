@@ -293,7 +293,7 @@ def distilled(cbs=None, n=1, losses=None, learn=None, **kwargs):
 def test_clipping_takes_all_by_one_norm():
     "student's and owned parameters, as `clip_grad_norm_` clips them together"
     class Watch(Callback):
-        run_valid,norms = False,[]
+        run_valid = False
         def __init__(self, order): self.order,self.norms = order,[]
         def before_step(self): self.norms.append((self.norm([*self.model.parameters()]), self.norm(self.opt.all_params().itemgot(0))))
         def norm(self, ps): return torch.stack([p.grad.norm() for p in ps if p.grad is not None]).norm().item()
@@ -436,6 +436,14 @@ def test_imitation_without_labels():
     learn = run([unlabelled], 0)
     assert torch.equal(weights(learn), weights(run(None, 0))) and np.isfinite(learn.recorder.values[-1]).all()
     assert torch.equal(weights(learn), weights(run([unlabelled], 1.)))    # no label, no task loss
+
+def test_data_block_with_some_labels(pictures):
+    "as the page on any Learner has it"
+    block = DataBlock((ImageBlock, TransformBlock), get_items=get_image_files, get_y=lambda o: 'ab'.index(o.name[0]) if int(o.stem[2:])<12 else -100, splitter=RandomSplitter(0.25, seed=0))
+    learn = Learner(block.dataloaders(pictures, bs=6, num_workers=0), nn.Sequential(ConvLayer(3,4,stride=4), nn.Flatten(), nn.Linear(256,2)), loss_func=CrossEntropyLossFlat())
+    seen = distil(learn, nn.Sequential(nn.Flatten(), nn.Linear(3072,2)), SoftTarget)
+    y = torch.cat([o[2] for o in seen])    # a loss that asks for labels is given the samples that have one
+    assert 0<len(y)<18 and (y>=0).all() and np.isfinite(learn.recorder.values[-1]).all()
 
 def test_few_labels():
     "batches without any label among others: nothing becomes nan, and the loss is the labelled ones'"
