@@ -3,4 +3,6 @@ from .adapters import *
 from .callback import *
 from .hooks import *
 from .losses import *
+from .report import *
+from .schemes import *
 from .teacher import *

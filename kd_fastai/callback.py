@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['Term', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/07_callback.ipynb #6d84bddd
+# %% ../nbs/07_callback.ipynb #cfae72ec
 import copy, math, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import camel2snake, patch
-from fastai.basics import Learner, ValueMetric, detuplify, find_bs, join_path_file, num_distrib
+from fastai.basics import Learner, ValueMetric, detuplify, find_bs, join_path_file, rank_distrib
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from .adapters import Adapted, check_adapt
 from .contract import facts, loss_name, needs, unwrap_loss
-from .hooks import Capture, layer_lists, unique_names, unwrap
-from .scope import GuestParams, ScopedCallback, batch_indices
-from .teacher import Teacher, check_taught_alike, plain, prediction
+from .hooks import Capture, layer_lists, layer_name, unique_names, unwrap
+from .scope import GuestParams, ScopedCallback, add_up, among_parameters, batch_indices, from_first, mean_gradients, parallel
+from .teacher import Teacher, check_class_map, check_taught_alike, plain, prediction, shared_classes
 
-# %% ../nbs/07_callback.ipynb #c6418791
+# %% ../nbs/07_callback.ipynb #82ff7de0
 def _finite(x, what):
     "A finite number, or an error that says what is none"
     try: x = float(x)
@@ -42,7 +42,7 @@ def _check_schedule(schedule):
     for pos in (0., 0.5, 1.): _finite(schedule(pos), f"A schedule's value at {pos}")
 
 class Term:
-    """One part of the loss: `weight * schedule(pct_train) * loss`.
+    """One part of the loss: `weight * schedule(pct_train) * loss`. A keyword that is none of the below is a parameter of the loss, and its value a schedule.
 
     Raises `TypeError` for what is no loss, has unknown parameters or needs what nobody gives, and for a weight that is no number; `ValueError` for one that is not finite."""
     def __init__(self,
@@ -51,15 +51,19 @@ class Term:
         layers:str|list|dict|None=None, # A layer name, a list of names and (student, teacher) tuples, or what `match_feature_layers` returns; those of the callback, if not given
         schedule:Callable|None=None, # A fastai schedule that multiplies the weight; that of the callback, if not given
         name:str|None=None,  # Name of its column; made from the loss, if not given
-        adapt:str|Callable|list|None=None # Trained layers that give the student's features the teacher's shapes: 'auto', an `adapter`, a list of one a pair; that of the callback, if not given
+        adapt:str|Callable|list|None=None, # Trained layers that give the student's features the teacher's shapes: 'auto', an `adapter`, a list of one a pair; that of the callback, if not given
+        **params             # Schedules of the loss's own parameters, such as `T=SchedCos(8,2)`
     ):
-        self.needs = needs(loss)
-        self.loss,self.weight,self.schedule,self.adapt = loss,_finite(weight, f"The weight of {loss_name(loss)}"),schedule,adapt
+        self.needs = needs(partial(loss, **params) if params else loss)
+        self.loss,self.weight,self.schedule,self.adapt,self.params = loss,_finite(weight, f"The weight of {loss_name(loss)}"),schedule,adapt,params
         check_adapt(adapt)
         if adapt is not None and not self.feature: raise ValueError(f"adapt is for losses on features, got {loss_name(loss)}, which looks at none")
         self.layers = None if layers is None else layer_lists(layers)
         self.name = camel2snake(loss_name(loss)) if name is None else name
         _check_schedule(schedule)
+        for k,o in params.items():
+            if not callable(o): raise TypeError(f"{k}={o!r} is no schedule: a constant is given by partial({loss_name(loss)}, {k}={o!r})")
+            _check_schedule(o)
 
     @property
     def module(self)->nn.Module|None:
@@ -87,18 +91,22 @@ class Term:
         "The weight at this part of the fit"
         return self.weight if self.schedule is None else self.weight*_finite(self.schedule(pct), f"The schedule of {self.name}")
 
+    def at(self, pct:float)->Callable:
+        "The loss, with its parameters at this part of the fit"
+        return partial(self.loss, **{k: f(pct) for k,f in self.params.items()}) if self.params else self.loss
+
     def features(self, fm_s:dict, fm_t:dict)->dict:
         "Its own layers from all that were captured; a layer used again gets the key `name#2`"
         if not any(self.layers): return {}
-        return {k: dict(zip(unique_names(names), (fm[n] for n in names))) for k,names,fm in zip(('fm_s','fm_t'), self.layers, (fm_s,fm_t))}
+        return {k: dict(zip(unique_names([*map(layer_name, names)]), (fm[n] for n in names))) for k,names,fm in zip(('fm_s','fm_t'), self.layers, (fm_s,fm_t))}
 
     def __repr__(self):
-        kw = ', '.join(f'{k}={v}' for k,v in unwrap_loss(self.loss)[1].items())
-        pairs = f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in zip(*self.layers))}" if self.feature and self.layers and any(self.layers) else ''
+        kw = ', '.join(f'{k}={v}' for k,v in {**unwrap_loss(self.loss)[1], **dict.fromkeys(self.params, 'schedule')}.items())
+        pairs = f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in zip(*(map(layer_name, o) for o in self.layers)))}" if self.feature and self.layers and any(self.layers) else ''
         adapted = ', adapted' if self.feature and self.adapt is not None else ''
         return f"{self.weight:g}·{'schedule·' if self.schedule else ''}{loss_name(self.loss)}{f'({kw})' if kw else ''}{pairs}{adapted}"
 
-# %% ../nbs/07_callback.ipynb #dc7d86d0
+# %% ../nbs/07_callback.ipynb #1f91316f
 class KnowledgeDistillationCallback(ScopedCallback):
     """Train a student with a teacher: while training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term.
 
@@ -119,7 +127,9 @@ class KnowledgeDistillationCallback(ScopedCallback):
         task_weight:float=1.,      # Weight of the Learner's own loss
         schedule:Callable|None=None, # A fastai schedule that multiplies the weights, such as `SchedCos(0,1)`; begins anew with each fit
         teacher_tfm:Callable|None=None, # Makes the teacher's inputs from the student's, where they differ: `teacher_tfm(*xb)`
-        adapt:str|Callable|list|None=None # Trained layers that give the student's features the teacher's shapes: 'auto', an `adapter`, a list of one a pair
+        adapt:str|Callable|list|None=None, # Trained layers that give the student's features the teacher's shapes: 'auto', an `adapter`, a list of one a pair
+        class_map:list|None=None,  # The teacher's column for each of the student's classes, -1 where it has none, as `match_classes` gives it
+        balance:bool=False         # Scale each term, batch by batch, to the size of the task loss, so that weights are shares of it?
     ):
         losses = loss if isinstance(loss, (list,tuple)) else [loss]
         if not losses: raise ValueError("Expected at least one loss, got none")
@@ -130,6 +140,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.terms = [(o if isinstance(o, Term) else Term(o, weight=self.weight)).filled(layers, schedule, adapt) for o in losses]
         for o,name in zip(self.terms, unique_names(['task_loss', *(o.name for o in self.terms)])[1:]): o.name = name
         self.teacher = Teacher(teacher, [n for o in self.terms for n in o.layers[1]], teacher_tfm)
+        self.class_map,self.balance = class_map if class_map is None else check_class_map(class_map, [o.name for o in self.terms if 'target' in o.needs.required]),balance
         self._guests,self._built,self._loaded,self._said = GuestParams(),False,{},set()
         if (any(layers) or adapt is not None) and not any(o.feature for o in self.terms): self._warn('layers', f"Layers are named or adapted, but no loss looks at features: {self}")
 
@@ -140,7 +151,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if key not in self._said: warnings.warn(msg, stacklevel=3)
         self._said.add(key)
 
-# %% ../nbs/07_callback.ipynb #9d298ed1
+# %% ../nbs/07_callback.ipynb #6cc2b4e8
 @patch
 def before_fit(self:KnowledgeDistillationCallback):
     "Check what needs no forward, add the columns, and let the optimizer train what losses own"
@@ -171,7 +182,7 @@ def _check_models(self:KnowledgeDistillationCallback):
 @patch
 def _check_meaning(self:KnowledgeDistillationCallback):
     "Raise `ValueError` where teacher and student were taught differently, and warn of losses that do not fit the task"
-    asked = any('teacher_pred' in o.needs.wanted for o in self.terms)
+    asked = self.class_map is None and any('teacher_pred' in o.needs.wanted for o in self.terms)
     if self.teacher.learner: check_taught_alike(self.teacher.learner, self.learn, vocab=asked, normalize=self.teacher.tfm is None)
     soft = [o.name for o in self.terms if getattr(facts(o.loss), 'softmax', False)]
     lf = getattr(self.loss_func, 'func', self.loss_func)
@@ -181,11 +192,11 @@ def _check_meaning(self:KnowledgeDistillationCallback):
 _elementwise = nn.BCEWithLogitsLoss,nn.BCELoss,nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss
 _elementwise_functions = F.binary_cross_entropy_with_logits,F.binary_cross_entropy,F.mse_loss,F.l1_loss,F.smooth_l1_loss,F.huber_loss
 
-# %% ../nbs/07_callback.ipynb #5cb545b0
+# %% ../nbs/07_callback.ipynb #b4a290c4
 @patch
 def _add_columns(self:KnowledgeDistillationCallback):
     "One column a term, and one for the task loss"
-    names = [*(['task_loss'] if self._first else []), *(o.name for o in self.terms)]
+    names = [*(['task_loss'] if self._first else []), *(o.name for o in self.terms), *(f'{o.name}_weight' for o in self.terms if self.balance)]
     columns = [ValueMetric(partial(self._mean, i), n) for i,n in enumerate(names, 0 if self._first else 1)]
     self.learn.metrics = self.learn.metrics + columns
     self.scope.callback(self._remove_columns, columns)
@@ -195,17 +206,18 @@ def _add_columns(self:KnowledgeDistillationCallback):
 def _remove_columns(self:KnowledgeDistillationCallback, columns): self.learn.metrics = [m for m in self.learn.metrics if m not in columns]
 
 @patch
-def _reset_means(self:KnowledgeDistillationCallback): self._sums,self._count = [0.]*(1+len(self.terms)),0
+def _reset_means(self:KnowledgeDistillationCallback): self._sums,self._count = [0.]*(1+len(self.terms)*(1+self.balance)),0
 
 @patch
 def _mean(self:KnowledgeDistillationCallback, i): return self._sums[i]/self._count if self._count else None
 
-# %% ../nbs/07_callback.ipynb #d83bc9f7
+# %% ../nbs/07_callback.ipynb #7c361eda
 @patch
 def before_train(self:KnowledgeDistillationCallback):
     "Open the captures and let the teacher answer, until the epoch's training ends"
     self._train.close()
     self._reset_means()
+    if parallel(self.learn): from_first(self._guests.params)
     self._train.enter_context(self.teacher.answering(next((p.device for p in self.learn.model.parameters()), None)))
     self._train.enter_context(self._student)
     self._train.callback(setattr, self, '_answering', False)
@@ -215,6 +227,7 @@ def before_train(self:KnowledgeDistillationCallback):
 def after_train(self:KnowledgeDistillationCallback):
     "Take the hooks away, and give the teacher back"
     self._train.close()
+    if parallel(self.learn): *self._sums,self._count = add_up([*self._sums, self._count], self.learn.model.device)
 
 @patch
 def after_epoch(self:KnowledgeDistillationCallback):
@@ -226,16 +239,17 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
     if not self.learn.lock.locked(): self.leave()
 
-# %% ../nbs/07_callback.ipynb #1419b084
+# %% ../nbs/07_callback.ipynb #a9c5bd16
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss"
     if not self._answering: return
     given = self._given()
     if not self._built: self._build(given)
-    task,factors = plain(self.learn.loss_grad),[o.factor(self.pct_train) for o in self.terms]
+    task,factors = self._task(given['target']),[o.factor(self.pct_train) for o in self.terms]
     with _full_precision(task.device): values = [self._value(o, w, given) for o,w in zip(self.terms, factors)]
-    self._record(task, values)
+    if self.balance: factors = _balanced(task, values, factors)
+    self._record(task, [*values, *factors] if self.balance else values)
     parts = [w*v for w,v in zip([self.task_weight, *factors], [task, *values]) if w]
     self.learn.loss_grad = sum(parts) if parts else 0*task
     self.learn.loss = self.learn.loss_grad.detach().clone()
@@ -247,11 +261,17 @@ def _given(self:KnowledgeDistillationCallback):
         "target by a transform, and set task_weight=0")
     teacher_pred,fm_t = self.teacher(*self.xb)
     fm_s,fm_t = ({k: _half_to_float(plain(v)) for k,v in fm.items()} for fm in (self._student.take(), fm_t))
-    preds = [_half_to_float(o) for o in (prediction(self.pred), teacher_pred)]
+    return dict(self._predictions(prediction(self.pred), teacher_pred), fm_s=fm_s, fm_t=fm_t, **self._indices(teacher_pred.device))
+
+@patch
+def _predictions(self:KnowledgeDistillationCallback, pred, teacher_pred):
+    "Predictions and labels as losses want them"
+    preds = [_half_to_float(o) for o in (pred, teacher_pred)]
     if preds[0].ndim>2 and self._axis!=1: preds = [o.movedim(self._axis,1) for o in preds]
-    preds.append(detuplify(tuple(map(plain, self.yb))))
+    if self.class_map is not None: preds = shared_classes(*preds, self.class_map)
+    preds = *preds,detuplify(tuple(map(plain, self.yb)))
     if preds[0].ndim>2: preds = _labelled(*preds, self._ignore)
-    return dict(zip(('pred','teacher_pred','target'), preds), fm_s=fm_s, fm_t=fm_t, **self._indices(preds[0].device))
+    return dict(zip(('pred','teacher_pred','target'), preds))
 
 @patch
 def _mixed(self:KnowledgeDistillationCallback):
@@ -270,6 +290,12 @@ def _indices(self:KnowledgeDistillationCallback, device):
         if needy: raise ValueError(f"{', '.join(needy)} needs idx: {e}") from None
         return {}
 
+@patch
+def _task(self:KnowledgeDistillationCallback, target):
+    "The Learner's own loss; 0 for a batch in which no label is known, where it is the mean of nothing"
+    task = plain(self.learn.loss_grad)
+    return torch.where((target!=self._ignore).any(), task, 0.) if self._ignore is not None and isinstance(target, Tensor) else task
+
 # %% ../nbs/07_callback.ipynb #8aa8ff4c
 def _class_axis(loss_func):
     "Dimension of the classes; 1 where the loss function does not say, or takes its targets element by element"
@@ -287,7 +313,7 @@ def _full_precision(device):
     "Autocast off: a product of float32 tensors would be cast back"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
-# %% ../nbs/07_callback.ipynb #6884434e
+# %% ../nbs/07_callback.ipynb #6c186ab3
 @patch
 def _value(self:KnowledgeDistillationCallback, term, factor, given):
     "What a term's loss gives for this batch, a scalar; without a gradient where its factor is 0, so that it only watches"
@@ -304,12 +330,13 @@ def _value(self:KnowledgeDistillationCallback, term, factor, given):
 
 @patch
 def _both_labels(self:KnowledgeDistillationCallback, term, args):
-    "The loss, interpolated between both labels where samples are mixed; by the batch's mean share, since a loss is one number"
+    "The loss, interpolated between both labels where samples are mixed; by the batch's mean share, since a loss is one number (CutMix has but one)"
     mix = self._mixed()
     if 'target' in term.needs.required: args.update(zip(('pred','teacher_pred','target'), _labelled(args['pred'], args['teacher_pred'], args['target'], self._ignore)))
     if not len(args['pred']): return args['pred'].sum()  # no label in this batch
-    if not getattr(mix, 'stack_y', False) or 'target' not in term.needs.wanted: return term.loss(**term.needs.pick(args))
-    a,b = (term.loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.yb, mix.yb1))
+    loss = term.at(self.pct_train)
+    if not getattr(mix, 'stack_y', False) or 'target' not in term.needs.wanted: return loss(**term.needs.pick(args))
+    a,b = (loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.yb, mix.yb1))
     return torch.lerp(b, a, plain(mix.lam).mean().to(a))
 
 @patch
@@ -320,7 +347,12 @@ def _no_gradient(self:KnowledgeDistillationCallback, term):
     raise ValueError(f"{term.name} gives the student no gradient{f' through its layers {term.layers[0]}' if term.feature else ''}: is something detached, or inside a "
         "reentrant checkpoint (then use_reentrant=False)?")
 
-# %% ../nbs/07_callback.ipynb #25f5cbbc
+# %% ../nbs/07_callback.ipynb #c01610b8
+def _balanced(task, values, factors):
+    "Factors with which each term is as large as its own factor times the task loss"
+    return [w*task.detach().abs()/v.detach().abs().clamp_min(1e-8) for v,w in zip(values, factors)]
+
+# %% ../nbs/07_callback.ipynb #d17442fe
 @patch
 def _record(self:KnowledgeDistillationCallback, task, values):
     "Add to the columns' means. Raises `FloatingPointError` for a term that is not finite, naming it and the step"
@@ -334,16 +366,16 @@ def _record(self:KnowledgeDistillationCallback, task, values):
 @patch
 def _compare(self:KnowledgeDistillationCallback, term, v, task):
     "With the first batch, say that a term is too small beside the task loss"
-    if ('small', term.name) in self._said: return
+    if self.balance or ('small', term.name) in self._said: return
     small = 0<abs(term.weight*v)<1e-3*abs(self.task_weight*task)
     default = getattr(facts(term.loss), 'weight', None)
     hint = f"its default weight is {default:g}" if default and default>abs(term.weight) else f"a weight of {task/v:.1g} would make it as large" if v else ''
     if small: self._warn(('small', term.name), f"{term.name} adds {term.weight*v:.1g} to a task loss of {self.task_weight*task:.2g}, too little to matter: {hint}")
     self._said.add(('small', term.name))
 
-# %% ../nbs/07_callback.ipynb #f2f3ba74
+# %% ../nbs/07_callback.ipynb #d9eb99cf
 @patch(as_prop=True)
-def _modules(self:KnowledgeDistillationCallback): return [o.module for o in self.terms if o.module is not None]
+def _modules(self:KnowledgeDistillationCallback): return [*dict.fromkeys(o.module for o in self.terms if o.module is not None)]
 
 @patch
 def _build(self:KnowledgeDistillationCallback, given):
@@ -358,23 +390,29 @@ def _build(self:KnowledgeDistillationCallback, given):
     self._guests.params = [p for m in self._modules for p in m.parameters() if p.requires_grad]
     self._built = True
     if self._loaded: self._restore(self._loaded)
+    if parallel(self.learn): from_first(t for m in self._modules for t in m.state_dict().values())
     self._train_owned()
 
 @patch
 def _train_owned(self:KnowledgeDistillationCallback):
     "For the rest of this fit the optimizer trains them too; `lr_find` leaves them as they were"
-    if self._guests.params and num_distrib()>1: raise NotImplementedError(
-        f"Weights that losses own ({', '.join(o.name for o in self.terms if o.module is not None)}) are not kept equal over processes yet: train in one, or without these losses")
     trial = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
     if trial:
         for m in self._modules: self.scope.callback(m.load_state_dict, copy.deepcopy(m.state_dict()))
-    if self._guests.params: self.scope.enter_context(self._guests.visiting(self.learn.opt, trial))
+    if not self._guests.params: return
+    self.scope.enter_context(self._guests.visiting(self.learn.opt, trial))
+    self.scope.enter_context(among_parameters(self.learn, self._guests.params))
 
 @patch
-def _beside(self:KnowledgeDistillationCallback, file):
+def after_backward(self:KnowledgeDistillationCallback):
+    "In several processes: what `DistributedDataParallel` does for the student"
+    if self._guests.params and parallel(self.learn): mean_gradients(self._guests.params)
+
+@patch
+def _beside(self:KnowledgeDistillationCallback, file, what='losses'):
     "The file for what losses own, beside the student's; None for what is no path"
     file = join_path_file(file, self.learn.path/self.learn.model_dir, ext='.pth')
-    return file.with_suffix('.losses.pth') if hasattr(file, 'with_suffix') else None
+    return file.with_suffix(f'.{what}.pth') if hasattr(file, 'with_suffix') else None
 
 @patch
 @contextmanager
@@ -382,7 +420,7 @@ def around_save(self:KnowledgeDistillationCallback, file, *args, **kwargs):
     "Save what losses own beside the student"
     with self._guests.away(self.learn.opt):
         yield
-        if self._built and any(m.state_dict() for m in self._modules) and (path := self._beside(file)):
+        if self._built and not rank_distrib() and any(m.state_dict() for m in self._modules) and (path := self._beside(file)):  # fastai, too, saves in the first process alone
             torch.save({'weights': [m.state_dict() for m in self._modules], 'states': self._guests.states}, path)
 
 @patch
