@@ -626,20 +626,20 @@ class CRD(TrainableLoss):
         "Raises `ValueError` for unequal batch sizes"
         return sum(pair(*o) for pair,o in zip(self.pairs, _vectors(self, fm_s, fm_t)))
 
-# %% ../../nbs/05_losses.trainable.ipynb #b2ac88fb
+# %% ../../nbs/05_losses.trainable.ipynb #eb73d6fc
 class _Bank(nn.Module):
     "Negatives from a memory of one vector for each sample"
     def __init__(self, cs, ct, n, dim, T, momentum):
         super().__init__()
         self.n,self.T,self.momentum,self.heads = n,T,momentum,_Heads(cs, ct, dim)
         for k in ('bank_s','bank_t'): self.register_buffer(k, F.normalize(torch.randn(n, dim), dim=1))
-        for k in ('log_z_s','log_z_t'): self.register_buffer(k, torch.tensor(torch.nan))
+        for k in ('log_z_s','log_z_t'): self.register_buffer(k, torch.tensor(-torch.inf))  # not known yet
 
     def _contrast(self, v, bank, log_z, drawn):
         "The noise contrast, and the logarithm of Z"
         scores = (v@bank.T/self.T).gather(1, drawn)  # all products, then a choice: less memory than a copy of what is chosen
         estimate = scores.detach().logsumexp((0,1)) - math.log(scores.numel()/self.n)
-        log_z = torch.where(log_z.isnan(), estimate, log_z)
+        log_z = torch.where(log_z.isinf(), estimate, log_z)
         logits = scores - log_z - math.log((drawn.shape[1]-1)/self.n)
         return F.binary_cross_entropy_with_logits(logits, torch.eye(1, drawn.shape[1]).to(logits).expand_as(logits), reduction='sum')/len(v),log_z
 
@@ -694,7 +694,7 @@ class CRDBank(TrainableLoss):
         drawn = self.draw(idx)
         return sum(pair(*o, idx, drawn) for pair,o in zip(self.pairs, pairs))
 
-# %% ../../nbs/05_losses.trainable.ipynb #304cde8a
+# %% ../../nbs/05_losses.trainable.ipynb #7d146e06
 @about('Li et al., Curriculum Temperature for Knowledge Distillation, AAAI 2023', 'https://arxiv.org/abs/2211.16231',
        'SoftTarget without a temperature to choose', 'low', 'BC', weight=1., softmax=True, trains='a temperature')
 class CTKD(TrainableLoss):
@@ -725,7 +725,7 @@ class CTKD(TrainableLoss):
         **kwargs
     )->torch.Tensor: # Scalar
         "Raises `ValueError` for unequal shapes or one class"
-        if self.training: self.step += 1
+        if self.training: self.step = self.step+1  # a new tensor: compiled, backward would see what was added in place
         strength = (1-(math.pi*(self.step/self.warmup).clamp(max=1)).cos())/2
         fixed = self.T.detach()
         return SoftTarget(pred, teacher_pred, T=fixed-strength*(self.T-fixed))  # the value of T, and its gradient reversed

@@ -113,11 +113,11 @@ TRAINABLE = dict(
     mgd=Masked(MGD, MGD_NAMES), mgd_channel=Masked(partial(MGD, 'channel'), MGD_NAMES),
     semckd=Owned(SemCKD, {r'(query|key)_(\d)\.linear1': r'\1.\2.0', r'(query|key)_(\d)\.linear2': r'\1.\2.2',
                           r'regressor(\d)(\d)\.regressor': lambda m: f'project.{3*int(m[1])+int(m[2])}'}),  # of three teacher layers
-    itrd_corr=Owned(partial(ITRD, corr=1, mutual=0), {r'embed\.linear': 'embed.0'}, hp=dict(alpha_it='alpha')),
-    itrd_mutual=Owned(partial(ITRD, corr=0, mutual=1), {r'embed\.linear': 'embed.0'}, hp=dict(alpha_it='alpha')),
+    itrd_corr=Owned(renamed(partial(ITRD, corr=1, mutual=0), dict(alpha_it='alpha')), {r'embed\.linear': 'embed.0'}),
+    itrd_mutual=Owned(renamed(partial(ITRD, corr=0, mutual=1), dict(alpha_it='alpha')), {r'embed\.linear': 'embed.0'}),
     ickd_embed=Owned(ICKDEmbed, {r'embed_s\.conv2d': 'embed.0.0', r'embed_s\.l2norm': 'embed.0.1'}),
-    afd_zoo=Owned(AFD, {'attention': 'attention.0'}, hp=dict(att_f='factor')),
-    crd=Banked(CRDBank, {r'embed_s\.linear': 'pairs.0.heads.student', r'embed_t\.linear': 'pairs.0.heads.teacher', r'contrast\.memory_v1': 'pairs.0.bank_s',
-                         r'contrast\.memory_v2': 'pairs.0.bank_t'}, hp=dict(feat_dim='dim', nce_k='K', nce_t='T', nce_m='momentum')),
+    afd_zoo=Owned(renamed(AFD, dict(att_f='factor')), {'attention': 'attention.0'}),
+    crd=Banked(renamed(CRDBank, dict(feat_dim='dim', nce_k='K', nce_t='T', nce_m='momentum')), {r'embed_s\.linear': 'pairs.0.heads.student', r'embed_t\.linear': 'pairs.0.heads.teacher', r'contrast\.memory_v1': 'pairs.0.bank_s',
+                         r'contrast\.memory_v2': 'pairs.0.bank_t'}),
 )
 IMPLS = {**OUTPUT, **FEATURE, **RELATION, **TRAINABLE}
