@@ -92,7 +92,7 @@ class Term:
         pairs = f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in zip(*self.layers))}" if self.feature and self.layers and any(self.layers) else ''
         return f"{self.weight:g}·{'schedule·' if self.schedule else ''}{loss_name(self.loss)}{f'({kw})' if kw else ''}{pairs}"
 
-# %% ../nbs/07_callback.ipynb #9201cd28
+# %% ../nbs/07_callback.ipynb #aaa07a32
 class KnowledgeDistillationCallback(ScopedCallback):
     """Train a student with a teacher: while training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term.
 
@@ -112,7 +112,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         weight:float=0.5,          # Weight of the bare losses
         task_weight:float=1.,      # Weight of the Learner's own loss
         schedule:Callable|None=None, # A fastai schedule that multiplies the weights, such as `SchedCos(0,1)`; begins anew with each fit
-        teacher_tfm:Callable|None=None # Makes the teacher's inputs from the student's, where they differ: `teacher_tfm(*xb)`
+        teacher_tfm:Callable|None=None, # Makes the teacher's inputs from the student's, where they differ: `teacher_tfm(*xb)`
+        early_exit:bool=True       # Stop the teacher's forward behind the last layer asked for, where no loss wants its predictions?
     ):
         losses = loss if isinstance(loss, (list,tuple)) else [loss]
         if not losses: raise ValueError("Expected at least one loss, got none")
@@ -121,7 +122,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         layers = layer_lists(activations_student, activations_teacher)
         self.terms = [(o if isinstance(o, Term) else Term(o, weight=self.weight)).filled(layers, schedule) for o in losses]
         for o,name in zip(self.terms, unique_names(['task_loss', *(o.name for o in self.terms)])[1:]): o.name = name
-        self.teacher = Teacher(teacher, [n for o in self.terms for n in o.layers[1]], teacher_tfm)
+        self.teacher = Teacher(teacher, [n for o in self.terms for n in o.layers[1]], teacher_tfm, early_exit)
+        self._asked = any('teacher_pred' in o.needs.wanted for o in self.terms)
         self._guests,self._built,self._loaded,self._said = GuestParams(),False,{},set()
         if any(layers) and not any(o.feature for o in self.terms): self._warn('layers', f"Layers are named, but no loss looks at features: {self}")
 
@@ -132,7 +134,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if key not in self._said: warnings.warn(msg, stacklevel=3)
         self._said.add(key)
 
-# %% ../nbs/07_callback.ipynb #9d298ed1
+# %% ../nbs/07_callback.ipynb #7c806951
 @patch
 def before_fit(self:KnowledgeDistillationCallback):
     "Check what needs no forward, add the columns, and let the optimizer train what losses own"
@@ -163,8 +165,7 @@ def _check_models(self:KnowledgeDistillationCallback):
 @patch
 def _check_meaning(self:KnowledgeDistillationCallback):
     "Raise `ValueError` where teacher and student were taught differently, and warn of losses that do not fit the task"
-    asked = any('teacher_pred' in o.needs.wanted for o in self.terms)
-    if self.teacher.learner: check_taught_alike(self.teacher.learner, self.learn, vocab=asked, normalize=self.teacher.tfm is None)
+    if self.teacher.learner: check_taught_alike(self.teacher.learner, self.learn, vocab=self._asked, normalize=self.teacher.tfm is None)
     soft = [o.name for o in self.terms if getattr(facts(o.loss), 'softmax', False)]
     lf = getattr(self.loss_func, 'func', self.loss_func)
     if soft and (isinstance(lf, _elementwise) or lf in _elementwise_functions): self._warn('softmax',
@@ -218,13 +219,14 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
     if not self.learn.lock.locked(): self.leave()
 
-# %% ../nbs/07_callback.ipynb #10ee9cc6
+# %% ../nbs/07_callback.ipynb #9e90c7cd
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss"
     if not self._answering: return
     given = self._given()
     if not self._built: self._build(given)
+    if not self._asked: given.pop('teacher_pred', None)  # here now, but not behind an early exit
     task,factors = plain(self.learn.loss_grad),[o.factor(self.pct_train) for o in self.terms]
     with _full_precision(task.device): values = [self._value(o, w, given) for o,w in zip(self.terms, factors)]
     self._record(task, values)
@@ -237,24 +239,25 @@ def _given(self:KnowledgeDistillationCallback):
     "All that losses may ask for, of this batch"
     if not len(self.yb): raise ValueError("The batch has no target, and fastai skips the backward pass without one: give unlabelled data a placeholder "
         "target by a transform, and set task_weight=0")
-    teacher_pred,fm_t = self.teacher(*self.xb)
+    teacher_pred,fm_t = self.teacher(*self.xb, whole=self._asked or not self._built)
     fm_s,fm_t = ({k: _half_to_float(plain(v)) for k,v in fm.items()} for fm in (self._student.take(), fm_t))
-    preds = [_half_to_float(o) for o in (prediction(self.pred), teacher_pred)]
-    if preds[0].ndim>2 and self._axis!=1: preds = [o.movedim(self._axis,1) for o in preds]
-    preds.append(detuplify(tuple(map(plain, self.yb))))
-    if preds[0].ndim>2: preds = _labelled(*preds, self._ignore)
-    return dict(zip(('pred','teacher_pred','target'), preds), fm_s=fm_s, fm_t=fm_t)
+    preds = {k: _half_to_float(o) for k,o in dict(pred=prediction(self.pred), teacher_pred=teacher_pred).items() if o is not None}
+    dense = preds['pred'].ndim>2
+    if dense and self._axis!=1: preds = {k: o.movedim(self._axis,1) for k,o in preds.items()}
+    preds['target'] = detuplify(tuple(map(plain, self.yb)))
+    return dict(_labelled(preds, self._ignore) if dense else preds, fm_s=fm_s, fm_t=fm_t)
 
-# %% ../nbs/07_callback.ipynb #8aa8ff4c
+# %% ../nbs/07_callback.ipynb #0fabdf53
 def _class_axis(loss_func):
     "Dimension of the classes; 1 where the loss function does not say, or takes its targets element by element"
     return 1 if getattr(loss_func, 'floatify', False) else getattr(loss_func, 'axis', 1)
 
-def _labelled(pred, teacher_pred, target, ignore_index):
-    "Predictions without the positions whose label is `ignore_index`: `(N, C)` of those that remain"
-    fits = isinstance(target, Tensor) and pred.ndim>1 and target.shape==pred[:,0].shape==teacher_pred[:,0].shape
-    if ignore_index is None or not fits or not (ignored := target==ignore_index).any(): return pred,teacher_pred,target
-    return pred.movedim(1,-1)[~ignored],teacher_pred.movedim(1,-1)[~ignored],target[~ignored]
+def _labelled(given, ignore_index):
+    "Predictions and target without the positions whose label is `ignore_index`: `(N, C)` of those that remain"
+    target,preds = given['target'],{k:v for k,v in given.items() if k in ('pred','teacher_pred')}
+    fits = isinstance(target, Tensor) and all(o.ndim>1 and target.shape==o[:,0].shape for o in preds.values())
+    if ignore_index is None or not fits or not (ignored := target==ignore_index).any(): return given
+    return {**given, 'target': target[~ignored], **{k: o.movedim(1,-1)[~ignored] for k,o in preds.items()}}
 
 def _half_to_float(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
@@ -262,7 +265,7 @@ def _full_precision(device):
     "Autocast off: a product of float32 tensors would be cast back"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
-# %% ../nbs/07_callback.ipynb #26987534
+# %% ../nbs/07_callback.ipynb #abc0fc45
 @patch
 def _value(self:KnowledgeDistillationCallback, term, factor, given):
     "What a term's loss gives for this batch, a scalar; without a gradient where its factor is 0, so that it only watches"
@@ -281,7 +284,7 @@ def _value(self:KnowledgeDistillationCallback, term, factor, given):
 def _both_labels(self:KnowledgeDistillationCallback, term, args):
     "The loss, interpolated between both labels where samples are mixed; by the batch's mean share, since a loss is one number"
     mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)), None)
-    if 'target' in term.needs.required: args.update(zip(('pred','teacher_pred','target'), _labelled(args['pred'], args['teacher_pred'], args['target'], self._ignore)))
+    if 'target' in term.needs.required: args = _labelled(args, self._ignore)
     if not len(args['pred']): return args['pred'].sum()  # no label in this batch
     if mix is None or 'target' not in term.needs.wanted: return term.loss(**term.needs.pick(args))
     a,b = (term.loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.yb, mix.yb1))

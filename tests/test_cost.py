@@ -1,0 +1,114 @@
+"What saves time changes no number: the teacher's early exit, and its cache."
+import json, os, signal, subprocess, sys, textwrap
+from copy import deepcopy
+import numpy as np, pytest, torch
+from torch import nn
+from fastai.basics import *
+from fastai.callback.all import *
+from kd_fastai.all import *
+from kd_fastai.demo import digits, small_net
+
+for o in [*globals()]:
+    if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
+
+pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
+
+def learner(dls=None, cbs=None, model=None):
+    set_seed(0)
+    learn = Learner(dls or digits(100), model or small_net(4), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+def fit(learn, n=2):
+    set_seed(1)
+    learn.fit(n, 1e-2)
+    return learn
+
+def weights(m): return torch.cat([p.detach().flatten().clone() for p in getattr(m, 'model', m).parameters()])
+def net(width=4, seed=5):
+    set_seed(seed)
+    return small_net(width)
+
+# ---- early exit
+
+class Flow(nn.Module):
+    "A teacher whose forward is `f(self, x)`"
+    def __init__(self, f):
+        super().__init__()
+        self.f,self.a,self.b,self.act,self.bn,self.head = f,nn.Conv2d(1,4,3,padding=1),nn.Conv2d(4,4,3,padding=1),nn.ReLU(),nn.BatchNorm2d(4),nn.Linear(4,10)
+        self.inplace,self.h,self.hs = nn.ReLU(inplace=True),0.,[0.]
+    def forward(self, x): return self.head(self.f(self, x).mean((2,3)))
+
+def straight(m, x): return m.bn(m.act(m.b(m.a(x))))
+def in_place_behind(m, x): return m.inplace(m.bn(m.b(m.act(m.a(x)))))
+def twice(m, x): return m.act(m.b(m.act(m.a(x))))
+def order_by_data(m, x): return m.act(m.b(m.a(x))) if x[0].mean()>-0.4 else m.b(m.act(m.a(x)))
+def hidden(m, x):
+    f = m.act(m.a(x)+m.h); m.h = m.b(f).mean((0,2,3))[None,:,None,None]
+    return f
+def hidden_in_list(m, x):
+    f = m.act(m.a(x)+m.hs[0]); m.hs[0] = m.b(f).mean((0,2,3))[None,:,None,None]
+    return f
+def statistics(m, x):
+    f = m.act(m.a(x)); m.bn.running_mean.add_(f.mean((0,2,3)))
+    return m.bn(m.b(f))
+def random_behind(m, x): return F.dropout(m.b(m.act(m.a(x))), training=True)
+def swallows(m, x):
+    try: f = m.act(m.a(x))
+    except BaseException: f = m.a(x)
+    return m.b(f)
+
+FLOWS = dict(straight=(straight, ['act'], True), two=(straight, ['act','a'], True), in_place_behind=(in_place_behind, ['act'], True), first_call=(twice, ['act@0'], False),
+             last_call=(twice, ['act@-1'], False), order_by_data=(order_by_data, ['a','act','b'], None), hidden=(hidden, ['act'], False), hidden_in_list=(hidden_in_list, ['act'], False),
+             statistics=(statistics, ['act'], False), random_behind=(random_behind, ['act'], False), swallows=(swallows, ['act'], False))
+
+def watched(f, early_exit, layers, n=2):
+    "Train by features of a teacher; its columns, the student's weights, and how often the teacher ran to its end"
+    set_seed(5)
+    t,ends = Flow(f).eval(),[]
+    t.head.register_forward_hook(lambda *_: ends.append(1))
+    student = nn.Sequential(OrderedDict(a=nn.Conv2d(1,4,3,padding=1), d=nn.Dropout(0.2), act=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(4,10)))
+    kd = KnowledgeDistillationCallback(t, [Term(Attention, 10.), Term(Similarity)], [('act',o) for o in layers], early_exit=early_exit)
+    learn = fit(learner(cbs=kd, model=student), n)
+    return [o[:-1] for o in learn.recorder.values],weights(learn),len(ends)
+
+@pytest.mark.parametrize('name', FLOWS)
+def test_early_exit_changes_no_number(name):
+    f,layers,exits = FLOWS[name]
+    values,w,ends = watched(f, True, layers)
+    values_,w_,ends_ = watched(f, False, layers)
+    assert values==values_ and torch.equal(w, w_)
+    assert ends_==10
+    assert exits is None or ends==(3 if exits else 10)  # the first batch, for losses that are built to its measure, and the one in each epoch that shows the way
+
+def test_early_exit_keeps_the_errors():
+    "A layer that is called twice, not at all or overwritten is refused all the same"
+    for f,layer,text in ((twice, 'act', 'ran 2 times'), (straight, 'inplace', 'put nothing out'), (lambda m,x: m.inplace(m.a(x)), 'a', 'changed in place')):
+        with pytest.raises(RuntimeError, match=text): watched(f, True, [layer])
+
+def test_no_exit_where_predictions_are_wanted():
+    t,ends = net(8),[]
+    t[-1].register_forward_hook(lambda *_: ends.append(1))
+    fit(learner(cbs=KnowledgeDistillationCallback(t, [SoftTarget, Term(Attention)], '1')))
+    assert len(ends)==10
+
+def test_no_exit_of_compiled_teachers():
+    torch._dynamo.reset()
+    a,b = (fit(learner(cbs=KnowledgeDistillationCallback(t, Attention, '1', weight=10.))) for t in (net(8), torch.compile(net(8), backend='eager')))
+    torch.testing.assert_close(weights(a), weights(b))
+    assert a.knowledge_distillation.teacher.early_exit and not b.knowledge_distillation.teacher.early_exit
+    torch._dynamo.reset()
+
+def test_a_loss_that_is_built_gets_the_first_prediction():
+    got = []
+    class Built(nn.Module):
+        def build(self, teacher_pred, **kwargs): got.append(teacher_pred.shape)
+        def forward(self, fm_s, fm_t): return Attention(fm_s, fm_t)
+    fit(learner(cbs=KnowledgeDistillationCallback(net(8), Built(), '1')))
+    assert got==[(20,10)]
+
+def test_two_callbacks_stop_one_teacher_each_for_itself():
+    t = net(8)
+    def train(early_exit): return fit(learner(cbs=[KnowledgeDistillationCallback(t, Term(Attention, 10.), l, early_exit=early_exit) for l in ('0','2')]))
+    assert torch.equal(weights(train(True)), weights(train(False)))
