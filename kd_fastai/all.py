@@ -1,4 +1,5 @@
 "Everything, by name: `from kd_fastai.all import *`"
+from .adapters import *
 from .callback import *
 from .hooks import *
 from .losses import *

@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['Term', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/07_callback.ipynb #d8a789b8
+# %% ../nbs/07_callback.ipynb #6d84bddd
 import copy, math, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -21,12 +21,13 @@ from fastai.basics import Learner, ValueMetric, detuplify, find_bs, join_path_fi
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
+from .adapters import Adapted, check_adapt
 from .contract import facts, loss_name, needs, unwrap_loss
 from .hooks import Capture, layer_lists, unique_names, unwrap
-from .scope import GuestParams, ScopedCallback
+from .scope import GuestParams, ScopedCallback, batch_indices
 from .teacher import Teacher, check_taught_alike, plain, prediction
 
-# %% ../nbs/07_callback.ipynb #023c08df
+# %% ../nbs/07_callback.ipynb #c6418791
 def _finite(x, what):
     "A finite number, or an error that says what is none"
     try: x = float(x)
@@ -49,10 +50,13 @@ class Term:
         weight:float=1.,     # Factor of the loss; the callback's own weight does not touch it
         layers:str|list|dict|None=None, # A layer name, a list of names and (student, teacher) tuples, or what `match_feature_layers` returns; those of the callback, if not given
         schedule:Callable|None=None, # A fastai schedule that multiplies the weight; that of the callback, if not given
-        name:str|None=None   # Name of its column; made from the loss, if not given
+        name:str|None=None,  # Name of its column; made from the loss, if not given
+        adapt:str|Callable|list|None=None # Trained layers that give the student's features the teacher's shapes: 'auto', an `adapter`, a list of one a pair; that of the callback, if not given
     ):
         self.needs = needs(loss)
-        self.loss,self.weight,self.schedule = loss,_finite(weight, f"The weight of {loss_name(loss)}"),schedule
+        self.loss,self.weight,self.schedule,self.adapt = loss,_finite(weight, f"The weight of {loss_name(loss)}"),schedule,adapt
+        check_adapt(adapt)
+        if adapt is not None and not self.feature: raise ValueError(f"adapt is for losses on features, got {loss_name(loss)}, which looks at none")
         self.layers = None if layers is None else layer_lists(layers)
         self.name = camel2snake(loss_name(loss)) if name is None else name
         _check_schedule(schedule)
@@ -60,7 +64,7 @@ class Term:
     @property
     def module(self)->nn.Module|None:
         "The loss, if it is a module"
-        f = unwrap_loss(self.loss)[0]
+        f = self.loss if isinstance(self.loss, Adapted) else unwrap_loss(self.loss)[0]
         return f if isinstance(f, nn.Module) else None
 
     @property
@@ -68,14 +72,15 @@ class Term:
         "Does the loss look at features?"
         return bool(self.needs.wanted & {'fm_s','fm_t'})
 
-    def filled(self, layers, schedule):
-        "A copy with the callback's layers and schedule where it has none. Raises `ValueError` for what the loss needs and is not there"
+    def filled(self, layers, schedule, adapt=None):
+        "A copy with the callback's layers, schedule and adapters where it has none. Raises `ValueError` for what the loss needs and is not there"
         res = copy.copy(self)
         if res.layers is None: res.layers = layers
         if res.schedule is None: res.schedule = schedule
+        if res.adapt is None: res.adapt = adapt
         if self.needs.required & {'fm_s','fm_t'} and not any(res.layers): raise ValueError(
             f"{loss_name(self.loss)} compares features, but no layers are named: give activations_student (match_feature_layers finds some)")
-        if 'idx' in self.needs.required: raise ValueError(f"{loss_name(self.loss)} needs idx, the samples' positions in the data set, which the callback cannot give yet")
+        if res.adapt is not None and self.feature: res.loss = Adapted(self.loss, res.adapt)
         return res
 
     def factor(self, pct:float)->float:
@@ -90,9 +95,10 @@ class Term:
     def __repr__(self):
         kw = ', '.join(f'{k}={v}' for k,v in unwrap_loss(self.loss)[1].items())
         pairs = f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in zip(*self.layers))}" if self.feature and self.layers and any(self.layers) else ''
-        return f"{self.weight:g}·{'schedule·' if self.schedule else ''}{loss_name(self.loss)}{f'({kw})' if kw else ''}{pairs}"
+        adapted = ', adapted' if self.feature and self.adapt is not None else ''
+        return f"{self.weight:g}·{'schedule·' if self.schedule else ''}{loss_name(self.loss)}{f'({kw})' if kw else ''}{pairs}{adapted}"
 
-# %% ../nbs/07_callback.ipynb #aaa07a32
+# %% ../nbs/07_callback.ipynb #e85a606d
 class KnowledgeDistillationCallback(ScopedCallback):
     """Train a student with a teacher: while training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term.
 
@@ -113,19 +119,21 @@ class KnowledgeDistillationCallback(ScopedCallback):
         task_weight:float=1.,      # Weight of the Learner's own loss
         schedule:Callable|None=None, # A fastai schedule that multiplies the weights, such as `SchedCos(0,1)`; begins anew with each fit
         teacher_tfm:Callable|None=None, # Makes the teacher's inputs from the student's, where they differ: `teacher_tfm(*xb)`
+        adapt:str|Callable|list|None=None, # Trained layers that give the student's features the teacher's shapes: 'auto', an `adapter`, a list of one a pair
         early_exit:bool=True       # Stop the teacher's forward behind the last layer asked for, where no loss wants its predictions?
     ):
         losses = loss if isinstance(loss, (list,tuple)) else [loss]
         if not losses: raise ValueError("Expected at least one loss, got none")
         self.weight,self.task_weight = _finite(weight, "weight"),_finite(task_weight, "task_weight")
         _check_schedule(schedule)
+        check_adapt(adapt)
         layers = layer_lists(activations_student, activations_teacher)
-        self.terms = [(o if isinstance(o, Term) else Term(o, weight=self.weight)).filled(layers, schedule) for o in losses]
+        self.terms = [(o if isinstance(o, Term) else Term(o, weight=self.weight)).filled(layers, schedule, adapt) for o in losses]
         for o,name in zip(self.terms, unique_names(['task_loss', *(o.name for o in self.terms)])[1:]): o.name = name
         self.teacher = Teacher(teacher, [n for o in self.terms for n in o.layers[1]], teacher_tfm, early_exit)
         self._asked = any('teacher_pred' in o.needs.wanted for o in self.terms)
         self._guests,self._built,self._loaded,self._said = GuestParams(),False,{},set()
-        if any(layers) and not any(o.feature for o in self.terms): self._warn('layers', f"Layers are named, but no loss looks at features: {self}")
+        if (any(layers) or adapt is not None) and not any(o.feature for o in self.terms): self._warn('layers', f"Layers are named or adapted, but no loss looks at features: {self}")
 
     def __repr__(self): return ' + '.join([f"{type(self).__name__}: {self.task_weight:g}·task_loss", *map(repr, self.terms)])
 
@@ -219,7 +227,7 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
     if not self.learn.lock.locked(): self.leave()
 
-# %% ../nbs/07_callback.ipynb #9e90c7cd
+# %% ../nbs/07_callback.ipynb #e40822ab
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss"
@@ -245,7 +253,24 @@ def _given(self:KnowledgeDistillationCallback):
     dense = preds['pred'].ndim>2
     if dense and self._axis!=1: preds = {k: o.movedim(self._axis,1) for k,o in preds.items()}
     preds['target'] = detuplify(tuple(map(plain, self.yb)))
-    return dict(_labelled(preds, self._ignore) if dense else preds, fm_s=fm_s, fm_t=fm_t)
+    return dict(_labelled(preds, self._ignore) if dense else preds, fm_s=fm_s, fm_t=fm_t, **self._indices(preds['pred'].device))
+
+@patch
+def _mixed(self:KnowledgeDistillationCallback):
+    "The callback that mixes samples (MixUp, CutMix), or None"
+    return next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
+
+@patch
+def _indices(self:KnowledgeDistillationCallback, device):
+    "`{'idx': positions of the samples}`, if a term has a use for them; empty where there are none and no term insists"
+    if not any('idx' in o.needs.wanted for o in self.terms): return {}
+    try:
+        if self._mixed(): raise ValueError(f"A sample that {type(self._mixed()).__name__} mixed of two has no position in the data set")
+        return {'idx': batch_indices(self.learn.dl, self.iter, find_bs(self.xb)).to(device)}
+    except ValueError as e:
+        needy = [o.name for o in self.terms if 'idx' in o.needs.required]
+        if needy: raise ValueError(f"{', '.join(needy)} needs idx: {e}") from None
+        return {}
 
 # %% ../nbs/07_callback.ipynb #0fabdf53
 def _class_axis(loss_func):
@@ -265,7 +290,7 @@ def _full_precision(device):
     "Autocast off: a product of float32 tensors would be cast back"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
-# %% ../nbs/07_callback.ipynb #abc0fc45
+# %% ../nbs/07_callback.ipynb #9f63d2e5
 @patch
 def _value(self:KnowledgeDistillationCallback, term, factor, given):
     "What a term's loss gives for this batch, a scalar; without a gradient where its factor is 0, so that it only watches"
@@ -283,10 +308,10 @@ def _value(self:KnowledgeDistillationCallback, term, factor, given):
 @patch
 def _both_labels(self:KnowledgeDistillationCallback, term, args):
     "The loss, interpolated between both labels where samples are mixed; by the batch's mean share, since a loss is one number"
-    mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)), None)
+    mix = self._mixed()
     if 'target' in term.needs.required: args = _labelled(args, self._ignore)
     if not len(args['pred']): return args['pred'].sum()  # no label in this batch
-    if mix is None or 'target' not in term.needs.wanted: return term.loss(**term.needs.pick(args))
+    if not getattr(mix, 'stack_y', False) or 'target' not in term.needs.wanted: return term.loss(**term.needs.pick(args))
     a,b = (term.loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.yb, mix.yb1))
     return torch.lerp(b, a, plain(mix.lam).mean().to(a))
 
@@ -319,7 +344,7 @@ def _compare(self:KnowledgeDistillationCallback, term, v, task):
     if small: self._warn(('small', term.name), f"{term.name} adds {term.weight*v:.1g} to a task loss of {self.task_weight*task:.2g}, too little to matter: {hint}")
     self._said.add(('small', term.name))
 
-# %% ../nbs/07_callback.ipynb #63de0fa9
+# %% ../nbs/07_callback.ipynb #f2f3ba74
 @patch(as_prop=True)
 def _modules(self:KnowledgeDistillationCallback): return [o.module for o in self.terms if o.module is not None]
 
@@ -343,7 +368,10 @@ def _train_owned(self:KnowledgeDistillationCallback):
     "For the rest of this fit the optimizer trains them too; `lr_find` leaves them as they were"
     if self._guests.params and num_distrib()>1: raise NotImplementedError(
         f"Weights that losses own ({', '.join(o.name for o in self.terms if o.module is not None)}) are not kept equal over processes yet: train in one, or without these losses")
-    if self._guests.params: self.scope.enter_context(self._guests.visiting(self.learn.opt, trial=any(isinstance(cb, LRFinder) for cb in self.learn.cbs)))
+    trial = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+    if trial:
+        for m in self._modules: self.scope.callback(m.load_state_dict, copy.deepcopy(m.state_dict()))
+    if self._guests.params: self.scope.enter_context(self._guests.visiting(self.learn.opt, trial))
 
 @patch
 def _beside(self:KnowledgeDistillationCallback, file):
@@ -357,7 +385,7 @@ def around_save(self:KnowledgeDistillationCallback, file, *args, **kwargs):
     "Save what losses own beside the student"
     with self._guests.away(self.learn.opt):
         yield
-        if self._guests.params and (path := self._beside(file)):
+        if self._built and any(m.state_dict() for m in self._modules) and (path := self._beside(file)):
             torch.save({'weights': [m.state_dict() for m in self._modules], 'states': self._guests.states}, path)
 
 @patch

@@ -202,6 +202,44 @@ def test_save_and_load_bring_owned_weights_back(teacher, opt, tmp_path):
     plain = learner(path=tmp_path, opt_func=opt).load('m')     # the student's file needs nothing of ours
     assert (weights(plain)==weights(b)).all()
 
+def test_indices_are_those_of_the_samples(teacher):
+    "shuffled, by two workers, with a last batch that is short"
+    ds,seen = digits(100).train_ds,[]
+    dls = DataLoaders(DataLoader(ds, bs=30, shuffle=True, num_workers=2), DataLoader(ds, bs=30))
+    def spy(pred, target, idx):
+        seen.append(idx)
+        assert (torch.stack([ds[i][1] for i in idx.tolist()])==target).all()
+        return pred.mean()
+    fit(learner(dls=dls), 2, cbs=KnowledgeDistillationCallback(teacher, spy))
+    assert [len(o) for o in seen]==[30,30,30,10]*2 and all(sorted(torch.cat(o).tolist())==[*range(100)] for o in (seen[:4],seen[4:])) and (seen[0]!=seen[4]).any()
+    def optional(pred, idx=None): seen.append(idx); return pred.mean()
+    fit(learner(MixUp()), cbs=KnowledgeDistillationCallback(teacher, optional))
+    assert seen[-1] is None
+
+@pytest.mark.parametrize('adapt', ['auto', partial(adapter, kernel=3, bn=True), partial(adapter, orthogonal=True), ['auto',partial(adapter, kernel=3)]], ids=['auto','conv3x3+bn','orthogonal','list'])
+def test_adapters_fit_any_shapes(adapt, tmp_path):
+    "of layers crosswise, train with the student, come back with `load`, stay as they were after `lr_find`, and are not exported"
+    big,pairs = small_net(8),[('0','1'),('1','0')]
+    def begin(dls=None): cb = KnowledgeDistillationCallback(big, Term(FitNet, 1.), pairs, adapt=adapt); return cb,learner(cb, dls, path=tmp_path)
+    def owned(cb): return torch.cat([v.flatten() for v in cb.terms[0].module.state_dict().values()]).clone()
+    cb,learn = begin()
+    assert repr(cb).endswith('1·FitNet on 0→1, 1→0, adapted')
+    fit(learn); first = owned(cb); fit(learn, 2)
+    assert (owned(cb)!=first).any() and history(learn).fit_net.is_monotonic_decreasing
+    cb1,a = begin(); fit(a); a.save('adapted')
+    cb2,b = begin(a.dls); b.load('adapted'); fit(b, 2)
+    assert (owned(cb2)==owned(cb)).all() and (weights(b)==weights(learn)).all()
+    first = owned(cb)
+    learn.lr_find(num_it=10, show_plot=False, suggest_funcs=())
+    assert (owned(cb)==first).all()
+    learn.export('l.pkl')
+    fit(learner(path=tmp_path), 3).export('p.pkl')
+    assert abs((tmp_path/'l.pkl').stat().st_size/(tmp_path/'p.pkl').stat().st_size-1)<.01
+
+def test_auto_adapts_only_what_the_loss_compares(teacher):
+    def made(loss, layers): cb = KnowledgeDistillationCallback(teacher, loss, layers, adapt='auto'); fit(learner(cb)); return [type(o).__name__ for o in cb.terms[0].module.adapters]
+    assert made(FitNet, ['0',('0','1')])==['Identity','Adapter'] and made(Attention, [('0','1')])==['Adapter'] and made(Similarity, [('0','1')])==['Identity']
+
 def test_owned_weights_refuse_several_processes(teacher, monkeypatch):
     "where they would drift apart"
     monkeypatch.setenv('WORLD_SIZE', '2')
@@ -486,7 +524,15 @@ BAD = {
     'no tensor':             (kd(number), TypeError, 'must return a scalar tensor, got float'),
     'nan':                   (kd(nan), FloatingPointError, 'nan is nan in epoch 0, batch 0'),
     'detached':              (kd(detached, '1'), ValueError, 'gives the student no gradient'),
-    'indices':               (kd(indexed), ValueError, 'needs idx'),
+    'indices of mixed':      ('mixed', ValueError, 'indexed needs idx: A sample that MixUp mixed of two has no position'),
+    'indices elsewhere':     ('elsewhere', ValueError, 'The samples of a DataLoader have no positions'),
+    'adapt word':            (kd(FitNet, '1', adapt='conv'), TypeError, "adapt is 'auto', a function"),
+    'adapt class':           (kd(FitNet, '1', adapt=nn.Conv2d), TypeError, "adapt is 'auto', a function"),
+    'adapt predictions':     (lambda: Term(SoftTarget, adapt='auto'), ValueError, 'adapt is for losses on features, got SoftTarget'),
+    'adapt too many':        (kd(FitNet, '1', adapt=['auto','auto']), ValueError, 'for each of 1 pairs of layers, got 2'),
+    'adapt none too many':   (kd(FitNet, ['0','1'], adapt=nn.Conv2d(4,4,1)), ValueError, 'for each of 2 pairs of layers, got 1'),
+    'adapter that fails':    (kd(FitNet, [('5','0')], adapt='auto'), ValueError, 'an embedding has no positions'),
+    'adapter of the wrong shape': (kd(FitNet, '1', adapt=nn.Conv2d(8,3,1)), ValueError, "'1' (20, 3, 4, 4) of the student"),
     'layer of a tuple':      ('tuple', TypeError, "pick an item, for example 'rnn:0'"),
     'layer not reached':     ('unreached', RuntimeError, "'spare' put nothing out"),
     'layer twice':           ('twice', RuntimeError, 'ran 2 times'),
@@ -508,6 +554,8 @@ def special(name):
     if name in odd: return learner(model=Odd()),KnowledgeDistillationCallback(Odd(), FitNet, odd[name])
     if name=='itself': l = learner(); return l,KnowledgeDistillationCallback(l.model, SoftTarget)
     if name=='parallel': m = nn.DataParallel(small_net(4)); m.device_ids = [0,1]; return learner(model=m),kd(SoftTarget)()
+    if name=='mixed': return learner(MixUp()),kd(indexed)()
+    if name=='elsewhere': return learner(dls=DataLoaders(*(torch.utils.data.DataLoader(o.dataset, 20) for o in digits(100).loaders))),kd(indexed)()
     if name=='dict':
         class D(nn.Module):
             def forward(self, x): return {'loss': x.sum()}
