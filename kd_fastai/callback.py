@@ -98,7 +98,7 @@ class Term:
         adapted = ', adapted' if self.feature and self.adapt is not None else ''
         return f"{self.weight:g}·{'schedule·' if self.schedule else ''}{loss_name(self.loss)}{f'({kw})' if kw else ''}{pairs}{adapted}"
 
-# %% ../nbs/07_callback.ipynb #e85a606d
+# %% ../nbs/07_callback.ipynb #56694861
 class KnowledgeDistillationCallback(ScopedCallback):
     """Train a student with a teacher: while training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term.
 
@@ -111,7 +111,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
     _answering = False
 
     def __init__(self,
-        teacher:nn.Module|Learner|str|Path, # An `nn.Module`, a `Learner`, or the path of an exported `Learner`
+        teacher:nn.Module|Learner|str|Path|Teacher, # An `nn.Module`, a `Learner`, the path of an exported `Learner`, or a `CachedTeacher` of one
         loss:Callable|Term|list,   # One loss, or a list of losses and `Term`s; a bare loss is `Term(loss, weight=weight)`
         activations_student:str|list|dict|None=None, # Student's layers: a name, a list of names and (student, teacher) tuples, or what `match_feature_layers` returns
         activations_teacher:str|list|None=None, # Teacher's layers, where their names differ
@@ -130,7 +130,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         layers = layer_lists(activations_student, activations_teacher)
         self.terms = [(o if isinstance(o, Term) else Term(o, weight=self.weight)).filled(layers, schedule, adapt) for o in losses]
         for o,name in zip(self.terms, unique_names(['task_loss', *(o.name for o in self.terms)])[1:]): o.name = name
-        self.teacher = Teacher(teacher, [n for o in self.terms for n in o.layers[1]], teacher_tfm, early_exit)
+        self.teacher = (copy.copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)).asked([n for o in self.terms for n in o.layers[1]], teacher_tfm, early_exit)
         self._asked = any('teacher_pred' in o.needs.wanted for o in self.terms)
         self._guests,self._built,self._loaded,self._said = GuestParams(),False,{},set()
         if (any(layers) or adapt is not None) and not any(o.feature for o in self.terms): self._warn('layers', f"Layers are named or adapted, but no loss looks at features: {self}")
@@ -142,7 +142,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if key not in self._said: warnings.warn(msg, stacklevel=3)
         self._said.add(key)
 
-# %% ../nbs/07_callback.ipynb #7c806951
+# %% ../nbs/07_callback.ipynb #fe7316b3
 @patch
 def before_fit(self:KnowledgeDistillationCallback):
     "Check what needs no forward, add the columns, and let the optimizer train what losses own"
@@ -150,6 +150,7 @@ def before_fit(self:KnowledgeDistillationCallback):
     self.leave()
     self._check_models()
     self._check_meaning()
+    self.teacher.prepare(self.learn.dls.train)
     self._student = Capture(self.learn.model, [n for o in self.terms for n in o.layers[0]], who='student')
     self._axis,self._ignore = _class_axis(self.loss_func),getattr(self.loss_func, 'ignore_index', None)
     self._train = self.scope.enter_context(ExitStack())
@@ -227,7 +228,7 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
     if not self.learn.lock.locked(): self.leave()
 
-# %% ../nbs/07_callback.ipynb #e40822ab
+# %% ../nbs/07_callback.ipynb #6834c040
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss"
@@ -247,13 +248,14 @@ def _given(self:KnowledgeDistillationCallback):
     "All that losses may ask for, of this batch"
     if not len(self.yb): raise ValueError("The batch has no target, and fastai skips the backward pass without one: give unlabelled data a placeholder "
         "target by a transform, and set task_weight=0")
-    teacher_pred,fm_t = self.teacher(*self.xb, whole=self._asked or not self._built)
+    which = self._indices()
+    teacher_pred,fm_t = self.teacher(*self.xb, whole=self._asked or not self._built, **which)
     fm_s,fm_t = ({k: _half_to_float(plain(v)) for k,v in fm.items()} for fm in (self._student.take(), fm_t))
     preds = {k: _half_to_float(o) for k,o in dict(pred=prediction(self.pred), teacher_pred=teacher_pred).items() if o is not None}
     dense = preds['pred'].ndim>2
     if dense and self._axis!=1: preds = {k: o.movedim(self._axis,1) for k,o in preds.items()}
     preds['target'] = detuplify(tuple(map(plain, self.yb)))
-    return dict(_labelled(preds, self._ignore) if dense else preds, fm_s=fm_s, fm_t=fm_t, **self._indices(preds['pred'].device))
+    return dict(_labelled(preds, self._ignore) if dense else preds, fm_s=fm_s, fm_t=fm_t, **{k: o.to(preds['pred'].device) for k,o in which.items()})
 
 @patch
 def _mixed(self:KnowledgeDistillationCallback):
@@ -261,14 +263,14 @@ def _mixed(self:KnowledgeDistillationCallback):
     return next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
 
 @patch
-def _indices(self:KnowledgeDistillationCallback, device):
-    "`{'idx': positions of the samples}`, if a term has a use for them; empty where there are none and no term insists"
-    if not any('idx' in o.needs.wanted for o in self.terms): return {}
+def _indices(self:KnowledgeDistillationCallback):
+    "`{'idx': positions of the samples}`, if the teacher or a term has a use for them; empty where there are none and neither insists"
+    if not self.teacher.indexed and not any('idx' in o.needs.wanted for o in self.terms): return {}
     try:
         if self._mixed(): raise ValueError(f"A sample that {type(self._mixed()).__name__} mixed of two has no position in the data set")
-        return {'idx': batch_indices(self.learn.dl, self.iter, find_bs(self.xb)).to(device)}
+        return {'idx': batch_indices(self.learn.dl, self.iter, find_bs(self.xb))}
     except ValueError as e:
-        needy = [o.name for o in self.terms if 'idx' in o.needs.required]
+        needy = [type(self.teacher).__name__]*self.teacher.indexed + [o.name for o in self.terms if 'idx' in o.needs.required]
         if needy: raise ValueError(f"{', '.join(needy)} needs idx: {e}") from None
         return {}
 

@@ -49,9 +49,10 @@ def read_teacher(
     kind = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
     raise TypeError(f"A teacher is an nn.Module, a Learner or the path of an exported Learner, got {kind}")
 
-# %% ../nbs/06_teacher.ipynb #f5cf64f2
+# %% ../nbs/06_teacher.ipynb #ccbb5749
 class Teacher:
     "A trained model that answers batches, without being changed by it"
+    indexed = False  # Must it be told which samples it is asked about?
     def __init__(self,
         source:nn.Module|Learner|str|Path, # A model, a `Learner`, or the file of an exported `Learner`
         layers:list=(),                    # Names of the layers whose outputs are wanted
@@ -59,7 +60,17 @@ class Teacher:
         early_exit:bool=True               # May its forward stop behind the last of `layers`, where no prediction is wanted?
     ):
         self.model,self.learner = read_teacher(source)
+        self.asked(layers, tfm, early_exit)
+
+    def asked(self, layers=(), tfm=None, early_exit=True):
+        "Say anew what will be asked"
         self.capture,self.tfm,self.early_exit,self._route = Capture(self.model, layers, who='teacher'),tfm,early_exit,[]
+        return self
+
+    def prepare(self,
+        dl # Training data
+    ):
+        "Called when a fit begins: raises where these data do not go with this teacher"
 
     @contextmanager
     def answering(self,
@@ -81,7 +92,8 @@ class Teacher:
 
     def __call__(self,
         *xb:Tensor,      # The student's inputs
-        whole:bool=True  # Is the prediction wanted? If not, it may be None
+        whole:bool=True, # Is the prediction wanted? If not, it may be None
+        idx:Tensor=None  # Which samples these are, for a teacher that wants to know
     )->tuple: # Predictions, and features by layer
         "Answer one batch, without gradients"
         xb = tuple(map(plain, xb))

@@ -112,3 +112,218 @@ def test_two_callbacks_stop_one_teacher_each_for_itself():
     t = net(8)
     def train(early_exit): return fit(learner(cbs=[KnowledgeDistillationCallback(t, Term(Attention, 10.), l, early_exit=early_exit) for l in ('0','2')]))
     assert torch.equal(weights(train(True)), weights(train(False)))
+
+# ---- the cache
+
+class Images(torch.utils.data.Dataset):
+    "Digits, one by one; every reading is counted"
+    def __init__(self, n=100): self.x,self.y = digits().train.dataset[[*range(n)]]
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i],self.y[i]
+
+def loaders(n=100, bs=16, cls=TfmdDL, **kwargs):
+    ds = Images(n)
+    set_seed(3)  # the order of batches
+    return DataLoaders(cls(ds, bs=bs, **{'shuffle':True, 'num_workers':0, **kwargs}), TfmdDL(ds, bs=bs, num_workers=0))
+
+def cached_fit(teacher, dls=None, n=3, losses=None, layers='1', **kwargs):
+    "Train by predictions and features"
+    return fit(learner(dls or loaders(), KnowledgeDistillationCallback(teacher, losses or [Term(SoftTarget), Term(Attention, 10.)], layers, **kwargs)), n)
+
+def values(learn): return np.array([o[:-1] for o in learn.recorder.values])
+
+def asked(t):
+    "How many samples a teacher is asked about, from now on"
+    seen = []
+    t.register_forward_hook(lambda m,x,out: seen.append(len(out)))
+    return seen
+
+LOADERS = dict(shuffled={}, ordered=dict(shuffle=False), workers=dict(num_workers=2), drop_last=dict(drop_last=True), keeps_last=dict(n=90), persistent=dict(num_workers=1, persistent_workers=True),
+               weighted=dict(cls=WeightedDL, wgts=[1+i%7 for i in range(100)]), normalised=dict(after_batch=[Normalize.from_stats([0.1], [2.], cuda=False)]))
+
+@pytest.mark.parametrize('where', ['memory','file'])
+@pytest.mark.parametrize('name', LOADERS)
+def test_trains_as_without_a_cache(name, where, tmp_path):
+    t = net(8)
+    plain = cached_fit(t, loaders(**LOADERS[name]))
+    seen = asked(t)
+    cached = cached_fit(CachedTeacher(t, tmp_path/'c' if where=='file' else None), loaders(**LOADERS[name]))
+    apart = name in ('weighted','drop_last')  # a batch of which some are there is asked in part, and may be rounded otherwise
+    torch.testing.assert_close(weights(cached), weights(plain), rtol=1e-4*apart, atol=1e-5*apart)
+    np.testing.assert_allclose(values(cached), values(plain), rtol=1e-5*apart)
+    assert sum(seen)<=LOADERS[name].get('n', 100)+2  # each once, and one in each later epoch that shows whether answers still hold
+
+def test_features_alone(tmp_path):
+    "with an early exit; and a later fit may ask for more"
+    t = net(8)
+    args = dict(losses=[Term(Attention, 10.)], layers='0')
+    c = CachedTeacher(t, tmp_path/'c')
+    assert torch.equal(weights(cached_fit(c, **args)), weights(cached_fit(t, **args)))
+    assert torch.equal(weights(cached_fit(c)), weights(cached_fit(t)))
+    assert {'pred.npy','layer%200.npy','layer%201.npy'} <= {o.name for o in (tmp_path/'c').iterdir()}
+
+def test_fill_then_nothing_is_asked(tmp_path):
+    t = net(8)
+    c,dls = CachedTeacher(t, tmp_path/'c', layers=['1']),loaders(drop_last=True)
+    state = torch.get_rng_state(),random.getstate()
+    c.fill(dls, bar=False)
+    assert torch.equal(state[0], torch.get_rng_state()) and state[1]==random.getstate()
+    plain,seen = cached_fit(deepcopy(t)),asked(t)
+    cached = cached_fit(CachedTeacher(t, tmp_path/'c'))
+    torch.testing.assert_close(weights(cached), weights(plain), rtol=1e-5, atol=1e-6)
+    assert sum(seen)<=3
+    for f in (tmp_path/'c').glob('*.npy'): np.load(f, allow_pickle=False)
+
+def test_half_and_topk(tmp_path):
+    t = net(8)
+    half = cached_fit(CachedTeacher(t, tmp_path/'h', half=True))
+    np.testing.assert_allclose(values(half), values(cached_fit(t)), rtol=2e-2)
+    assert np.load(tmp_path/'h'/'pred.npy').dtype==np.float16
+    args = dict(losses=[Term(SoftTarget)], layers=None)
+    few,all_but_one = (weights(cached_fit(CachedTeacher(t, topk=k), **args)) for k in (3,9))
+    torch.testing.assert_close(all_but_one, weights(cached_fit(t, **args)), rtol=1e-4, atol=1e-5)  # the rest is one class then
+    assert not torch.allclose(few, all_but_one, atol=1e-5)
+    with pytest.raises(ValueError, match='topk=10 needs logits of more classes'): cached_fit(CachedTeacher(t, topk=10))
+    big = nn.Sequential(net(8), nn.Hardtanh(-1e6, 1e6)); big[0][-1].weight.data.mul_(1e6)
+    with pytest.raises(ValueError, match='more than float16 can hold'): cached_fit(CachedTeacher(big, half=True), losses=[Term(SoftTarget)], layers=None)
+
+def halved(x): return x/2
+class Shift(Transform):
+    def __init__(self, by): self.by = by
+    def encodes(self, x:Tensor): return x+self.by if x.is_floating_point() else x
+
+def test_a_stale_cache_is_refused(tmp_path):
+    t = net(8)
+    def use(teacher=t, dls=None, **kwargs):
+        made = {k: kwargs.pop(k) for k in ('half','topk') if k in kwargs}
+        return cached_fit(CachedTeacher(teacher, tmp_path/'c', **made), dls, n=1, **kwargs)
+    use(); use()
+    moved = deepcopy(t)
+    with torch.no_grad(): moved[-1].bias[3] += 1e-4
+    other = loaders(); other.train.dataset.x = other.train.dataset.x.flip(0)
+    for text,kwargs in {'another teacher': dict(teacher=moved), 'another samples': dict(dls=loaders(90)), 'another inputs': dict(dls=other), 'another half': dict(half=True), 'another topk': dict(topk=3),
+                        'another transforms': dict(dls=loaders(after_batch=[Shift(0.)])), 'another teacher_tfm': dict(teacher_tfm=halved)}.items():
+        before = weights(learner())
+        with pytest.raises(ValueError, match=f'made with {text}|and {text}'): use(**kwargs)
+    relu = deepcopy(t); relu[0][2] = nn.LeakyReLU()
+    with pytest.raises(ValueError, match='another teacher'): use(relu)
+
+def test_in_memory_a_changed_teacher_begins_anew():
+    t = net(8)
+    c = CachedTeacher(t)
+    cached_fit(c)
+    with torch.no_grad(): t[-1].bias[3] += 1.
+    assert torch.equal(weights(cached_fit(c)), weights(cached_fit(t)))
+
+class Noise(Transform):
+    def encodes(self, x:Tensor): return x+torch.rand(1) if x.is_floating_point() else x
+class RandomRead(Images):
+    transform = 'RandomHorizontalFlip'
+    def __getitem__(self, i): return self.x[i]+random.random(),self.y[i]
+
+def test_random_augmentation_is_refused_by_name():
+    from fastai.vision.augment import Brightness, Resize, RandomErasing, ResizeMethod
+    from kd_fastai.cache import check_repeatable
+    def refuse(text, dls=None, cbs=()):
+        learn = learner(dls or loaders(), [KnowledgeDistillationCallback(CachedTeacher(net(8)), SoftTarget), *cbs])
+        before = weights(learn)
+        with pytest.raises(ValueError, match=text): learn.fit(1)
+        assert torch.equal(weights(learn), before)
+    refuse('by RandomErasing', loaders(after_batch=[RandomErasing(p=0.1)]))
+    refuse('by Brightness', loaders(after_batch=[Brightness(p=0.01)]))
+    refuse('by Resize', loaders(after_item=[Resize(8)]))
+    refuse('Noise', loaders(after_item=[Noise]))
+    refuse('RandomHorizontalFlip', DataLoaders(TfmdDL(RandomRead(), bs=20, num_workers=0), TfmdDL(Images(), bs=20)))
+    refuse('MixUp mixed', cbs=[MixUp()])
+    refuse('CutMix mixed', cbs=[CutMix()])
+    check_repeatable(loaders(after_item=[Resize(8, method=ResizeMethod.Squish)]).train)
+    off = RandomErasing(p=0.5); off.split_idx = 1
+    check_repeatable(loaders(after_batch=[off]).train)
+
+def test_inputs_that_a_callback_changes_are_noticed():
+    class Drift(Callback):
+        def before_batch(self): self.learn.xb = (self.x+self.epoch,)
+    learn = learner(loaders(), [KnowledgeDistillationCallback(CachedTeacher(net(8)), SoftTarget), Drift()])
+    with pytest.raises(ValueError, match='no longer what the cache holds'): learn.fit(2)
+
+def test_where_there_are_no_positions():
+    dl = torch.utils.data.DataLoader(Images(), batch_size=20)
+    with pytest.raises(ValueError, match='expected a fastai DataLoader'): cached_fit(CachedTeacher(net(8)), DataLoaders(dl, dl))
+
+CRASH = '''
+import sys, os, signal, warnings; warnings.filterwarnings('ignore')
+sys.path.insert(0, {tests!r})
+from test_cost import *
+t = net(8)
+seen = []
+def die(m, x, out):
+    seen.append(1)
+    if len(seen)==4: os.kill(os.getpid(), signal.SIGKILL)
+t.register_forward_hook(die)
+CachedTeacher(t, {path!r}, layers=['1']).fill(loaders(), bar=False)
+'''
+
+def test_a_crash_while_filling_loses_nothing(tmp_path):
+    "killed in the fourth batch: three are there, and the rest is asked for"
+    code = CRASH.format(tests=str(Path(__file__).parent), path=str(tmp_path/'c'))
+    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True).returncode==-signal.SIGKILL
+    there = np.load(tmp_path/'c'/'pred.there.npy')
+    assert there.sum()==48
+    t = net(8); seen = asked(t)
+    CachedTeacher(t, tmp_path/'c', layers=['1']).fill(loaders(), bar=False)
+    assert sum(seen)==52
+    x = torch.stack([o for o,_ in Images()])
+    with torch.no_grad(): torch.testing.assert_close(torch.from_numpy(np.load(tmp_path/'c'/'pred.npy')), t.eval()(x), rtol=1e-5, atol=1e-6)
+
+def test_an_exception_while_training_loses_nothing(tmp_path):
+    class Stop(Callback):
+        def after_batch(self):
+            if self.training and self.iter==2: raise KeyboardInterrupt
+    t = net(8)
+    learn = learner(loaders(), [KnowledgeDistillationCallback(CachedTeacher(t, tmp_path/'c'), SoftTarget), Stop()])
+    with pytest.raises(KeyboardInterrupt): learn.fit(1)
+    assert np.load(tmp_path/'c'/'pred.there.npy').sum()==48
+
+def spoil(name):
+    def f(d): os.truncate(d/name, os.path.getsize(d/name)-1)
+    return f
+SPOILT = dict(values=(spoil('pred.npy'), 'was cut short'), mask=(spoil('pred.there.npy'), 'was cut short'), header=(spoil('cache.json'), 'not what a cache begins with'),
+              empty=(lambda d: (d/'pred.npy').write_bytes(b''), 'no array of a cache'), foreign=(lambda d: (d/'pred.npy').write_bytes(b'PK'+bytes(999)), 'no array of a cache'),
+              pickle=(lambda d: np.save(d/'pred.npy', np.array([None]*100), allow_pickle=True), 'no array of a cache'), missing=(lambda d: (d/'pred.npy').unlink(), 'no array of a cache'),
+              longer=(lambda d: np.save(d/'pred.npy', np.zeros((101,10), np.float32)), 'not of this cache'), no_header=(lambda d: (d/'cache.json').unlink(), 'something else than a cache'))
+
+@pytest.mark.parametrize('name', SPOILT)
+def test_a_spoilt_cache_is_refused(name, tmp_path):
+    args = dict(losses=[Term(SoftTarget)], layers=None, n=1)
+    cached_fit(CachedTeacher(net(8), tmp_path/'c'), **args)
+    spoilt,text = SPOILT[name]
+    spoilt(tmp_path/'c')
+    files = {o: o.read_bytes() for o in (tmp_path/'c').iterdir()}
+    with pytest.raises(ValueError, match=text): cached_fit(CachedTeacher(net(8), tmp_path/'c'), **args)
+    assert files=={o: o.read_bytes() for o in (tmp_path/'c').iterdir()}
+
+def test_a_foreign_folder_is_left_alone(tmp_path):
+    (tmp_path/'notes.txt').write_text('mine')
+    for path in (tmp_path, tmp_path/'notes.txt'):
+        with pytest.raises(ValueError, match='something else than a cache'): cached_fit(CachedTeacher(net(8), path))
+    assert [o.name for o in tmp_path.iterdir()]==['notes.txt']
+
+SHARE = '''
+import sys, warnings; warnings.filterwarnings('ignore')
+sys.path.insert(0, {tests!r})
+from test_cost import *
+c,dls = CachedTeacher(net(8), {path!r}),loaders()
+c.prepare(dls.train)
+with c.answering():
+    for i in torch.arange({rank}, 100, 2).split(10): c(dls.train.dataset.x[i], idx=i)
+'''
+
+def test_processes_share_a_cache(tmp_path):
+    "each fills the rows of its own samples"
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SHARE.format(tests=str(Path(__file__).parent), path=str(tmp_path/'c'), rank=r)]) for r in (0,1)]
+    assert [p.wait() for p in ps]==[0,0]
+    t = net(8); seen = asked(t)
+    CachedTeacher(t, tmp_path/'c').fill(loaders(), bar=False)
+    assert not seen
+    x = torch.stack([o for o,_ in Images()])
+    with torch.no_grad(): torch.testing.assert_close(torch.from_numpy(np.load(tmp_path/'c'/'pred.npy')), t.eval()(x), rtol=1e-5, atol=1e-6)
