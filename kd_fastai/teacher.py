@@ -7,14 +7,14 @@ Docs: https://kd-fastai.github.io/kd_fastai/teacher.html.md"""
 # %% auto #0
 __all__ = ['prediction', 'plain', 'read_teacher', 'Teacher', 'check_taught_alike']
 
-# %% ../nbs/06_teacher.ipynb #13c51976
+# %% ../nbs/06_teacher.ipynb #7685baa2
 import operator, torch
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
 from torch import nn, Tensor
 from fastai.basics import Learner, Normalize, is_listy, load_learner, tuplify
-from .hooks import Capture, Reached, unwrap
+from .hooks import Capture, unwrap
 
 # %% ../nbs/06_teacher.ipynb #14c42da2
 def prediction(
@@ -49,7 +49,7 @@ def read_teacher(
     kind = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
     raise TypeError(f"A teacher is an nn.Module, a Learner or the path of an exported Learner, got {kind}")
 
-# %% ../nbs/06_teacher.ipynb #ccbb5749
+# %% ../nbs/06_teacher.ipynb #efe65986
 class Teacher:
     "A trained model that answers batches, without being changed by it"
     indexed = False  # Must it be told which samples it is asked about?
@@ -107,7 +107,7 @@ class Teacher:
         before = None if self._route else _state(self.model)
         try:
             with self.capture.stopping(self._route): pred = prediction(self.model(*xb))
-        except Reached: return None
+        except self.capture.Stopped: return None
         self._route = self.capture.route()
         self.early_exit = bool(self._route) and before is not None and _unchanged(before, _state(self.model))
         return pred
