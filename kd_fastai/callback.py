@@ -7,10 +7,10 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['Term', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/07_callback.ipynb #6d84bddd
-import copy, math, warnings
+# %% ../nbs/07_callback.ipynb #d6b0d4fb
+import copy, math, operator, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Callable
 import torch
@@ -183,7 +183,7 @@ def _check_meaning(self:KnowledgeDistillationCallback):
 _elementwise = nn.BCEWithLogitsLoss,nn.BCELoss,nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss
 _elementwise_functions = F.binary_cross_entropy_with_logits,F.binary_cross_entropy,F.mse_loss,F.l1_loss,F.smooth_l1_loss,F.huber_loss
 
-# %% ../nbs/07_callback.ipynb #5cb545b0
+# %% ../nbs/07_callback.ipynb #0df2abf1
 @patch
 def _add_columns(self:KnowledgeDistillationCallback):
     "One column a term, and one for the task loss"
@@ -197,12 +197,14 @@ def _add_columns(self:KnowledgeDistillationCallback):
 def _remove_columns(self:KnowledgeDistillationCallback, columns): self.learn.metrics = [m for m in self.learn.metrics if m not in columns]
 
 @patch
-def _reset_means(self:KnowledgeDistillationCallback): self._sums,self._count = [0.]*(1+len(self.terms)),0
+def _reset_means(self:KnowledgeDistillationCallback): self._sums,self._count,self._noted = [0.]*(1+len(self.terms)),0,[]
 
 @patch
-def _mean(self:KnowledgeDistillationCallback, i): return self._sums[i]/self._count if self._count else None
+def _mean(self:KnowledgeDistillationCallback, i):
+    self._look()
+    return self._sums[i]/self._count if self._count else None
 
-# %% ../nbs/07_callback.ipynb #d83bc9f7
+# %% ../nbs/07_callback.ipynb #69a6a2d2
 @patch
 def before_train(self:KnowledgeDistillationCallback):
     "Open the captures and let the teacher answer, until the epoch's training ends"
@@ -217,6 +219,7 @@ def before_train(self:KnowledgeDistillationCallback):
 def after_train(self:KnowledgeDistillationCallback):
     "Take the hooks away, and give the teacher back"
     self._train.close()
+    self._look()
 
 @patch
 def after_epoch(self:KnowledgeDistillationCallback):
@@ -228,7 +231,7 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
     if not self.learn.lock.locked(): self.leave()
 
-# %% ../nbs/07_callback.ipynb #6834c040
+# %% ../nbs/07_callback.ipynb #e25690e6
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss"
@@ -239,8 +242,8 @@ def after_loss(self:KnowledgeDistillationCallback):
     task,factors = plain(self.learn.loss_grad),[o.factor(self.pct_train) for o in self.terms]
     with _full_precision(task.device): values = [self._value(o, w, given) for o,w in zip(self.terms, factors)]
     self._record(task, values)
-    parts = [w*v for w,v in zip([self.task_weight, *factors], [task, *values]) if w]
-    self.learn.loss_grad = sum(parts) if parts else 0*task
+    parts = [v if w==1 else w*v for w,v in zip([self.task_weight, *factors], [task, *values]) if w]
+    self.learn.loss_grad = reduce(operator.add, parts) if parts else 0*task
     self.learn.loss = self.learn.loss_grad.detach().clone()
 
 @patch
@@ -325,16 +328,23 @@ def _no_gradient(self:KnowledgeDistillationCallback, term):
     raise ValueError(f"{term.name} gives the student no gradient{f' through its layers {term.layers[0]}' if term.feature else ''}: is something detached, or inside a "
         "reentrant checkpoint (then use_reentrant=False)?")
 
-# %% ../nbs/07_callback.ipynb #25f5cbbc
+# %% ../nbs/07_callback.ipynb #68ec3613
 @patch
 def _record(self:KnowledgeDistillationCallback, task, values):
-    "Add to the columns' means. Raises `FloatingPointError` for a term that is not finite, naming it and the step"
-    vals = torch.stack([o.detach().float().mean() for o in (task, *values)]).tolist()
-    for o,v in zip(self.terms, vals[1:]):
-        if not math.isfinite(v): raise FloatingPointError(f"{o.name} is {v} in epoch {self.epoch}, batch {self.iter}: a smaller learning rate or gradient clipping may help")
-    bs = find_bs(self.learn.yb)
-    self._sums,self._count = [s+bs*v for s,v in zip(self._sums, vals)],self._count+bs
-    for o,v in zip(self.terms, vals[1:]): self._compare(o, v, vals[0])
+    "Note the values. Each look at them makes a device wait: there it is one for 50 steps, and on the CPU one for each"
+    self._noted.append((self.iter, find_bs(self.learn.yb), torch.stack([o.detach().float().mean() for o in (task, *values)])))
+    if task.device.type=='cpu' or len(self._noted)==50 or not self._count: self._look()
+
+@patch
+def _look(self:KnowledgeDistillationCallback):
+    "Add what was noted to the columns' means. Raises `FloatingPointError` for a term that is not finite, naming it and the first such step"
+    steps,self._noted = self._noted,[]
+    if not steps: return
+    for (i,bs,_),vals in zip(steps, torch.stack([o for *_,o in steps]).tolist()):
+        for o,v in zip(self.terms, vals[1:]):
+            if not math.isfinite(v): raise FloatingPointError(f"{o.name} is {v} in epoch {self.epoch}, batch {i}: a smaller learning rate or gradient clipping may help")
+        self._sums,self._count = [s+bs*v for s,v in zip(self._sums, vals)],self._count+bs
+        for o,v in zip(self.terms, vals[1:]): self._compare(o, v, vals[0])
 
 @patch
 def _compare(self:KnowledgeDistillationCallback, term, v, task):
