@@ -296,7 +296,7 @@ def PartialL2(
     margins = [None if margin is None else margin[n] for n in fm_t]
     return sum(_partial(s, t, m) for (s,t),m in zip(paired(fm_s, fm_t), margins))
 
-# %% ../../nbs/02_losses.feature.ipynb #0cf14c95
+# %% ../../nbs/02_losses.feature.ipynb #49da50e4
 @about('Miles & Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024', 'https://arxiv.org/abs/2303.11098',
        'projected embeddings and predictions', 'low', 'BD', weight=1., softmax=True)
 def SRD(
@@ -309,5 +309,6 @@ def SRD(
     **kwargs
 )->torch.Tensor: # Scalar
     "Logarithm of the distance of features, and divergence of predictions (Miles & Mikolajczyk, 2024). Raises `ValueError` for unequal shapes or one class"
-    logsum = sum((s-t).abs().pow(alpha).sum().clamp_min(1e-20).log() for s,t in paired(fm_s, fm_t))
+    def power(d): return d.pow(alpha) if alpha%2==0 else d.abs().pow(alpha)
+    logsum = sum(power(s-t).sum().clamp_min(1e-20).log() for s,t in paired(fm_s, fm_t))
     return 2*logsum + SoftTarget(pred, teacher_pred, T=T)/T**2
