@@ -24,7 +24,7 @@ logging.disable(logging.INFO)
 def conv(ni, nf): return nn.Sequential(nn.Conv2d(ni, nf, 3, 2, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU())
 def large():
     "A resnet18 teaches a network of four stages, 64 images of 32x32"
-    student = nn.Sequential(conv(3, 24), conv(24, 48), conv(48, 96), conv(96, 192), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, 100))
+    student = nn.Sequential(conv(3, 16), conv(16, 32), conv(32, 64), conv(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 100))
     return resnet18(num_classes=100).eval(),student,torch.randn(64,3,32,32),torch.randint(100, (64,))
 def tiny():
     "The demo's networks, 64 images of 8x8: here it is the overhead that counts"
