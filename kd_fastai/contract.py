@@ -95,7 +95,7 @@ def prepared(
         return loss(**kwargs)
     return _
 
-# %% ../nbs/00_contract.ipynb #58a7b261
+# %% ../nbs/00_contract.ipynb #1c5cd270
 def about(
     paper:str,            # Authors, title, venue and year
     url:str,              # Where the paper is
@@ -105,10 +105,11 @@ def about(
     weight:float=1.,      # A weight to begin with, beside a task weight of about 1
     softmax:bool=False,   # Reads predictions as logits of a softmax
     equal:str='shape',    # What must be equal in student and teacher: 'shape', 'size' (height and width), 'channels' or 'batch'
+    trains:str='',        # The weights of its own that it trains, if any
 )->Callable:              # A decorator that gives the loss an attribute `about`
     "Attach to a loss the facts that tables show"
     def _(f):
-        f.about = SimpleNamespace(paper=paper, url=url, best_for=best_for, complexity=complexity, cost=cost, weight=weight, softmax=softmax, equal=equal)
+        f.about = SimpleNamespace(paper=paper, url=url, best_for=best_for, complexity=complexity, cost=cost, weight=weight, softmax=softmax, equal=equal, trains=trains)
         return f
     return _
 
@@ -118,16 +119,16 @@ def facts(
     "The facts of a loss"
     return next((o.about for o in _peel(loss) if hasattr(o, 'about')), None)
 
-# %% ../nbs/00_contract.ipynb #ca3243b2
+# %% ../nbs/00_contract.ipynb #4e391395
 def loss_table(
-    losses:list,     # Losses that have facts
+    losses:list,     # Losses that have facts: functions, and classes of those with weights
     brief:bool=False # Leave out what it needs and costs?
 )->str: # A Markdown table
     "One row a loss: what it is for, what it needs, what it costs"
     def needed(f):
-        n = needs(f).wanted
+        n = inspect.signature(getattr(f, 'forward', f)).parameters
         what = f'layers, equal {f.about.equal}' if 'fm_s' in n else 'predictions'
-        return what + (', labels' if 'target' in n else '')
+        return what + (', labels' if 'target' in n else '') + (f'; trains {f.about.trains}' if f.about.trains else '')
     def row(f):
         a,(author,*_,year) = f.about,f.about.paper.split(', ')
         return [f'`{f.__name__}`', a.best_for, a.complexity, *([] if brief else [needed(f), a.cost]), f'{a.weight:g}', f'[{author}, {year}]({a.url})']

@@ -2,3 +2,4 @@
 from .output import *
 from .feature import *
 from .relation import *
+from .trainable import *

@@ -1,5 +1,8 @@
 "The package's losses under the names of the golden methods, for `check.py`: `f(pred, teacher_pred, fm_s, fm_t, target, **hp)`."
+import re
 from functools import partial
+from torch import nn
+from kd_fastai.contract import needs
 from kd_fastai.losses import *
 
 def renamed(f, names): return lambda *args, **hp: f(*args, **{names.get(k, k): v for k,v in hp.items()})
@@ -39,4 +42,56 @@ RELATION = dict(
     cc_bilinear=feature(partial(CorrelationCongruence, kernel='bilinear', normalize=False, squared=False)),
     ickd=feature(ICKD), dark_rank=feature(DarkRank), irg=both(IRG, w_irg_vert='vert', w_irg_edge='edge', w_irg_tran='tran'),
 )
-IMPLS = {**OUTPUT, **FEATURE, **RELATION}
+
+class Owned:
+    "A loss with the case's weights. `names` are patterns of the names that its `state` gives them, and what they are called here; `given` is what `build` gets beside features"
+    def __init__(self, make, names={}, given=lambda **case: {}): self.make,self.names,self.given = make,names,given
+
+    def name(self, key):
+        "What a weight of the case is called here, if it is here"
+        for old,new in self.names.items(): key = re.sub(f'^{old}', new, key)
+        return key
+
+    def build(self, fm_s, fm_t, state={}, aux={}, pred=None, teacher_pred=None, target=None, **hp):
+        case = dict(fm_s=fm_s, fm_t=fm_t, pred=pred, teacher_pred=teacher_pred)
+        loss = self.make(**hp).build(**{**case, **self.given(state=state, aux=aux, **case)})
+        known = loss.state_dict()
+        loss.load_state_dict({**known, **{n: v for k,v in state.items() if (n := self.name(k)) in known}})
+        return loss
+
+    def call(self, loss, **case): return loss(**needs(loss).pick({k: v for k,v in case.items() if v is not None}))
+
+    def __call__(self, pred, teacher_pred, fm_s, fm_t, target, **kw):
+        case = dict(pred=pred, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
+        return self.call(self.build(**case, **kw), **case)
+
+class PAD(Owned):
+    "The case gives the logarithms of the variances, which a branch makes otherwise"
+    def build(self, aux, **kw):
+        loss = super().build(**kw)
+        loss.branches[0].eval().register_forward_hook(lambda module, inp, out: aux['log_variance'].view_as(out))
+        return loss
+
+class Summed(Owned):
+    "The authors sum over a batch"
+    def call(self, loss, **case): return len(next(iter(case['fm_t'].values())))*super().call(loss, **case)
+
+def norms(fm_t, aux, **case):
+    "A teacher whose layers are the case's batch norms"
+    def norm(w, b): res = nn.BatchNorm2d(len(w)).to(w); res.load_state_dict({**res.state_dict(), 'weight': w, 'bias': b}); return res
+    return dict(teacher=nn.ModuleDict({n: norm(aux[f'bn_weight_{n}'], aux[f'bn_bias_{n}']) for n in fm_t}))
+
+def headed(fm_t, teacher_pred=None, **case):
+    "A teacher that ends in a classifier, with what it makes of the feature"
+    t = next(iter(fm_t.values())).detach()
+    teacher = nn.Sequential(nn.Linear(t.shape[1], 2 if teacher_pred is None else teacher_pred.shape[1])).to(t)
+    return dict(teacher=teacher, teacher_pred=teacher(t if t.ndim==2 else t.mean((2,3))).detach())
+
+TRAINABLE = dict(
+    fitnet_regressor=Owned(FitNetRegressor, {'conv': 'regressors.0.0', 'bn': 'regressors.0.1'}),
+    vid=Owned(VID, {'regressor': 'regressors.0', 'log_scale': 'log_scales.0'}), pad_l2=PAD(PADL2), reviewkd=Owned(ReviewKD),
+    ofd_connector=Owned(partial(OFD, margin='batch'), {'connector': 'connectors.0'}, lambda **case: dict(teacher=None)),
+    ofd_authors=Summed(partial(OFD, distance=halving(PartialL2)), {'Connectors': 'connectors'}, norms),
+    srrl=Owned(SRRL, {r'srrl\.': '', 'cls_t': 'classifier.0'}, headed), simkd=Owned(SimKD, given=headed),
+)
+IMPLS = {**OUTPUT, **FEATURE, **RELATION, **TRAINABLE}

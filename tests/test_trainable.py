@@ -1,0 +1,499 @@
+"One menu of tests for every loss that owns weights. What each takes, and the layers that it trains on, stand in `LOSSES`; a new loss joins by a line."
+import io, json, pickle, re, subprocess, sys
+from copy import deepcopy
+from functools import partial, wraps
+from pathlib import Path
+from typing import Callable, NamedTuple
+import numpy as np, pytest, torch
+from fastcore.docments import docments
+from fastai.basics import *
+from fastai.callback.all import *
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from kd_fastai.all import *
+from kd_fastai.contract import facts, loss_name, loss_table, needs
+from kd_fastai.demo import digits, small_net
+from kd_fastai.losses import trainable
+from kd_fastai.losses.trainable import TrainableLoss
+
+for o in [*globals()]:
+    if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
+
+root = Path(__file__).resolve().parent.parent
+golden = root/'tests'/'golden'
+sys.path.insert(0, str(golden))
+from check import check, load_case, load_index, tens
+from impls import TRAINABLE
+
+pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
+
+# --- what is known of each loss
+
+class Row(NamedTuple):
+    make:Callable              # Makes a new instance
+    student:tuple              # Shapes of the student's features, without the batch
+    teacher:tuple              # Shapes of the teacher's
+    golden:tuple = ()          # Methods among the golden numbers
+    layers:object = ['0','1','2'] # Layers of `small_net` for a training
+    width:int = 6              # Width of the teacher, where the student's is 4
+    fits:str = 'batch'         # What must be equal: see `about`
+
+two,wider = ((4,6,6),(8,3,3)),((6,6,6),(12,3,3))
+LOSSES = {
+    'FitNetRegressor': Row(FitNetRegressor, ((4,6,6),(8,3,3),(8,5,5)), ((6,3,3),(12,6,6),(9,3,3)), ('fitnet_regressor',)),
+    'VID': Row(VID, ((4,6,6),(8,3,3)), ((6,4,4),(12,6,6)), ('vid',)),
+    'PADL2': Row(PADL2, two, two, ('pad_l2',), width=4, fits='shape'),
+    'ReviewKD': Row(ReviewKD, (*two,(8,)), (*wider,(12,)), ('reviewkd',)),
+    'OFD': Row(OFD, two, wider, ('ofd_authors',), ['0.1','1.1','2.1'], fits='size'),
+    'SRRL': Row(SRRL, ((8,),), ((12,),), ('srrl',), '4'),
+    'SimKD': Row(SimKD, ((8,4,4),), ((12,3,3),), ('simkd',), '2'),
+}
+VARIANTS = {
+    'VID, narrow': Row(partial(VID, mid_channels=3, init_pred_var=2.), two, wider),
+    'ReviewKD, other sizes': Row(partial(ReviewKD, mid_channels=5), two, ((6,4,4),(12,2,2))),
+    'OFD, batch margins': Row(partial(OFD, margin='batch'), two, wider, ('ofd_connector',), ['0.1','1.1','2.1'], fits='size'),
+    'SRRL, maps': Row(SRRL, ((8,4,4),), ((12,3,3),), (), '2'),
+    'SimKD, embedding': Row(partial(SimKD, factor=4), ((8,),), ((12,),), (), '4'),
+}
+ALL = {**LOSSES, **VARIANTS}
+every = pytest.mark.parametrize('name', ALL)
+each  = pytest.mark.parametrize('name', LOSSES)
+methods = pytest.mark.parametrize('method', [m for r in ALL.values() for m in r.golden])
+
+def inputs(name, B=4, dtype=torch.float32, seed=0, shapes=None):
+    "Random arguments for `build`: a teacher of batch norms and a classifier, which makes the predictions of the last feature"
+    g = torch.Generator().manual_seed(seed)
+    def rand(*shape): return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+    s,t = shapes or (ALL[name].student, ALL[name].teacher)
+    fm_s,fm_t = ({f'{k}{i}': rand(B,*o) for i,o in enumerate(fm)} for k,fm in (('s',s), ('t',t)))
+    last = fm_t[f't{len(t)-1}']
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        channels = {n: f.shape[2 if f.ndim==3 else 1] for n,f in fm_t.items()}
+        teacher = nn.ModuleDict({**{n: nn.BatchNorm2d(c) for n,c in channels.items()}, 'classifier': nn.Linear([*channels.values()][-1], 5)}).to(dtype)
+    teacher_pred = teacher['classifier'](last.mean(1) if last.ndim==3 else last.flatten(2).mean(2) if last.ndim>2 else last).detach()
+    return dict(fm_s=fm_s, fm_t=fm_t, pred=rand(B,5), teacher_pred=teacher_pred, target=torch.randint(5, (B,), generator=g), student=nn.Linear(2,2), teacher=teacher)
+
+def built(name, x=None):
+    torch.manual_seed(0)
+    return ALL[name].make().build(**(x or inputs(name)))
+
+def changed(x, f, who=('fm_s','fm_t')): return {k: {n: f(t) for n,t in v.items()} if k in who else v for k,v in x.items()}
+
+def run(loss, x):
+    "Value, and gradients of the student's features and the loss's own weights"
+    x = changed(x, lambda t: t.detach().clone(memory_format=torch.preserve_format).requires_grad_(), ('fm_s',))
+    own = [p for p in loss.parameters() if p.requires_grad]
+    value = loss(**needs(loss).pick(x))
+    assert value.shape==() and value.requires_grad
+    student = [t for k in ('fm_s',) if k in needs(loss).wanted for t in x[k].values()]
+    return value.detach(),torch.autograd.grad(value, student+own)
+
+def close(a, b, tol=1e-4):
+    for p,q in zip(tree_leaves(a), tree_leaves(b), strict=True): torch.testing.assert_close(p, q, rtol=tol, atol=tol*max(1e-2, float(q.abs().max())))
+
+# --- golden numbers
+
+@methods
+def test_golden(method):
+    res = check(golden, {method: TRAINABLE[method]}, methods=[method], out=(said := io.StringIO()))[method]
+    assert res['PASS']>0 and res['FAIL']==res['ERROR']==0, said.getvalue()
+
+def cases(method):
+    "Loss and arguments of each golden case, in float64"
+    m = load_index(golden)['methods'][method]
+    with np.load(golden/m['file']) as z:
+        for e in m['cases']:
+            c = load_case(z, e['key'])
+            def t(d): return {k: tens(v, torch.float64) for k,v in d.items()}
+            case = dict(fm_s=t(c['fm_s']), fm_t=t(c['fm_t']), **{k: tens(c[k], torch.float64) for k in ('pred','teacher_pred','target')})
+            torch.manual_seed(0)
+            yield c,TRAINABLE[method].build(**case, state=t(c['state']), aux=t(c['aux']), **e['hp']),case
+
+@methods
+def test_golden_weights(method):
+    "Gradients of the weights, which check.py does not judge; every weight of the authors' is one of ours, and the other way round"
+    if method=='pad_l2': pytest.skip("its reference has no weights, but is given variances, whose gradients check.py judges")
+    checked = 0
+    for c,loss,case in cases(method):
+        own = {n:p for n,p in loss.named_parameters() if p.requires_grad}
+        names = {TRAINABLE[method].name(k) for k in c['state']}
+        assert {*own}<=names
+        if not c['grad_state']: continue
+        grads = dict(zip(own, torch.autograd.grad(TRAINABLE[method].call(loss, **case), own.values())))
+        expected = {TRAINABLE[method].name(k): torch.from_numpy(g).double() for k,g in c['grad_state'].items()}
+        assert {*own}<={*expected}
+        scale = max(g.abs().max() for g in expected.values())
+        for n,g in grads.items(): torch.testing.assert_close(g, expected[n], rtol=1e-5, atol=1e-9*scale+1e-9)
+        checked += 1
+    assert checked
+
+def test_golden_margins():
+    for c,loss,_ in cases('ofd_authors'):
+        for k,m in enumerate(loss.margins, 1): torch.testing.assert_close(m.detach(), torch.from_numpy(c['state'][f'margin{k}']).double(), rtol=1e-6, atol=1e-9)
+
+# --- names, facts and docs
+
+def test_table():
+    "Every public loss of the module is in the menu, and appears in the tables"
+    public = {n for n in trainable.__all__ if hasattr(getattr(trainable, n), 'about')}
+    assert public=={*LOSSES}
+    table = loss_table([getattr(trainable, n) for n in LOSSES])
+    assert all(f'`{n}`' in table for n in LOSSES) and 'layers, equal batch; trains regressors' in table
+
+@every
+def test_facts(name):
+    loss = ALL[name].make()
+    f = facts(loss)
+    assert f.trains and f.equal==ALL[name].fits and loss_name(loss)==type(loss).__name__ and isinstance(loss, TrainableLoss)
+    assert needs(loss).required<=needs(loss).wanted and needs(loss).takes_all
+
+@each
+def test_documented(name):
+    cls,a = getattr(trainable, name),facts(getattr(trainable, name))
+    assert len(cls.__doc__)>30 and cls.forward.__doc__ and all(v for o in ([cls] if '__init__' in vars(cls) else [])+[cls.forward] for k,v in docments(o).items() if k not in ('kwargs','self','return'))
+    assert a.url.startswith('https://') and re.search(r'\b(19|20)\d\d$', a.paper) and a.best_for and a.complexity in ('low','medium','high') and a.cost and a.weight>0
+    prose = [''.join(c['source']) for c in json.loads((root/'nbs'/'05_losses.trainable.ipynb').read_text())['cells'] if c['cell_type']=='markdown']
+    entry, = [c for c in prose if c.startswith(f'## {name}\n')]
+    marks = ['$$', '**Paper**', '**Reduction**', '**Range**', '**Default weight**', '**At equality**', '**Differs from the paper in**', '**Trains**', '**Adds**']
+    assert [m for m in marks if m not in entry]==[] and [entry.index(m) for m in marks]==sorted(entry.index(m) for m in marks)
+    assert float(re.search(r'\*\*Default weight\*\*: ([\d.]+)', entry)[1])==a.weight and re.search(r'\*\*Paper\*\*: .+\]\(https://', entry)
+
+# --- building
+
+@every
+def test_not_built(name):
+    loss,x = ALL[name].make(),inputs(name)
+    with pytest.raises(RuntimeError, match=f'{loss_name(loss)} has no weights yet.*call build'): loss(**needs(loss).pick(x))
+    with pytest.raises(TypeError, match=rf'{loss_name(loss)}.build needs'): loss.build()
+    assert not loss.built and not [*loss.parameters()]
+
+@every
+def test_build(name):
+    "Once, in the features' type; the teacher is copied, not kept"
+    x = inputs(name, dtype=torch.float64)
+    before = deepcopy(x['teacher'].state_dict())
+    loss = built(name, x)
+    assert loss.built and all(p.dtype==torch.float64 for p in loss.parameters()) and any(p.requires_grad for p in loss.parameters())
+    weights = [p for p in loss.parameters()]
+    assert loss.build(**x) is loss and all(p is q for p,q in zip(weights, loss.parameters(), strict=True))
+    assert not {*map(id, x['teacher'].parameters())} & {*map(id, loss.parameters())} and all(p.requires_grad for p in x['teacher'].parameters())
+    assert x['teacher'].training and all(torch.equal(v, before[k]) for k,v in x['teacher'].state_dict().items())
+
+@every
+def test_state_dict(name):
+    x = inputs(name)
+    loss = built(name, x)
+    torch.manual_seed(7)
+    other = ALL[name].make().build(**x)
+    assert not torch.equal(run(other, x)[0], run(loss, x)[0])
+    other.load_state_dict(loss.state_dict())
+    for o in (other, deepcopy(loss), pickle.loads(pickle.dumps(loss))): close(run(o, x), run(loss, x), 1e-6)
+
+# --- the menu
+
+@every
+def test_gradient(name):
+    "Reaches every tensor of the student and all own weights, and nothing of the teacher's"
+    x = changed(inputs(name), lambda t: t.requires_grad_())
+    x.update({k: x[k].requires_grad_() for k in ('pred','teacher_pred')})
+    loss = built(name, x)
+    loss(**needs(loss).pick(x)).backward()
+    assert all(t.grad is None for t in (x['teacher_pred'], *x['fm_t'].values(), *x['teacher'].parameters()))
+    for t in x['fm_s'].values(): assert t.grad.isfinite().all() and t.grad.abs().sum()>0
+    for n,p in loss.named_parameters():
+        if not p.requires_grad: assert p.grad is None
+        else: assert p.grad.isfinite().all() and (p.grad.abs().sum()>0 or n.endswith('bias')), n   # batch norm takes away the bias before it
+
+@every
+def test_learns(name):
+    "Training its own weights alone makes it smaller"
+    x = inputs(name)
+    loss = built(name, x)
+    opt = torch.optim.Adam([p for p in loss.parameters() if p.requires_grad], 1e-2)
+    values = []
+    for _ in range(30):
+        values.append(v := loss(**needs(loss).pick(x)))
+        opt.zero_grad(); v.backward(); opt.step()
+    assert values[-1]<values[0]-1e-2
+
+EXTREME = dict(zeros=torch.zeros_like, constant=torch.ones_like, equal_rows=lambda t: t[:1].expand_as(t).clone(), large=lambda t: 1e4*t, small=lambda t: 1e-12*t, relu=lambda t: (t-3).relu())
+@every
+@pytest.mark.parametrize('how', EXTREME)
+def test_extreme(name, how):
+    loss,x = built(name),inputs(name)
+    for who in (('fm_s',), ('fm_t',), ('fm_s','fm_t')):
+        value,grads = run(loss, changed(x, EXTREME[how], who))
+        assert value.isfinite() and all(g.isfinite().all() for g in grads), who
+
+@every
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half(name, dtype):
+    "Half tensors, large ones too, under the callback's rule: autocast off, on float copies"
+    loss = built(name)
+    for scale in (1, 300):
+        x = changed(inputs(name), lambda t: (scale*t).to(dtype))
+        with torch.autocast('cpu', dtype=dtype), torch.autocast('cpu', enabled=False): value,grads = run(loss, changed(x, torch.Tensor.float))
+        assert value.dtype==torch.float32 and value.isfinite() and all(g.isfinite().all() for g in grads)
+        if scale==1: close(value, run(loss, inputs(name))[0], 5e-2)
+
+@every
+def test_permutation(name):
+    order = torch.tensor([2,0,3,1])
+    x = inputs(name, dtype=torch.float64)
+    y = {k: v if k in ('student','teacher') else {n: t[order] for n,t in v.items()} if isinstance(v, dict) else v[order] for k,v in x.items()}
+    loss = built(name, x)
+    close(run(loss, y)[0], run(loss, x)[0], 1e-8)
+
+@every
+def test_channels_last(name):
+    x = inputs(name, dtype=torch.float64)
+    loss = built(name, x)
+    close(run(loss, changed(x, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim==4 else t)), run(loss, x), 1e-9)
+
+@every
+def test_tokens(name):
+    "Tokens `(B, N, D)` count as maps of one column, embeddings as maps of one position"
+    if 'fm_s' not in needs(ALL[name].make()).wanted: pytest.skip("looks at no features")
+    for shape in (lambda c: (6,c)), (lambda c: (c,)):
+        s,t = ([shape(o[0]) for o in fm] for fm in (ALL[name].student, ALL[name].teacher))
+        x = inputs(name, dtype=torch.float64, shapes=(s, t))
+        loss = built(name, x)
+        y = changed(x, lambda t: t.mT[...,None] if t.ndim==3 else t[...,None,None])
+        assert torch.equal(run(loss, x)[0], run(loss, y)[0])
+
+@every
+def test_compile(name):
+    "One graph, with the same number and the same gradients"
+    torch._dynamo.reset()
+    x = inputs(name, dtype=torch.float64)
+    loss = built(name, x)
+    compiled = torch.compile(loss, fullgraph=True, backend='aot_eager')
+    assert loss_name(compiled)==loss_name(loss) and needs(compiled)==needs(loss)
+    close(run(compiled, x), run(loss, x), 1e-8)
+
+PARAMETERS = {   # as the page says, for the last pair, of C_s and C_t channels
+    'FitNetRegressor': lambda s,t: s*t+3*t, 'VID': lambda s,t: t*(s+t+t)+t, 'VID, narrow': lambda s,t: 3*(s+3+t)+t, 'PADL2': lambda s,t: s*t+2*t,
+    'ReviewKD': lambda s,t: s*(s+9*t)+2*(s+t), 'OFD': lambda s,t: s*t+2*t, 'SRRL': lambda s,t: s*t+2*t, 'SimKD': lambda s,t: t//2*(s+9*(t//2)+t)+4*(t//2)+2*t,
+}
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_parameters(name):
+    s,t = 6,6 if name=='PADL2' else 8
+    loss = built(name, inputs(name, shapes=(((s,3,3),), ((t,3,3),))))
+    assert sum(p.numel() for p in loss.parameters() if p.requires_grad)==PARAMETERS[name](s, t)
+
+# --- errors
+
+@every
+def test_bad_features(name):
+    loss,x = built(name),inputs(name)
+    def call(**kw): return loss(**needs(loss).pick({**x, **kw}))
+    with pytest.raises(ValueError, match='got 0 and 0'): call(fm_s={}, fm_t={})
+    with pytest.raises(TypeError, match='fm_s must be a dict'): call(fm_s=[*x['fm_s'].values()])
+    n = len(x['fm_t'])
+    with pytest.raises(ValueError, match=f'got {n} and {n+1}'): call(fm_t={**x['fm_t'], 'more': x['fm_t']['t0']})
+    with pytest.raises(ValueError, match=re.escape(str(tuple(x['fm_s']['s0'].shape)))): call(fm_t={n: t[:3] for n,t in x['fm_t'].items()})
+    wide = {n: torch.cat([t,t], 1) for n,t in x['fm_s'].items()}
+    with pytest.raises(ValueError, match=r"built for \(student, teacher\) channels \[\(\d+, \d+\)|Expected equal shapes"): call(fm_s=wide)
+    deep = {k: {n: torch.rand(4,4,2,2,2) for n in x[k]} for k in ('fm_s','fm_t')}
+    with pytest.raises(ValueError, match=r'\(B, C, H, W\), \(B, N, D\) or \(B, C\), got \[\(4, 4, 2, 2, 2\)'): ALL[name].make().build(**{**x, **deep})
+    if ALL[name].fits in ('size','shape'):
+        with pytest.raises(ValueError, match=rf'equal.*{re.escape(repr([*x["fm_s"]][0]))}.*\(4, \d+, 2, 2\) of the teacher'): call(fm_t={n: t[...,:2,:2] for n,t in x['fm_t'].items()})
+
+def test_bad_sizes_of_a_regressor():
+    for s,t in (((4,2,2),(6,5,5)), ((4,2,4),(6,4,2)), ((4,3,3),(6,6,4))):
+        with pytest.raises(ValueError, match=re.escape(f'got {(4,*s)} of the student and {(4,*t)} of the teacher')): ALL['FitNetRegressor'].make().build(**inputs('FitNetRegressor', shapes=((s,),(t,))))
+    for s,t in (((4,5,6),(6,3,3)), ((4,7,3),(6,7,6)), ((4,1,1),(6,2,2)), ((4,2,2),(6,1,1))):  # each side by itself
+        x = inputs('FitNetRegressor', shapes=((s,),(t,)))
+        assert built('FitNetRegressor', x)(x['fm_s'], x['fm_t']).isfinite()
+    with pytest.raises(ValueError, match=r"'t0' \(4, 6, 4, 4\) of the teacher"): built('FitNetRegressor', x)(x['fm_s'], {'t0': torch.rand(4,6,4,4)})
+
+@pytest.mark.parametrize('make,match', [(lambda: VID(init_pred_var=0.), 'init_pred_var > eps > 0'), (lambda: OFD(margin='bn'), "margin is 'norm' or 'batch', got 'bn'")])
+def test_bad_parameters(make, match):
+    with pytest.raises(ValueError, match=match): make()
+
+# --- trainings
+
+@pytest.fixture(scope='module')
+def teachers():
+    "Trained teachers, by width"
+    def train(width):
+        set_seed(9)
+        learn = Learner(digits(), small_net(width), loss_func=CrossEntropyLossFlat())
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
+        learn.model.zero_grad(set_to_none=True)
+        return learn.model
+    return {w: train(w) for w in {r.width for r in ALL.values()}}
+
+def learner(cbs=None, dls=None, model=None, **kwargs):
+    set_seed(0)
+    learn = Learner(dls or digits(100), model or small_net(4), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs, **kwargs)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+def fit(learn, n=1, lr=1e-2, seed=1):
+    set_seed(seed)
+    learn.fit(n, lr)
+    return learn
+
+def distilled(name, teachers, **kwargs):
+    "A Learner whose student learns from a wider teacher by this loss"
+    r = ALL[name]
+    return learner(KnowledgeDistillationCallback(teachers[r.width], r.make(), r.layers, weight=1.), **kwargs)
+
+def own(learn): return learn.knowledge_distillation.terms[0].loss
+def state(m): return {k: v.detach().clone() for k,v in m.state_dict().items()}
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
+
+@every
+def test_training(name, teachers):
+    "Its own weights move and its column falls; the teacher and the frozen parts stay"
+    teacher = teachers[ALL[name].width]
+    learn,before = distilled(name, teachers),state(teacher)
+    fit(learn)
+    first = state(own(learn))
+    fit(learn, 3)
+    last = state(own(learn))
+    for n,p in own(learn).named_parameters(): assert torch.equal(first[n], last[n])!=p.requires_grad, n
+    assert same(before, state(teacher)) and not any(m._forward_hooks for m in (*teacher.modules(), *learn.model.modules()))
+    column = [v[learn.recorder.metric_names.index(learn.knowledge_distillation.terms[0].name)-1] for v in learn.recorder.values]
+    assert len(column)==3 and column[-1]<column[0]
+
+@every
+def test_two_fits(name, teachers, tmp_path):
+    "With save and load between them, and a new callback and Learner, they equal the same two fits without, to the last bit"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a = fit(fit(distilled(name, teachers, path=tmp_path)), seed=2)
+        b = fit(distilled(name, teachers, path=tmp_path)); b.save('m')
+        c = fit(distilled(name, teachers, dls=b.dls, path=tmp_path).load('m'), seed=2)
+    finally: torch.set_num_threads(threads)
+    assert same(state(a.model), state(c.model)) and same(state(own(a)), state(own(c)))
+    assert not same(state(own(b)), state(own(c)))
+    assert same(state(learner(path=tmp_path).load('m').model), state(b.model))   # the student's file needs nothing of ours
+
+@every
+def test_lr_find(name, teachers):
+    learn = fit(distilled(name, teachers))
+    before,mine = state(learn.model),state(own(learn))
+    learn.lr_find(num_it=6, show_plot=False)
+    assert same(before, state(learn.model)) and same(mine, state(own(learn)))
+
+@each
+def test_lr_find_before_any_fit(name, teachers):
+    "The weights, and the statistics of batch norm, are those that were built"
+    learn,kept = distilled(name, teachers),{}
+    make = own(learn).make
+    @wraps(make)
+    def remembered(**given): make(**given); kept.update(state(own(learn).float()))  # margins are computed in float64
+    own(learn).make = remembered
+    learn.lr_find(num_it=6, show_plot=False)
+    assert kept and same(kept, state(own(learn)))
+
+def test_adapted(teachers):
+    "A loss that needs equal shapes trains behind an adapter, which is trained too"
+    learn = learner(KnowledgeDistillationCallback(teachers[6], PADL2(), ['0','1'], weight=1., adapt='auto'))
+    fit(learn)
+    first = state(own(learn))
+    fit(learn)
+    last = state(own(learn))
+    assert any(k.startswith('adapters') for k in first) and any('branches' in k for k in first) and not any(torch.equal(v, last[k]) for k,v in first.items())
+
+@each
+def test_export(name, teachers, tmp_path):
+    learn = fit(distilled(name, teachers, path=tmp_path))
+    learn.export('m.pkl')
+    data = (tmp_path/'m.pkl').read_bytes()
+    assert b'kd_fastai.demo' in data and not any(o in data for o in (b'kd_fastai.losses', b'kd_fastai.callback', b'kd_fastai.scope'))
+    assert same(state(load_learner(tmp_path/'m.pkl').model), state(learn.model))
+
+# --- variances, and margins of the overhaul
+
+def test_first_variance():
+    loss = VID(init_pred_var=2., eps=.5).build(**inputs('VID'))
+    for v in loss.log_scales: close(nn.functional.softplus(v)+.5, torch.full_like(v, 2.), 1e-6)
+
+def margins(name, teacher, channels): return OFD().build(fm_s={'s': torch.rand(4,3,2,2)}, fm_t={name: torch.rand(4,channels,2,2)}, teacher=teacher).margins[0]
+
+def test_which_batch_norm():
+    "The layer itself, the last one inside it, or the last before it"
+    net = small_net(4)
+    for k,b in enumerate((.1,.5,1.)): nn.init.constant_(net[k][1].bias, b)
+    for name in ('1.1', '1', '1.2', '1.1#2', '1@0', '1.1:0'): assert torch.equal(margins(name, net, 8), margins('1.1', nn.Sequential(nn.Identity(), nn.Sequential(nn.Identity(), net[1][1])), 8)), name
+    assert not torch.equal(margins('2.1', net, 16)[:,:8], margins('1.1', net, 8))
+    assert torch.equal(margins('5', nn.DataParallel(net), 16), margins('2.1', net, 16))
+    for name,channels,match in (('0', 8, 'has one of 4'), ('0.0', 4, 'is or has or follows none')):
+        with pytest.raises(ValueError, match=f"{match}.*OFD.margin='batch'"): margins(name, net, channels)
+    plain = nn.BatchNorm2d(4, affine=False)
+    assert torch.equal(margins('0', nn.Sequential(plain), 4), margins('0', nn.Sequential(nn.BatchNorm2d(4)), 4))
+
+def test_margins_are_expectations():
+    "By sampling; for a channel that is hardly negative by the rule of the paper"
+    norm = nn.BatchNorm2d(5)
+    norm.weight.data,norm.bias.data = torch.tensor([1.,-2.,.5,0.,1.]),torch.tensor([.5,-1.,0.,-1.,5.])
+    x = torch.randn(400_000, generator=torch.Generator().manual_seed(0))[:,None]*norm.weight.detach()+norm.bias.detach()
+    m = margins('0', nn.Sequential(norm), 5).flatten()
+    for c in range(4): assert abs(m[c]-x[:,c][x[:,c]<0].mean())<1e-2
+    assert m[4]==-3
+
+# --- the teacher's classifier
+
+@pytest.mark.parametrize('make', [SRRL, SimKD])
+def test_classifier(make):
+    "The last linear layer or one that is named; refused if it does not make the predictions"
+    def build(teacher, t, pred, **kw): return make(**kw).build(fm_s={'s': torch.rand(4,3)}, fm_t={'last': t}, teacher=teacher, teacher_pred=pred)
+    t = torch.randn(4,8)
+    teacher = nn.ModuleDict(dict(head=nn.Sequential(nn.Dropout(0.9), nn.Linear(8,5)), aux=nn.Linear(8,5), narrow=nn.Linear(6,5)))
+    pred = teacher['head'].eval()(t).detach()
+    loss = build(teacher, t, pred, classifier='head').train()
+    close(loss.classifier(t), pred)                              # no dropout, though the loss is in train mode
+    for kw,match in ((dict(), "'narrow' does not make the predictions from layer 'last'"), (dict(classifier='aux'), "'aux' does not make"), (dict(classifier='haed'), "did you mean 'head'")):
+        with pytest.raises(ValueError, match=match): build(teacher, t, pred, **kw)
+    with pytest.raises(ValueError, match='no linear layer'): build(nn.Sequential(nn.ReLU()), t, pred)
+    with pytest.raises(ValueError, match=r"one layer, the one that the classifier reads, got \['t0', 't1'\]"): make().build(**inputs('VID'))
+
+@pytest.mark.parametrize('name', ['SRRL','SimKD'])
+def test_classifier_that_is_captured(name, teachers):
+    "Its copy does not answer for it"
+    learn = learner(KnowledgeDistillationCallback(teachers[6], [Term(ALL[name].make(), layers=ALL[name].layers), Term(FitNet, layers='5')]))
+    fit(learn)
+    assert not any(m._forward_hooks for m in own(learn).modules())
+
+@pytest.mark.parametrize('layer', [('2','2'), ('1','2'), ('3','3'), ('4','4')], ids=str)
+def test_simkd_student(layer, teachers, tmp_path):
+    "Its body, the projector and the teacher's classifier: better than its own head, which was not trained, and of torch alone"
+    kd = KnowledgeDistillationCallback(teachers[6], simkd := SimKD(), [layer], weight=1., task_weight=0)
+    learn = fit(learner(kd, model=small_net(4) if layer!=('1','2') else nn.Sequential(*small_net(4)[:2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10))), 10)
+    before = state(learn.model)
+    final = learner(model=simkd.student(learn.model), path=tmp_path)
+    assert same(before, state(learn.model))
+    for mode in (True, False): assert {m.training for m in simkd.student(learn.model.train(mode)).modules()}=={mode}
+    x = final.dls.valid.one_batch()[0]
+    with torch.no_grad(), Capture(learn.model.eval(), [layer[0]]) as c:
+        learn.model(x)
+        s, = simkd.eval().measured(o:=c.take(), {k: torch.zeros(len(x), simkd.channels[0][1]) for k in o})[0].values()
+        if layer==('1','2'): s = nn.AdaptiveAvgPool2d(2)(s)      # the student's map is larger
+        close(final.model.eval()(x), simkd.classifier(simkd.transfer(s).mean((2,3))), 1e-5)
+    assert final.validate()[1]>learn.validate()[1]+0.2
+    assert {type(m).__module__.split('.')[0] for m in final.model.modules()}=={'torch'}
+    torch.save(final.model, tmp_path/'m.pt')
+    code = "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); print(sum(p.numel() for p in m.parameters()), [k for k in sys.modules if k.split('.')[0] in ('fastai','fastcore','kd_fastai')])"
+    r = subprocess.run([sys.executable, '-c', code, str(tmp_path/'m.pt')], text=True, capture_output=True, cwd=tmp_path)
+    assert r.stdout.strip()==f"{sum(p.numel() for p in final.model.parameters())} []", r.stderr
+    final.export('m.pkl')
+    assert same(state(load_learner(tmp_path/'m.pkl').model), state(final.model))
+    head,kept = final.model[-1].weight.clone(),state(simkd)
+    fit(final)                                                     # it trains on; the teacher's classifier stays
+    assert same(kept, state(simkd)) and not torch.equal(before['0.0.weight'], state(final.model)['0.0.weight'])
+    assert torch.equal(head, final.model[-1].weight) and torch.equal(head, teachers[6][5].weight)
+
+def test_simkd_student_refuses():
+    with pytest.raises(RuntimeError, match='no projector yet'): SimKD().student(small_net(4))
+    x = inputs('SimKD', shapes=(((6,8),), ((6,12),)))
+    with pytest.raises(ValueError, match="no place between 's0' and the classifier '5'"): built('SimKD', x).student(small_net(4))
+    for layer in ('2@0', '2:0', '5'):
+        x = inputs('SimKD', shapes=(((8,),), ((12,),)))
+        x['fm_s'] = {layer: x['fm_s']['s0']}
+        with pytest.raises(ValueError, match=f"no place between '{layer}' and the classifier '5'"): built('SimKD', x).student(small_net(4))
