@@ -328,12 +328,14 @@ def _no_gradient(self:KnowledgeDistillationCallback, term):
     raise ValueError(f"{term.name} gives the student no gradient{f' through its layers {term.layers[0]}' if term.feature else ''}: is something detached, or inside a "
         "reentrant checkpoint (then use_reentrant=False)?")
 
-# %% ../nbs/07_callback.ipynb #68ec3613
+# %% ../nbs/07_callback.ipynb #cd04f823
 @patch
 def _record(self:KnowledgeDistillationCallback, task, values):
-    "Note the values. Each look at them makes a device wait: there it is one for 50 steps, and on the CPU one for each"
+    "Note the values. A look at them makes a GPU wait for all that it was given: it comes once in many steps, and when the epoch's training ends"
     self._noted.append((self.iter, find_bs(self.learn.yb), torch.stack([o.detach().float().mean() for o in (task, *values)])))
-    if task.device.type=='cpu' or len(self._noted)==50 or not self._count: self._look()
+    if len(self._noted)>=_between_looks(task.device) or not self._count: self._look()
+
+def _between_looks(device): return 1 if device.type=='cpu' else 50
 
 @patch
 def _look(self:KnowledgeDistillationCallback):

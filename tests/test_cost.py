@@ -308,22 +308,56 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
         with pytest.raises(ValueError, match='something else than a cache'): cached_fit(CachedTeacher(net(8), path))
     assert [o.name for o in tmp_path.iterdir()]==['notes.txt']
 
-SHARE = '''
+DISTRIBUTED = """
 import sys, warnings; warnings.filterwarnings('ignore')
 sys.path.insert(0, {tests!r})
 from test_cost import *
-c,dls = CachedTeacher(net(8), {path!r}),loaders()
-c.prepare(dls.train)
-with c.answering():
-    for i in torch.arange({rank}, 100, 2).split(10): c(dls.train.dataset.x[i], idx=i)
-'''
+from fastai.distributed import DistributedDL
+def broadcast(self, t, rank): t = LongTensor(t); torch.distributed.broadcast(t, rank); return t.tolist()
+DistributedDL._broadcast = broadcast  # fastai's own calls .cuda()
+def train(teacher):
+    learn = learner(loaders(), KnowledgeDistillationCallback(teacher, [Term(SoftTarget), Term(Attention, 10.)], '1'))
+    with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, 3)
+    return weights(learn)
+t = net(8)
+plain = train(t); seen = asked(t)
+torch.testing.assert_close(train(CachedTeacher(t, {path!r})), plain, rtol=1e-4, atol=1e-5)
+print('asked', sum(seen))
+torch.distributed.destroy_process_group()
+"""
 
-def test_processes_share_a_cache(tmp_path):
-    "each fills the rows of its own samples"
-    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SHARE.format(tests=str(Path(__file__).parent), path=str(tmp_path/'c'), rank=r)]) for r in (0,1)]
-    assert [p.wait() for p in ps]==[0,0]
-    t = net(8); seen = asked(t)
-    CachedTeacher(t, tmp_path/'c').fill(loaders(), bar=False)
-    assert not seen
+def test_processes_that_train_together_share_a_cache(tmp_path):
+    "each asks about its own samples, which are others in the next epoch, and reads what any has written"
+    import socket
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    code = DISTRIBUTED.format(tests=str(Path(__file__).parent), path=str(tmp_path/'c'))
+    def start(r): return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, 'RANK':str(r), 'LOCAL_RANK':str(r), 'WORLD_SIZE':'2', 'MASTER_ADDR':'127.0.0.1', 'MASTER_PORT':str(port)})
+    procs = [start(r) for r in (0,1)]
+    try: outs = [p.communicate(timeout=200)[0] for p in procs]
+    finally:
+        for p in procs: p.kill()
+    assert not any(p.returncode for p in procs), '\n'.join(outs)
+    assert sum(int(re.search(r'asked (\d+)', o)[1]) for o in outs)<=100+4  # each once, and one a process in each later epoch
+    assert np.load(tmp_path/'c'/'pred.there.npy').all()
     x = torch.stack([o for o,_ in Images()])
-    with torch.no_grad(): torch.testing.assert_close(torch.from_numpy(np.load(tmp_path/'c'/'pred.npy')), t.eval()(x), rtol=1e-5, atol=1e-6)
+    with torch.no_grad(): torch.testing.assert_close(torch.from_numpy(np.load(tmp_path/'c'/'pred.npy')), net(8).eval()(x), rtol=1e-5, atol=1e-6)
+
+# ---- looking at the columns' values less often, as on a GPU
+
+def test_a_later_look_gives_the_same_columns(monkeypatch):
+    now = cached_fit(net(8))
+    monkeypatch.setattr('kd_fastai.callback._between_looks', lambda device: 3)  # of seven steps
+    assert (values(cached_fit(net(8)))==values(now)).all()
+
+@pytest.mark.parametrize('bad', [1,4,6])
+def test_a_later_look_names_the_first_bad_step(monkeypatch, bad):
+    "before the validation that follows"
+    monkeypatch.setattr('kd_fastai.callback._between_looks', lambda device: 50)
+    calls,validated = [],[]
+    def breaks(pred): calls.append(1); return pred.mean()*(float('nan') if len(calls)>bad else 1.)
+    class Seen(Callback):
+        def before_validate(self): validated.append(1)
+    learn = learner(loaders(), [KnowledgeDistillationCallback(net(8), breaks), Seen()])
+    with pytest.raises(FloatingPointError, match=f'breaks is nan in epoch 0, batch {bad}'): learn.fit(1)
+    assert not validated
