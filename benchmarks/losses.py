@@ -80,7 +80,7 @@ def measure(name, B, C, seconds):
     if name in PEERS and largest(name, B, C)<=(1.2e9 if name=='NST' else 6e8): fs['peer'] = PEERS[name](x)
     steps = {k: partial(step, f, leaves) for k,f in fs.items()}
     start = time.perf_counter(); [f() for f in steps.values()]; once = time.perf_counter()-start
-    times = take_turns(steps, max(5, min(300, int(seconds/once))), warm=1)
+    times = take_turns(steps, max(3 if once>1 else 7, min(300, int(seconds/once))), warm=1)
     row = {'loss': name, 'B': B, 'C': C, 'ms': ms(times['ours']), 'MiB': peak_mib(steps['ours'])}
     if 'peer' in fs: row.update({'peer ms': ms(times['peer']), 'peer MiB': peak_mib(steps['peer']), 'time to peer': ratio(times, 'ours', 'peer')[0]})
     return row

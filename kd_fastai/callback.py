@@ -295,7 +295,7 @@ def _full_precision(device):
     "Autocast off: a product of float32 tensors would be cast back"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
-# %% ../nbs/07_callback.ipynb #9f63d2e5
+# %% ../nbs/07_callback.ipynb #98ccc36a
 @patch
 def _value(self:KnowledgeDistillationCallback, term, factor, given):
     "What a term's loss gives for this batch, a scalar; without a gradient where its factor is 0, so that it only watches"
@@ -313,10 +313,10 @@ def _value(self:KnowledgeDistillationCallback, term, factor, given):
 @patch
 def _both_labels(self:KnowledgeDistillationCallback, term, args):
     "The loss, interpolated between both labels where samples are mixed; by the batch's mean share, since a loss is one number"
-    mix = self._mixed()
+    mix = self._mixed() if 'target' in term.needs.wanted else None
     if 'target' in term.needs.required: args = _labelled(args, self._ignore)
     if not len(args['pred']): return args['pred'].sum()  # no label in this batch
-    if not getattr(mix, 'stack_y', False) or 'target' not in term.needs.wanted: return term.loss(**term.needs.pick(args))
+    if not getattr(mix, 'stack_y', False): return term.loss(**term.needs.pick(args))
     a,b = (term.loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.yb, mix.yb1))
     return torch.lerp(b, a, plain(mix.lam).mean().to(a))
 
@@ -328,11 +328,11 @@ def _no_gradient(self:KnowledgeDistillationCallback, term):
     raise ValueError(f"{term.name} gives the student no gradient{f' through its layers {term.layers[0]}' if term.feature else ''}: is something detached, or inside a "
         "reentrant checkpoint (then use_reentrant=False)?")
 
-# %% ../nbs/07_callback.ipynb #cd04f823
+# %% ../nbs/07_callback.ipynb #dce96d9c
 @patch
 def _record(self:KnowledgeDistillationCallback, task, values):
     "Note the values. A look at them makes a GPU wait for all that it was given: it comes once in many steps, and when the epoch's training ends"
-    self._noted.append((self.iter, find_bs(self.learn.yb), torch.stack([o.detach().float().mean() for o in (task, *values)])))
+    self._noted.append((self.iter, find_bs(self.learn.yb), [o.detach().mean() if o.ndim else o.detach() for o in (task, *values)]))
     if len(self._noted)>=_between_looks(task.device) or not self._count: self._look()
 
 def _between_looks(device): return 1 if device.type=='cpu' else 50
@@ -342,7 +342,7 @@ def _look(self:KnowledgeDistillationCallback):
     "Add what was noted to the columns' means. Raises `FloatingPointError` for a term that is not finite, naming it and the first such step"
     steps,self._noted = self._noted,[]
     if not steps: return
-    for (i,bs,_),vals in zip(steps, torch.stack([o for *_,o in steps]).tolist()):
+    for (i,bs,_),vals in zip(steps, torch.stack([v for *_,vals in steps for v in vals]).view(len(steps), -1).tolist()):
         for o,v in zip(self.terms, vals[1:]):
             if not math.isfinite(v): raise FloatingPointError(f"{o.name} is {v} in epoch {self.epoch}, batch {i}: a smaller learning rate or gradient clipping may help")
         self._sums,self._count = [s+bs*v for s,v in zip(self._sums, vals)],self._count+bs
