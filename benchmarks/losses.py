@@ -1,6 +1,6 @@
 """Time and peak memory of every loss, forward and backward, beside torchdistill's form where it has one.
 
-    python benchmarks/losses.py [--seconds 1] [--batch 64 256] [--channels 256 512] [--only NST RKD]
+    python benchmarks/losses.py [--seconds 0.7] [--batch 64 256] [--channels 256 512] [--only NST RKD]
 
 Maps are (B, C, 8, 8), embeddings (B, C), predictions (B, 100). Ours and theirs take turns, for some seconds; times are medians. Memory is what tensors hold at most beyond the inputs, as PyTorch's
 operations hand them out. Peers whose largest tensor would pass 600 MB are left out, but for NST's, which its target speaks of. torchdistill is optional (extra `bench`); NST's peer is RepDistiller's form."""
@@ -91,7 +91,7 @@ def limits(row):
     if row['loss']=='NST' and (row['B'],row['C'])==(64,256): return 0.01,1.05
     return 1.05,1.05
 
-def main(seconds=1., batch=(64,256), channels=(256,512), only=None):
+def main(seconds=0.7, batch=(64,256), channels=(256,512), only=None):
     "Measure, write the table, and give the targets"
     rows = [measure(name, B, C, seconds) for name in only or LOSSES for B in batch for C in (channels if 'fm_s' in needs(LOSSES[name]).wanted else [CLASSES])]
     write('losses', rows, "Every loss, forward and backward, beside its peer's form. A ratio below 1: ours is quicker.")
@@ -102,7 +102,7 @@ def main(seconds=1., batch=(64,256), channels=(256,512), only=None):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('--seconds', type=float, default=1.)
+    p.add_argument('--seconds', type=float, default=0.7)
     p.add_argument('--batch', type=int, nargs='+', default=[64,256]); p.add_argument('--channels', type=int, nargs='+', default=[256,512])
     p.add_argument('--only', nargs='*', choices=LOSSES)
     torch.set_num_threads(1)
