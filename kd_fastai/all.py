@@ -4,4 +4,6 @@ from .cache import CachedTeacher
 from .callback import *
 from .hooks import *
 from .losses import *
+from .report import *
+from .schemes import *
 from .teacher import *

@@ -175,7 +175,7 @@ class _Store:
     def put(self, key, i, values): self._rows(key, values.shape[1:], values.dtype).put(i, values)
     def get(self, key, i): return self._rows(key).get(i)
 
-# %% ../nbs/06_cache.ipynb #f06147ab
+# %% ../nbs/06_cache.ipynb #b387f427
 class CachedTeacher(Teacher):
     """A `Teacher` that is asked once about each sample, by its position in the training set.
 
@@ -207,10 +207,10 @@ class CachedTeacher(Teacher):
     def __call__(self,
         *xb:Tensor,      # The student's inputs
         whole:bool=True, # Is the prediction wanted? If not, it may be None
-        idx:Tensor=None  # `(B,)` positions of these samples in the training set
+        idx:Tensor=None  # `(B,)` positions of these samples in the training set; for others it is asked and nothing kept
     )->tuple: # Predictions, and features by layer
         "What the teacher said of these samples, or says now"
-        if idx is None: raise ValueError("A CachedTeacher must be told which samples these are: idx, their positions in the training set")
+        if idx is None: return super().__call__(*xb, whole=whole)
         i,keys = idx.cpu().numpy(),[*['pred']*whole, *['classes']*(whole and self.topk is not None), *(f'layer {o.spec}' for o in self.capture.sites)]
         there = self.store.there(keys, i)
         if not self._trusted and there.any(): self._trust(xb, keys, i, np.flatnonzero(there)[0], whole)

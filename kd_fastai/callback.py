@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['Term', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/07_callback.ipynb #d6b0d4fb
+# %% ../nbs/07_callback.ipynb #f5b30c71
 import copy, math, operator, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, reduce
@@ -25,9 +25,9 @@ from .adapters import Adapted, check_adapt
 from .contract import facts, loss_name, needs, unwrap_loss
 from .hooks import Capture, layer_lists, unique_names, unwrap
 from .scope import GuestParams, ScopedCallback, batch_indices
-from .teacher import Teacher, check_taught_alike, plain, prediction
+from .teacher import Teacher, check_class_map, check_taught_alike, plain, prediction, shared_classes
 
-# %% ../nbs/07_callback.ipynb #c6418791
+# %% ../nbs/07_callback.ipynb #fbacfb79
 def _finite(x, what):
     "A finite number, or an error that says what is none"
     try: x = float(x)
@@ -42,7 +42,7 @@ def _check_schedule(schedule):
     for pos in (0., 0.5, 1.): _finite(schedule(pos), f"A schedule's value at {pos}")
 
 class Term:
-    """One part of the loss: `weight * schedule(pct_train) * loss`.
+    """One part of the loss: `weight * schedule(pct_train) * loss`. A keyword that is none of the below is a parameter of the loss, and its value a schedule.
 
     Raises `TypeError` for what is no loss, has unknown parameters or needs what nobody gives, and for a weight that is no number; `ValueError` for one that is not finite."""
     def __init__(self,
@@ -51,15 +51,19 @@ class Term:
         layers:str|list|dict|None=None, # A layer name, a list of names and (student, teacher) tuples, or what `match_feature_layers` returns; those of the callback, if not given
         schedule:Callable|None=None, # A fastai schedule that multiplies the weight; that of the callback, if not given
         name:str|None=None,  # Name of its column; made from the loss, if not given
-        adapt:str|Callable|list|None=None # Trained layers that give the student's features the teacher's shapes: 'auto', an `adapter`, a list of one a pair; that of the callback, if not given
+        adapt:str|Callable|list|None=None, # Trained layers that give the student's features the teacher's shapes: 'auto', an `adapter`, a list of one a pair; that of the callback, if not given
+        **params             # Schedules of the loss's own parameters, such as `T=SchedCos(8,2)`
     ):
-        self.needs = needs(loss)
-        self.loss,self.weight,self.schedule,self.adapt = loss,_finite(weight, f"The weight of {loss_name(loss)}"),schedule,adapt
+        self.needs = needs(partial(loss, **params) if params else loss)
+        self.loss,self.weight,self.schedule,self.adapt,self.params = loss,_finite(weight, f"The weight of {loss_name(loss)}"),schedule,adapt,params
         check_adapt(adapt)
         if adapt is not None and not self.feature: raise ValueError(f"adapt is for losses on features, got {loss_name(loss)}, which looks at none")
         self.layers = None if layers is None else layer_lists(layers)
         self.name = camel2snake(loss_name(loss)) if name is None else name
         _check_schedule(schedule)
+        for k,o in params.items():
+            if not callable(o): raise TypeError(f"{k}={o!r} is no schedule: a constant is given by partial({loss_name(loss)}, {k}={o!r})")
+            _check_schedule(o)
 
     @property
     def module(self)->nn.Module|None:
@@ -87,18 +91,22 @@ class Term:
         "The weight at this part of the fit"
         return self.weight if self.schedule is None else self.weight*_finite(self.schedule(pct), f"The schedule of {self.name}")
 
+    def at(self, pct:float)->Callable:
+        "The loss, with its parameters at this part of the fit"
+        return partial(self.loss, **{k: f(pct) for k,f in self.params.items()}) if self.params else self.loss
+
     def features(self, fm_s:dict, fm_t:dict)->dict:
         "Its own layers from all that were captured; a layer used again gets the key `name#2`"
         if not any(self.layers): return {}
         return {k: dict(zip(unique_names(names), (fm[n] for n in names))) for k,names,fm in zip(('fm_s','fm_t'), self.layers, (fm_s,fm_t))}
 
     def __repr__(self):
-        kw = ', '.join(f'{k}={v}' for k,v in unwrap_loss(self.loss)[1].items())
+        kw = ', '.join(f'{k}={v}' for k,v in {**unwrap_loss(self.loss)[1], **dict.fromkeys(self.params, 'schedule')}.items())
         pairs = f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in zip(*self.layers))}" if self.feature and self.layers and any(self.layers) else ''
         adapted = ', adapted' if self.feature and self.adapt is not None else ''
         return f"{self.weight:g}·{'schedule·' if self.schedule else ''}{loss_name(self.loss)}{f'({kw})' if kw else ''}{pairs}{adapted}"
 
-# %% ../nbs/07_callback.ipynb #56694861
+# %% ../nbs/07_callback.ipynb #4b7fdbd1
 class KnowledgeDistillationCallback(ScopedCallback):
     """Train a student with a teacher: while training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term.
 
@@ -120,7 +128,9 @@ class KnowledgeDistillationCallback(ScopedCallback):
         schedule:Callable|None=None, # A fastai schedule that multiplies the weights, such as `SchedCos(0,1)`; begins anew with each fit
         teacher_tfm:Callable|None=None, # Makes the teacher's inputs from the student's, where they differ: `teacher_tfm(*xb)`
         adapt:str|Callable|list|None=None, # Trained layers that give the student's features the teacher's shapes: 'auto', an `adapter`, a list of one a pair
-        early_exit:bool=True       # Stop the teacher's forward behind the last layer asked for, where no loss wants its predictions?
+        early_exit:bool=True,      # Stop the teacher's forward behind the last layer asked for, where no loss wants its predictions?
+        class_map:list|None=None,  # The teacher's column for each of the student's classes, -1 where it has none, as `match_classes` gives it
+        balance:bool=False         # Scale each term, batch by batch, to the size of the task loss, so that weights are shares of it?
     ):
         losses = loss if isinstance(loss, (list,tuple)) else [loss]
         if not losses: raise ValueError("Expected at least one loss, got none")
@@ -131,7 +141,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.terms = [(o if isinstance(o, Term) else Term(o, weight=self.weight)).filled(layers, schedule, adapt) for o in losses]
         for o,name in zip(self.terms, unique_names(['task_loss', *(o.name for o in self.terms)])[1:]): o.name = name
         self.teacher = (copy.copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)).asked([n for o in self.terms for n in o.layers[1]], teacher_tfm, early_exit)
-        self._asked = any('teacher_pred' in o.needs.wanted for o in self.terms)
+        self._asked = class_map is not None or any('teacher_pred' in o.needs.wanted for o in self.terms)
+        self.class_map,self.balance = class_map if class_map is None else check_class_map(class_map, [o.name for o in self.terms if 'target' in o.needs.required]),balance
         self._guests,self._built,self._loaded,self._said = GuestParams(),False,{},set()
         if (any(layers) or adapt is not None) and not any(o.feature for o in self.terms): self._warn('layers', f"Layers are named or adapted, but no loss looks at features: {self}")
 
@@ -142,7 +153,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if key not in self._said: warnings.warn(msg, stacklevel=3)
         self._said.add(key)
 
-# %% ../nbs/07_callback.ipynb #fe7316b3
+# %% ../nbs/07_callback.ipynb #b082208d
 @patch
 def before_fit(self:KnowledgeDistillationCallback):
     "Check what needs no forward, add the columns, and let the optimizer train what losses own"
@@ -174,7 +185,8 @@ def _check_models(self:KnowledgeDistillationCallback):
 @patch
 def _check_meaning(self:KnowledgeDistillationCallback):
     "Raise `ValueError` where teacher and student were taught differently, and warn of losses that do not fit the task"
-    if self.teacher.learner: check_taught_alike(self.teacher.learner, self.learn, vocab=self._asked, normalize=self.teacher.tfm is None)
+    vocab = self._asked and self.class_map is None
+    if self.teacher.learner: check_taught_alike(self.teacher.learner, self.learn, vocab=vocab, normalize=self.teacher.tfm is None)
     soft = [o.name for o in self.terms if getattr(facts(o.loss), 'softmax', False)]
     lf = getattr(self.loss_func, 'func', self.loss_func)
     if soft and (isinstance(lf, _elementwise) or lf in _elementwise_functions): self._warn('softmax',
@@ -183,11 +195,11 @@ def _check_meaning(self:KnowledgeDistillationCallback):
 _elementwise = nn.BCEWithLogitsLoss,nn.BCELoss,nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss
 _elementwise_functions = F.binary_cross_entropy_with_logits,F.binary_cross_entropy,F.mse_loss,F.l1_loss,F.smooth_l1_loss,F.huber_loss
 
-# %% ../nbs/07_callback.ipynb #0df2abf1
+# %% ../nbs/07_callback.ipynb #0c931e53
 @patch
 def _add_columns(self:KnowledgeDistillationCallback):
     "One column a term, and one for the task loss"
-    names = [*(['task_loss'] if self._first else []), *(o.name for o in self.terms)]
+    names = [*(['task_loss'] if self._first else []), *(o.name for o in self.terms), *(f'{o.name}_weight' for o in self.terms if self.balance)]
     columns = [ValueMetric(partial(self._mean, i), n) for i,n in enumerate(names, 0 if self._first else 1)]
     self.learn.metrics = self.learn.metrics + columns
     self.scope.callback(self._remove_columns, columns)
@@ -197,7 +209,7 @@ def _add_columns(self:KnowledgeDistillationCallback):
 def _remove_columns(self:KnowledgeDistillationCallback, columns): self.learn.metrics = [m for m in self.learn.metrics if m not in columns]
 
 @patch
-def _reset_means(self:KnowledgeDistillationCallback): self._sums,self._count,self._noted = [0.]*(1+len(self.terms)),0,[]
+def _reset_means(self:KnowledgeDistillationCallback): self._sums,self._count,self._noted = [0.]*(1+len(self.terms)*(1+self.balance)),0,[]
 
 @patch
 def _mean(self:KnowledgeDistillationCallback, i):
@@ -231,7 +243,7 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
     if not self.learn.lock.locked(): self.leave()
 
-# %% ../nbs/07_callback.ipynb #e25690e6
+# %% ../nbs/07_callback.ipynb #a3ec5ac4
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss"
@@ -241,8 +253,9 @@ def after_loss(self:KnowledgeDistillationCallback):
     if not self._asked: given.pop('teacher_pred', None)  # here now, but not behind an early exit
     task,factors = plain(self.learn.loss_grad),[o.factor(self.pct_train) for o in self.terms]
     with _full_precision(task.device): values = [self._value(o, w, given) for o,w in zip(self.terms, factors)]
-    self._record(task, values)
-    parts = [v if w==1 else w*v for w,v in zip([self.task_weight, *factors], [task, *values]) if w]
+    if self.balance: factors = _balanced(task, values, factors)
+    self._record(task, [*values, *factors] if self.balance else values)
+    parts = [w*v for w,v in zip([self.task_weight, *factors], [task, *values]) if w]
     self.learn.loss_grad = reduce(operator.add, parts) if parts else 0*task
     self.learn.loss = self.learn.loss_grad.detach().clone()
 
@@ -251,14 +264,21 @@ def _given(self:KnowledgeDistillationCallback):
     "All that losses may ask for, of this batch"
     if not len(self.yb): raise ValueError("The batch has no target, and fastai skips the backward pass without one: give unlabelled data a placeholder "
         "target by a transform, and set task_weight=0")
-    which = self._indices()
+    which = self._indices('cpu')
     teacher_pred,fm_t = self.teacher(*self.xb, whole=self._asked or not self._built, **which)
     fm_s,fm_t = ({k: _half_to_float(plain(v)) for k,v in fm.items()} for fm in (self._student.take(), fm_t))
-    preds = {k: _half_to_float(o) for k,o in dict(pred=prediction(self.pred), teacher_pred=teacher_pred).items() if o is not None}
-    dense = preds['pred'].ndim>2
+    preds = self._predictions(prediction(self.pred), teacher_pred)
+    return dict(preds, fm_s=fm_s, fm_t=fm_t, **{k: o.to(preds['pred'].device) for k,o in which.items()})
+
+@patch
+def _predictions(self:KnowledgeDistillationCallback, pred, teacher_pred):
+    "Predictions and labels as losses want them; without the teacher's, where its forward stopped early"
+    preds = {k: _half_to_float(o) for k,o in dict(pred=pred, teacher_pred=teacher_pred).items() if o is not None}
+    dense = pred.ndim>2
     if dense and self._axis!=1: preds = {k: o.movedim(self._axis,1) for k,o in preds.items()}
+    if self.class_map is not None and teacher_pred is not None: preds = dict(zip(preds, shared_classes(*preds.values(), self.class_map)))
     preds['target'] = detuplify(tuple(map(plain, self.yb)))
-    return dict(_labelled(preds, self._ignore) if dense else preds, fm_s=fm_s, fm_t=fm_t, **{k: o.to(preds['pred'].device) for k,o in which.items()})
+    return _labelled(preds, self._ignore) if dense else preds
 
 @patch
 def _mixed(self:KnowledgeDistillationCallback):
@@ -266,12 +286,12 @@ def _mixed(self:KnowledgeDistillationCallback):
     return next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
 
 @patch
-def _indices(self:KnowledgeDistillationCallback):
+def _indices(self:KnowledgeDistillationCallback, device):
     "`{'idx': positions of the samples}`, if the teacher or a term has a use for them; empty where there are none and neither insists"
     if not self.teacher.indexed and not any('idx' in o.needs.wanted for o in self.terms): return {}
     try:
         if self._mixed(): raise ValueError(f"A sample that {type(self._mixed()).__name__} mixed of two has no position in the data set")
-        return {'idx': batch_indices(self.learn.dl, self.iter, find_bs(self.xb))}
+        return {'idx': batch_indices(self.learn.dl, self.iter, find_bs(self.xb)).to(device)}
     except ValueError as e:
         needy = [type(self.teacher).__name__]*self.teacher.indexed + [o.name for o in self.terms if 'idx' in o.needs.required]
         if needy: raise ValueError(f"{', '.join(needy)} needs idx: {e}") from None
@@ -295,7 +315,7 @@ def _full_precision(device):
     "Autocast off: a product of float32 tensors would be cast back"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
-# %% ../nbs/07_callback.ipynb #98ccc36a
+# %% ../nbs/07_callback.ipynb #f98f9296
 @patch
 def _value(self:KnowledgeDistillationCallback, term, factor, given):
     "What a term's loss gives for this batch, a scalar; without a gradient where its factor is 0, so that it only watches"
@@ -316,8 +336,9 @@ def _both_labels(self:KnowledgeDistillationCallback, term, args):
     mix = self._mixed() if 'target' in term.needs.wanted else None
     if 'target' in term.needs.required: args = _labelled(args, self._ignore)
     if not len(args['pred']): return args['pred'].sum()  # no label in this batch
-    if not getattr(mix, 'stack_y', False): return term.loss(**term.needs.pick(args))
-    a,b = (term.loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.yb, mix.yb1))
+    loss = term.at(self.pct_train)
+    if not getattr(mix, 'stack_y', False): return loss(**term.needs.pick(args))
+    a,b = (loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.yb, mix.yb1))
     return torch.lerp(b, a, plain(mix.lam).mean().to(a))
 
 @patch
@@ -328,7 +349,12 @@ def _no_gradient(self:KnowledgeDistillationCallback, term):
     raise ValueError(f"{term.name} gives the student no gradient{f' through its layers {term.layers[0]}' if term.feature else ''}: is something detached, or inside a "
         "reentrant checkpoint (then use_reentrant=False)?")
 
-# %% ../nbs/07_callback.ipynb #dce96d9c
+# %% ../nbs/07_callback.ipynb #c01610b8
+def _balanced(task, values, factors):
+    "Factors with which each term is as large as its own factor times the task loss"
+    return [w*task.detach().abs()/v.detach().abs().clamp_min(1e-8) for v,w in zip(values, factors)]
+
+# %% ../nbs/07_callback.ipynb #d514bc7e
 @patch
 def _record(self:KnowledgeDistillationCallback, task, values):
     "Note the values. A look at them makes a GPU wait for all that it was given: it comes once in many steps, and when the epoch's training ends"
@@ -351,14 +377,14 @@ def _look(self:KnowledgeDistillationCallback):
 @patch
 def _compare(self:KnowledgeDistillationCallback, term, v, task):
     "With the first batch, say that a term is too small beside the task loss"
-    if ('small', term.name) in self._said: return
+    if self.balance or ('small', term.name) in self._said: return
     small = 0<abs(term.weight*v)<1e-3*abs(self.task_weight*task)
     default = getattr(facts(term.loss), 'weight', None)
     hint = f"its default weight is {default:g}" if default and default>abs(term.weight) else f"a weight of {task/v:.1g} would make it as large" if v else ''
     if small: self._warn(('small', term.name), f"{term.name} adds {term.weight*v:.1g} to a task loss of {self.task_weight*task:.2g}, too little to matter: {hint}")
     self._said.add(('small', term.name))
 
-# %% ../nbs/07_callback.ipynb #f2f3ba74
+# %% ../nbs/07_callback.ipynb #ac030188
 @patch(as_prop=True)
 def _modules(self:KnowledgeDistillationCallback): return [o.module for o in self.terms if o.module is not None]
 
@@ -388,10 +414,10 @@ def _train_owned(self:KnowledgeDistillationCallback):
     if self._guests.params: self.scope.enter_context(self._guests.visiting(self.learn.opt, trial))
 
 @patch
-def _beside(self:KnowledgeDistillationCallback, file):
+def _beside(self:KnowledgeDistillationCallback, file, what='losses'):
     "The file for what losses own, beside the student's; None for what is no path"
     file = join_path_file(file, self.learn.path/self.learn.model_dir, ext='.pth')
-    return file.with_suffix('.losses.pth') if hasattr(file, 'with_suffix') else None
+    return file.with_suffix(f'.{what}.pth') if hasattr(file, 'with_suffix') else None
 
 @patch
 @contextmanager
