@@ -104,12 +104,13 @@ def normalized(
         return unit(fm_s),unit(fm_t)
     return prepared(loss, ('fm_s','fm_t'), prepare)
 
-# %% ../../nbs/03_losses.relation.ipynb #a1856b61
+# %% ../../nbs/03_losses.relation.ipynb #9546bf38
 def _kernel(x, kernel, gamma, P):
     "Kernel of all pairs of rows"
     dots = x@x.T
     if kernel=='bilinear': return dots
-    return math.exp(-2*gamma)*reduce(lambda series, p: 1+2*gamma/p*dots*series, range(P, 0, -1), 1.)
+    one = dots.new_ones(())
+    return math.exp(-2*gamma)*reduce(lambda series, p: torch.addcmul(one, dots, series, value=2*gamma/p), range(P, 0, -1), one)
 
 @about('Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019', 'https://arxiv.org/abs/1904.01802',
        'correlations of samples, by a kernel', 'medium', 'B²D', weight=100., equal='batch')
