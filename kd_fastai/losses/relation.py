@@ -104,7 +104,7 @@ def normalized(
         return unit(fm_s),unit(fm_t)
     return prepared(loss, ('fm_s','fm_t'), prepare)
 
-# %% ../../nbs/03_losses.relation.ipynb #9546bf38
+# %% ../../nbs/03_losses.relation.ipynb #562839b4
 def _kernel(x, kernel, gamma, P):
     "Kernel of all pairs of rows"
     dots = x@x.T
@@ -127,8 +127,8 @@ def CorrelationCongruence(
     "Difference of kernels between samples (Peng et al., 2019). Raises `ValueError` for unequal batch sizes or an unknown kernel"
     if kernel not in ('gaussian','bilinear'): raise ValueError(f"Expected the kernel gaussian or bilinear, got {kernel!r}")
     def k(f): return _kernel(F.normalize(f.flatten(1), dim=1) if normalize else f.flatten(1), kernel, gamma, P)
-    def size(d): return d.pow(2).mean() if squared else torch.linalg.vector_norm(d)/d.numel()
-    return sum(size(k(s)-k(t)) for s,t in paired(fm_s, fm_t, equal='batch'))
+    def distance(a, b): return F.mse_loss(a, b) if squared else torch.linalg.vector_norm(a-b)/a.numel()
+    return sum(distance(k(s), k(t)) for s,t in paired(fm_s, fm_t, equal='batch'))
 
 # %% ../../nbs/03_losses.relation.ipynb #28f2df61
 @about('Liu et al., Exploring Inter-Channel Correlation, ICCV 2021', 'https://arxiv.org/abs/2202.03680',
