@@ -361,3 +361,15 @@ def test_a_later_look_names_the_first_bad_step(monkeypatch, bad):
     learn = learner(loaders(), [KnowledgeDistillationCallback(net(8), breaks), Seen()])
     with pytest.raises(FloatingPointError, match=f'breaks is nan in epoch 0, batch {bad}'): learn.fit(1)
     assert not validated
+
+# ---- what is kept for backward
+
+def test_saves_no_more_for_backward_than_a_loop_by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent/'benchmarks'))
+    from common import saved_mib
+    import step
+    ways = step.ways(*step.tiny())
+    for f in ways.values(): f()
+    saved = {n: saved_mib(f) for n,f in ways.items()}
+    for n in ('kd_fastai','kd_fastai, cached'): assert saved[n]<=1.02*saved['by hand'], saved
+    assert saved['by hand']>saved['teacher and loss']>0
