@@ -175,7 +175,7 @@ class _Store:
     def put(self, key, i, values): self._rows(key, values.shape[1:], values.dtype).put(i, values)
     def get(self, key, i): return self._rows(key).get(i)
 
-# %% ../nbs/06_cache.ipynb #b387f427
+# %% ../nbs/06_cache.ipynb #44ec7ad4
 class CachedTeacher(Teacher):
     """A `Teacher` that is asked once about each sample, by its position in the training set.
 
@@ -258,8 +258,9 @@ class CachedTeacher(Teacher):
         self.prepare(dls.train)
         keys = ['pred', *['classes']*(self.topk is not None), *(f'layer {o.spec}' for o in self.capture.sites)]
         todo = np.flatnonzero(~self.store.there(keys, np.arange(len(dls.train.dataset))))
+        if not len(todo): return self
         with no_random(): dl = dls.train.new(shuffle=False, drop_last=False, get_idxs=todo.tolist)
         with no_random(), self.answering(dl.device):
             parts = torch.from_numpy(todo).split(dl.bs)
-            for idx,b in zip(progress_bar(parts) if bar and parts else parts, dl): self(*b[:getattr(dl, 'n_inp', max(len(b)-1, 1))], idx=idx)
+            for idx,b in zip(progress_bar(parts) if bar else parts, dl): self(*b[:getattr(dl, 'n_inp', max(len(b)-1, 1))], idx=idx)
         return self
