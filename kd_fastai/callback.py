@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['Term', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/07_callback.ipynb #f5b30c71
+# %% ../nbs/07_callback.ipynb #d260f0dc
 import copy, math, operator, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, reduce
@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import camel2snake, patch
-from fastai.basics import Learner, ValueMetric, detuplify, find_bs, join_path_file, num_distrib
+from fastai.basics import Learner, ValueMetric, detuplify, find_bs, join_path_file, rank_distrib
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from .adapters import Adapted, check_adapt
 from .contract import facts, loss_name, needs, unwrap_loss
-from .hooks import Capture, layer_lists, unique_names, unwrap
-from .scope import GuestParams, ScopedCallback, batch_indices
+from .hooks import Capture, layer_lists, layer_name, unique_names, unwrap
+from .scope import GuestParams, ScopedCallback, add_up, among_parameters, batch_indices, from_first, mean_gradients, parallel
 from .teacher import Teacher, check_class_map, check_taught_alike, plain, prediction, shared_classes
 
-# %% ../nbs/07_callback.ipynb #fbacfb79
+# %% ../nbs/07_callback.ipynb #82ff7de0
 def _finite(x, what):
     "A finite number, or an error that says what is none"
     try: x = float(x)
@@ -98,11 +98,11 @@ class Term:
     def features(self, fm_s:dict, fm_t:dict)->dict:
         "Its own layers from all that were captured; a layer used again gets the key `name#2`"
         if not any(self.layers): return {}
-        return {k: dict(zip(unique_names(names), (fm[n] for n in names))) for k,names,fm in zip(('fm_s','fm_t'), self.layers, (fm_s,fm_t))}
+        return {k: dict(zip(unique_names([*map(layer_name, names)]), (fm[n] for n in names))) for k,names,fm in zip(('fm_s','fm_t'), self.layers, (fm_s,fm_t))}
 
     def __repr__(self):
         kw = ', '.join(f'{k}={v}' for k,v in {**unwrap_loss(self.loss)[1], **dict.fromkeys(self.params, 'schedule')}.items())
-        pairs = f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in zip(*self.layers))}" if self.feature and self.layers and any(self.layers) else ''
+        pairs = f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in zip(*(map(layer_name, o) for o in self.layers)))}" if self.feature and self.layers and any(self.layers) else ''
         adapted = ', adapted' if self.feature and self.adapt is not None else ''
         return f"{self.weight:g}·{'schedule·' if self.schedule else ''}{loss_name(self.loss)}{f'({kw})' if kw else ''}{pairs}{adapted}"
 
@@ -216,12 +216,13 @@ def _mean(self:KnowledgeDistillationCallback, i):
     self._look()
     return self._sums[i]/self._count if self._count else None
 
-# %% ../nbs/07_callback.ipynb #69a6a2d2
+# %% ../nbs/07_callback.ipynb #b746abd1
 @patch
 def before_train(self:KnowledgeDistillationCallback):
     "Open the captures and let the teacher answer, until the epoch's training ends"
     self._train.close()
     self._reset_means()
+    if parallel(self.learn): from_first(self._guests.params)
     self._train.enter_context(self.teacher.answering(next((p.device for p in self.learn.model.parameters()), None)))
     self._train.enter_context(self._student)
     self._train.callback(setattr, self, '_answering', False)
@@ -232,6 +233,7 @@ def after_train(self:KnowledgeDistillationCallback):
     "Take the hooks away, and give the teacher back"
     self._train.close()
     self._look()
+    if parallel(self.learn): *self._sums,self._count = add_up([*self._sums, self._count], self.learn.model.device)
 
 @patch
 def after_epoch(self:KnowledgeDistillationCallback):
@@ -243,7 +245,7 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
     if not self.learn.lock.locked(): self.leave()
 
-# %% ../nbs/07_callback.ipynb #a3ec5ac4
+# %% ../nbs/07_callback.ipynb #b1dab20c
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss"
@@ -251,7 +253,7 @@ def after_loss(self:KnowledgeDistillationCallback):
     given = self._given()
     if not self._built: self._build(given)
     if not self._asked: given.pop('teacher_pred', None)  # here now, but not behind an early exit
-    task,factors = plain(self.learn.loss_grad),[o.factor(self.pct_train) for o in self.terms]
+    task,factors = self._task(given['target']),[o.factor(self.pct_train) for o in self.terms]
     with _full_precision(task.device): values = [self._value(o, w, given) for o,w in zip(self.terms, factors)]
     if self.balance: factors = _balanced(task, values, factors)
     self._record(task, [*values, *factors] if self.balance else values)
@@ -297,6 +299,12 @@ def _indices(self:KnowledgeDistillationCallback, device):
         if needy: raise ValueError(f"{', '.join(needy)} needs idx: {e}") from None
         return {}
 
+@patch
+def _task(self:KnowledgeDistillationCallback, target):
+    "The Learner's own loss; 0 for a batch in which no label is known, where it is the mean of nothing"
+    task = plain(self.learn.loss_grad)
+    return torch.where((target!=self._ignore).any(), task, 0.) if self._ignore is not None and isinstance(target, Tensor) else task
+
 # %% ../nbs/07_callback.ipynb #0fabdf53
 def _class_axis(loss_func):
     "Dimension of the classes; 1 where the loss function does not say, or takes its targets element by element"
@@ -315,7 +323,7 @@ def _full_precision(device):
     "Autocast off: a product of float32 tensors would be cast back"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
-# %% ../nbs/07_callback.ipynb #f98f9296
+# %% ../nbs/07_callback.ipynb #dd6e1b5b
 @patch
 def _value(self:KnowledgeDistillationCallback, term, factor, given):
     "What a term's loss gives for this batch, a scalar; without a gradient where its factor is 0, so that it only watches"
@@ -332,7 +340,7 @@ def _value(self:KnowledgeDistillationCallback, term, factor, given):
 
 @patch
 def _both_labels(self:KnowledgeDistillationCallback, term, args):
-    "The loss, interpolated between both labels where samples are mixed; by the batch's mean share, since a loss is one number"
+    "The loss, interpolated between both labels where samples are mixed; by the batch's mean share, since a loss is one number (CutMix has but one)"
     mix = self._mixed() if 'target' in term.needs.wanted else None
     if 'target' in term.needs.required: args = _labelled(args, self._ignore)
     if not len(args['pred']): return args['pred'].sum()  # no label in this batch
@@ -384,9 +392,9 @@ def _compare(self:KnowledgeDistillationCallback, term, v, task):
     if small: self._warn(('small', term.name), f"{term.name} adds {term.weight*v:.1g} to a task loss of {self.task_weight*task:.2g}, too little to matter: {hint}")
     self._said.add(('small', term.name))
 
-# %% ../nbs/07_callback.ipynb #ac030188
+# %% ../nbs/07_callback.ipynb #d9eb99cf
 @patch(as_prop=True)
-def _modules(self:KnowledgeDistillationCallback): return [o.module for o in self.terms if o.module is not None]
+def _modules(self:KnowledgeDistillationCallback): return [*dict.fromkeys(o.module for o in self.terms if o.module is not None)]
 
 @patch
 def _build(self:KnowledgeDistillationCallback, given):
@@ -401,17 +409,23 @@ def _build(self:KnowledgeDistillationCallback, given):
     self._guests.params = [p for m in self._modules for p in m.parameters() if p.requires_grad]
     self._built = True
     if self._loaded: self._restore(self._loaded)
+    if parallel(self.learn): from_first(t for m in self._modules for t in m.state_dict().values())
     self._train_owned()
 
 @patch
 def _train_owned(self:KnowledgeDistillationCallback):
     "For the rest of this fit the optimizer trains them too; `lr_find` leaves them as they were"
-    if self._guests.params and num_distrib()>1: raise NotImplementedError(
-        f"Weights that losses own ({', '.join(o.name for o in self.terms if o.module is not None)}) are not kept equal over processes yet: train in one, or without these losses")
     trial = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
     if trial:
         for m in self._modules: self.scope.callback(m.load_state_dict, copy.deepcopy(m.state_dict()))
-    if self._guests.params: self.scope.enter_context(self._guests.visiting(self.learn.opt, trial))
+    if not self._guests.params: return
+    self.scope.enter_context(self._guests.visiting(self.learn.opt, trial))
+    self.scope.enter_context(among_parameters(self.learn, self._guests.params))
+
+@patch
+def after_backward(self:KnowledgeDistillationCallback):
+    "In several processes: what `DistributedDataParallel` does for the student"
+    if self._guests.params and parallel(self.learn): mean_gradients(self._guests.params)
 
 @patch
 def _beside(self:KnowledgeDistillationCallback, file, what='losses'):
@@ -425,7 +439,7 @@ def around_save(self:KnowledgeDistillationCallback, file, *args, **kwargs):
     "Save what losses own beside the student"
     with self._guests.away(self.learn.opt):
         yield
-        if self._built and any(m.state_dict() for m in self._modules) and (path := self._beside(file)):
+        if self._built and not rank_distrib() and any(m.state_dict() for m in self._modules) and (path := self._beside(file)):  # fastai, too, saves in the first process alone
             torch.save({'weights': [m.state_dict() for m in self._modules], 'states': self._guests.states}, path)
 
 @patch
