@@ -1,5 +1,6 @@
 "Everything, by name: `from kd_fastai.all import *`"
 from .adapters import *
+from .cache import CachedTeacher
 from .callback import *
 from .hooks import *
 from .losses import *

@@ -7,10 +7,10 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['Term', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/07_callback.ipynb #cfae72ec
-import copy, math, warnings
+# %% ../nbs/07_callback.ipynb #d260f0dc
+import copy, math, operator, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Callable
 import torch
@@ -106,7 +106,7 @@ class Term:
         adapted = ', adapted' if self.feature and self.adapt is not None else ''
         return f"{self.weight:g}·{'schedule·' if self.schedule else ''}{loss_name(self.loss)}{f'({kw})' if kw else ''}{pairs}{adapted}"
 
-# %% ../nbs/07_callback.ipynb #1f91316f
+# %% ../nbs/07_callback.ipynb #4b7fdbd1
 class KnowledgeDistillationCallback(ScopedCallback):
     """Train a student with a teacher: while training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term.
 
@@ -119,7 +119,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
     _answering = False
 
     def __init__(self,
-        teacher:nn.Module|Learner|str|Path, # An `nn.Module`, a `Learner`, or the path of an exported `Learner`
+        teacher:nn.Module|Learner|str|Path|Teacher, # An `nn.Module`, a `Learner`, the path of an exported `Learner`, or a `CachedTeacher` of one
         loss:Callable|Term|list,   # One loss, or a list of losses and `Term`s; a bare loss is `Term(loss, weight=weight)`
         activations_student:str|list|dict|None=None, # Student's layers: a name, a list of names and (student, teacher) tuples, or what `match_feature_layers` returns
         activations_teacher:str|list|None=None, # Teacher's layers, where their names differ
@@ -128,6 +128,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         schedule:Callable|None=None, # A fastai schedule that multiplies the weights, such as `SchedCos(0,1)`; begins anew with each fit
         teacher_tfm:Callable|None=None, # Makes the teacher's inputs from the student's, where they differ: `teacher_tfm(*xb)`
         adapt:str|Callable|list|None=None, # Trained layers that give the student's features the teacher's shapes: 'auto', an `adapter`, a list of one a pair
+        early_exit:bool=True,      # Stop the teacher's forward behind the last layer asked for, where no loss wants its predictions?
         class_map:list|None=None,  # The teacher's column for each of the student's classes, -1 where it has none, as `match_classes` gives it
         balance:bool=False         # Scale each term, batch by batch, to the size of the task loss, so that weights are shares of it?
     ):
@@ -139,7 +140,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         layers = layer_lists(activations_student, activations_teacher)
         self.terms = [(o if isinstance(o, Term) else Term(o, weight=self.weight)).filled(layers, schedule, adapt) for o in losses]
         for o,name in zip(self.terms, unique_names(['task_loss', *(o.name for o in self.terms)])[1:]): o.name = name
-        self.teacher = Teacher(teacher, [n for o in self.terms for n in o.layers[1]], teacher_tfm)
+        self.teacher = (copy.copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)).asked([n for o in self.terms for n in o.layers[1]], teacher_tfm, early_exit)
+        self._asked = class_map is not None or any('teacher_pred' in o.needs.wanted for o in self.terms)
         self.class_map,self.balance = class_map if class_map is None else check_class_map(class_map, [o.name for o in self.terms if 'target' in o.needs.required]),balance
         self._guests,self._built,self._loaded,self._said = GuestParams(),False,{},set()
         if (any(layers) or adapt is not None) and not any(o.feature for o in self.terms): self._warn('layers', f"Layers are named or adapted, but no loss looks at features: {self}")
@@ -151,7 +153,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if key not in self._said: warnings.warn(msg, stacklevel=3)
         self._said.add(key)
 
-# %% ../nbs/07_callback.ipynb #6cc2b4e8
+# %% ../nbs/07_callback.ipynb #b082208d
 @patch
 def before_fit(self:KnowledgeDistillationCallback):
     "Check what needs no forward, add the columns, and let the optimizer train what losses own"
@@ -159,6 +161,7 @@ def before_fit(self:KnowledgeDistillationCallback):
     self.leave()
     self._check_models()
     self._check_meaning()
+    self.teacher.prepare(self.learn.dls.train)
     self._student = Capture(self.learn.model, [n for o in self.terms for n in o.layers[0]], who='student')
     self._axis,self._ignore = _class_axis(self.loss_func),getattr(self.loss_func, 'ignore_index', None)
     self._train = self.scope.enter_context(ExitStack())
@@ -182,8 +185,8 @@ def _check_models(self:KnowledgeDistillationCallback):
 @patch
 def _check_meaning(self:KnowledgeDistillationCallback):
     "Raise `ValueError` where teacher and student were taught differently, and warn of losses that do not fit the task"
-    asked = self.class_map is None and any('teacher_pred' in o.needs.wanted for o in self.terms)
-    if self.teacher.learner: check_taught_alike(self.teacher.learner, self.learn, vocab=asked, normalize=self.teacher.tfm is None)
+    vocab = self._asked and self.class_map is None
+    if self.teacher.learner: check_taught_alike(self.teacher.learner, self.learn, vocab=vocab, normalize=self.teacher.tfm is None)
     soft = [o.name for o in self.terms if getattr(facts(o.loss), 'softmax', False)]
     lf = getattr(self.loss_func, 'func', self.loss_func)
     if soft and (isinstance(lf, _elementwise) or lf in _elementwise_functions): self._warn('softmax',
@@ -192,7 +195,7 @@ def _check_meaning(self:KnowledgeDistillationCallback):
 _elementwise = nn.BCEWithLogitsLoss,nn.BCELoss,nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss
 _elementwise_functions = F.binary_cross_entropy_with_logits,F.binary_cross_entropy,F.mse_loss,F.l1_loss,F.smooth_l1_loss,F.huber_loss
 
-# %% ../nbs/07_callback.ipynb #b4a290c4
+# %% ../nbs/07_callback.ipynb #0c931e53
 @patch
 def _add_columns(self:KnowledgeDistillationCallback):
     "One column a term, and one for the task loss"
@@ -206,12 +209,14 @@ def _add_columns(self:KnowledgeDistillationCallback):
 def _remove_columns(self:KnowledgeDistillationCallback, columns): self.learn.metrics = [m for m in self.learn.metrics if m not in columns]
 
 @patch
-def _reset_means(self:KnowledgeDistillationCallback): self._sums,self._count = [0.]*(1+len(self.terms)*(1+self.balance)),0
+def _reset_means(self:KnowledgeDistillationCallback): self._sums,self._count,self._noted = [0.]*(1+len(self.terms)*(1+self.balance)),0,[]
 
 @patch
-def _mean(self:KnowledgeDistillationCallback, i): return self._sums[i]/self._count if self._count else None
+def _mean(self:KnowledgeDistillationCallback, i):
+    self._look()
+    return self._sums[i]/self._count if self._count else None
 
-# %% ../nbs/07_callback.ipynb #7c361eda
+# %% ../nbs/07_callback.ipynb #b746abd1
 @patch
 def before_train(self:KnowledgeDistillationCallback):
     "Open the captures and let the teacher answer, until the epoch's training ends"
@@ -227,6 +232,7 @@ def before_train(self:KnowledgeDistillationCallback):
 def after_train(self:KnowledgeDistillationCallback):
     "Take the hooks away, and give the teacher back"
     self._train.close()
+    self._look()
     if parallel(self.learn): *self._sums,self._count = add_up([*self._sums, self._count], self.learn.model.device)
 
 @patch
@@ -239,19 +245,20 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
     if not self.learn.lock.locked(): self.leave()
 
-# %% ../nbs/07_callback.ipynb #a9c5bd16
+# %% ../nbs/07_callback.ipynb #b1dab20c
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss"
     if not self._answering: return
     given = self._given()
     if not self._built: self._build(given)
+    if not self._asked: given.pop('teacher_pred', None)  # here now, but not behind an early exit
     task,factors = self._task(given['target']),[o.factor(self.pct_train) for o in self.terms]
     with _full_precision(task.device): values = [self._value(o, w, given) for o,w in zip(self.terms, factors)]
     if self.balance: factors = _balanced(task, values, factors)
     self._record(task, [*values, *factors] if self.balance else values)
     parts = [w*v for w,v in zip([self.task_weight, *factors], [task, *values]) if w]
-    self.learn.loss_grad = sum(parts) if parts else 0*task
+    self.learn.loss_grad = reduce(operator.add, parts) if parts else 0*task
     self.learn.loss = self.learn.loss_grad.detach().clone()
 
 @patch
@@ -259,19 +266,21 @@ def _given(self:KnowledgeDistillationCallback):
     "All that losses may ask for, of this batch"
     if not len(self.yb): raise ValueError("The batch has no target, and fastai skips the backward pass without one: give unlabelled data a placeholder "
         "target by a transform, and set task_weight=0")
-    teacher_pred,fm_t = self.teacher(*self.xb)
+    which = self._indices('cpu')
+    teacher_pred,fm_t = self.teacher(*self.xb, whole=self._asked or not self._built, **which)
     fm_s,fm_t = ({k: _half_to_float(plain(v)) for k,v in fm.items()} for fm in (self._student.take(), fm_t))
-    return dict(self._predictions(prediction(self.pred), teacher_pred), fm_s=fm_s, fm_t=fm_t, **self._indices(teacher_pred.device))
+    preds = self._predictions(prediction(self.pred), teacher_pred)
+    return dict(preds, fm_s=fm_s, fm_t=fm_t, **{k: o.to(preds['pred'].device) for k,o in which.items()})
 
 @patch
 def _predictions(self:KnowledgeDistillationCallback, pred, teacher_pred):
-    "Predictions and labels as losses want them"
-    preds = [_half_to_float(o) for o in (pred, teacher_pred)]
-    if preds[0].ndim>2 and self._axis!=1: preds = [o.movedim(self._axis,1) for o in preds]
-    if self.class_map is not None: preds = shared_classes(*preds, self.class_map)
-    preds = *preds,detuplify(tuple(map(plain, self.yb)))
-    if preds[0].ndim>2: preds = _labelled(*preds, self._ignore)
-    return dict(zip(('pred','teacher_pred','target'), preds))
+    "Predictions and labels as losses want them; without the teacher's, where its forward stopped early"
+    preds = {k: _half_to_float(o) for k,o in dict(pred=pred, teacher_pred=teacher_pred).items() if o is not None}
+    dense = pred.ndim>2
+    if dense and self._axis!=1: preds = {k: o.movedim(self._axis,1) for k,o in preds.items()}
+    if self.class_map is not None and teacher_pred is not None: preds = dict(zip(preds, shared_classes(*preds.values(), self.class_map)))
+    preds['target'] = detuplify(tuple(map(plain, self.yb)))
+    return _labelled(preds, self._ignore) if dense else preds
 
 @patch
 def _mixed(self:KnowledgeDistillationCallback):
@@ -280,13 +289,13 @@ def _mixed(self:KnowledgeDistillationCallback):
 
 @patch
 def _indices(self:KnowledgeDistillationCallback, device):
-    "`{'idx': positions of the samples}`, if a term has a use for them; empty where there are none and no term insists"
-    if not any('idx' in o.needs.wanted for o in self.terms): return {}
+    "`{'idx': positions of the samples}`, if the teacher or a term has a use for them; empty where there are none and neither insists"
+    if not self.teacher.indexed and not any('idx' in o.needs.wanted for o in self.terms): return {}
     try:
         if self._mixed(): raise ValueError(f"A sample that {type(self._mixed()).__name__} mixed of two has no position in the data set")
         return {'idx': batch_indices(self.learn.dl, self.iter, find_bs(self.xb)).to(device)}
     except ValueError as e:
-        needy = [o.name for o in self.terms if 'idx' in o.needs.required]
+        needy = [type(self.teacher).__name__]*self.teacher.indexed + [o.name for o in self.terms if 'idx' in o.needs.required]
         if needy: raise ValueError(f"{', '.join(needy)} needs idx: {e}") from None
         return {}
 
@@ -296,16 +305,17 @@ def _task(self:KnowledgeDistillationCallback, target):
     task = plain(self.learn.loss_grad)
     return torch.where((target!=self._ignore).any(), task, 0.) if self._ignore is not None and isinstance(target, Tensor) else task
 
-# %% ../nbs/07_callback.ipynb #8aa8ff4c
+# %% ../nbs/07_callback.ipynb #0fabdf53
 def _class_axis(loss_func):
     "Dimension of the classes; 1 where the loss function does not say, or takes its targets element by element"
     return 1 if getattr(loss_func, 'floatify', False) else getattr(loss_func, 'axis', 1)
 
-def _labelled(pred, teacher_pred, target, ignore_index):
-    "Predictions without the positions whose label is `ignore_index`: `(N, C)` of those that remain"
-    fits = isinstance(target, Tensor) and pred.ndim>1 and target.shape==pred[:,0].shape==teacher_pred[:,0].shape
-    if ignore_index is None or not fits or not (ignored := target==ignore_index).any(): return pred,teacher_pred,target
-    return pred.movedim(1,-1)[~ignored],teacher_pred.movedim(1,-1)[~ignored],target[~ignored]
+def _labelled(given, ignore_index):
+    "Predictions and target without the positions whose label is `ignore_index`: `(N, C)` of those that remain"
+    target,preds = given['target'],{k:v for k,v in given.items() if k in ('pred','teacher_pred')}
+    fits = isinstance(target, Tensor) and all(o.ndim>1 and target.shape==o[:,0].shape for o in preds.values())
+    if ignore_index is None or not fits or not (ignored := target==ignore_index).any(): return given
+    return {**given, 'target': target[~ignored], **{k: o.movedim(1,-1)[~ignored] for k,o in preds.items()}}
 
 def _half_to_float(t): return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
@@ -313,7 +323,7 @@ def _full_precision(device):
     "Autocast off: a product of float32 tensors would be cast back"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
-# %% ../nbs/07_callback.ipynb #6c186ab3
+# %% ../nbs/07_callback.ipynb #dd6e1b5b
 @patch
 def _value(self:KnowledgeDistillationCallback, term, factor, given):
     "What a term's loss gives for this batch, a scalar; without a gradient where its factor is 0, so that it only watches"
@@ -331,11 +341,11 @@ def _value(self:KnowledgeDistillationCallback, term, factor, given):
 @patch
 def _both_labels(self:KnowledgeDistillationCallback, term, args):
     "The loss, interpolated between both labels where samples are mixed; by the batch's mean share, since a loss is one number (CutMix has but one)"
-    mix = self._mixed()
-    if 'target' in term.needs.required: args.update(zip(('pred','teacher_pred','target'), _labelled(args['pred'], args['teacher_pred'], args['target'], self._ignore)))
+    mix = self._mixed() if 'target' in term.needs.wanted else None
+    if 'target' in term.needs.required: args = _labelled(args, self._ignore)
     if not len(args['pred']): return args['pred'].sum()  # no label in this batch
     loss = term.at(self.pct_train)
-    if not getattr(mix, 'stack_y', False) or 'target' not in term.needs.wanted: return loss(**term.needs.pick(args))
+    if not getattr(mix, 'stack_y', False): return loss(**term.needs.pick(args))
     a,b = (loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.yb, mix.yb1))
     return torch.lerp(b, a, plain(mix.lam).mean().to(a))
 
@@ -352,16 +362,25 @@ def _balanced(task, values, factors):
     "Factors with which each term is as large as its own factor times the task loss"
     return [w*task.detach().abs()/v.detach().abs().clamp_min(1e-8) for v,w in zip(values, factors)]
 
-# %% ../nbs/07_callback.ipynb #d17442fe
+# %% ../nbs/07_callback.ipynb #d514bc7e
 @patch
 def _record(self:KnowledgeDistillationCallback, task, values):
-    "Add to the columns' means. Raises `FloatingPointError` for a term that is not finite, naming it and the step"
-    vals = torch.stack([o.detach().float().mean() for o in (task, *values)]).tolist()
-    for o,v in zip(self.terms, vals[1:]):
-        if not math.isfinite(v): raise FloatingPointError(f"{o.name} is {v} in epoch {self.epoch}, batch {self.iter}: a smaller learning rate or gradient clipping may help")
-    bs = find_bs(self.learn.yb)
-    self._sums,self._count = [s+bs*v for s,v in zip(self._sums, vals)],self._count+bs
-    for o,v in zip(self.terms, vals[1:]): self._compare(o, v, vals[0])
+    "Note the values. A look at them makes a GPU wait for all that it was given: it comes once in many steps, and when the epoch's training ends"
+    self._noted.append((self.iter, find_bs(self.learn.yb), [o.detach().mean() if o.ndim else o.detach() for o in (task, *values)]))
+    if len(self._noted)>=_between_looks(task.device) or not self._count: self._look()
+
+def _between_looks(device): return 1 if device.type=='cpu' else 50
+
+@patch
+def _look(self:KnowledgeDistillationCallback):
+    "Add what was noted to the columns' means. Raises `FloatingPointError` for a term that is not finite, naming it and the first such step"
+    steps,self._noted = self._noted,[]
+    if not steps: return
+    for (i,bs,_),vals in zip(steps, torch.stack([v for *_,vals in steps for v in vals]).view(len(steps), -1).tolist()):
+        for o,v in zip(self.terms, vals[1:]):
+            if not math.isfinite(v): raise FloatingPointError(f"{o.name} is {v} in epoch {self.epoch}, batch {i}: a smaller learning rate or gradient clipping may help")
+        self._sums,self._count = [s+bs*v for s,v in zip(self._sums, vals)],self._count+bs
+        for o,v in zip(self.terms, vals[1:]): self._compare(o, v, vals[0])
 
 @patch
 def _compare(self:KnowledgeDistillationCallback, term, v, task):

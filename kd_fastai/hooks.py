@@ -78,17 +78,19 @@ def layer_name(
     "What a layer is called"
     return spec[0] if _picked(spec) else spec
 
-# %% ../nbs/00_hooks.ipynb #7f97e8e1
+# %% ../nbs/00_hooks.ipynb #7d4c350e
 class Capture:
     """Keep the outputs of named layers of `model`, while open, for `take` to hand over.
 
     Raises `ValueError` or `TypeError` for layers that are not there."""
+    class Stopped(BaseException): "Every layer has put out, and the rest of the forward is not needed (see `stopping`)"
+
     def __init__(self,
         model:nn.Module, # Model to watch
         layers:list,     # Layers, as `parse_layer` reads them
         who:str='model'  # How messages call the model
     ):
-        self.model,self.who,self.handles,self.outs = unwrap(model),who,[],{}
+        self.model,self.who,self.handles,self.outs,self._stop = unwrap(model),who,[],{},None
         try: self.sites = [parse_layer(model, o) for o in dict.fromkeys(layers)]
         except ValueError as e: raise ValueError(f"{who}: {e}") from None
 
@@ -117,7 +119,21 @@ class Capture:
         def hook(module, inp, out):
             t = self._pick(site, out)
             self.outs.setdefault(site.spec, []).append((t, t._version))
+            if self._stop and [*self.outs]==self._stop: raise self.Stopped
         return hook
+
+    def route(self)->list: # Empty if one of them did not run, or ran several times
+        "The layers in the order in which they ran in the last forward"
+        return [*self.outs] if len(self.outs)==len(self.sites) and all(len(o)==1 for o in self.outs.values()) else []
+
+    @contextmanager
+    def stopping(self,
+        route:list # What `route` gave for a whole forward
+    ):
+        "Meanwhile a forward ends by `Stopped` as soon as the layers have run, in this order"
+        self._stop = route
+        try: yield
+        finally: self._stop = None
 
     def _pick(self, site, out):
         if site.item is not None:

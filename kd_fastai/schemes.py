@@ -149,7 +149,7 @@ def _validate(learn):
 
 def _scores(learn): return {'parameters': sum(p.numel() for p in learn.model.parameters()), **_validate(learn)}
 
-# %% ../nbs/08_schemes.ipynb #63ccace3
+# %% ../nbs/08_schemes.ipynb #db7c68e6
 class _Peers(Teacher):
     "Networks that answer while they learn themselves: in training mode, and with gradients, which stay theirs"
     @contextmanager
@@ -159,7 +159,7 @@ class _Peers(Teacher):
             try: yield self
             finally: self.preds = None
 
-    def __call__(self, *xb):
+    def __call__(self, *xb, **kwargs):
         self.preds = [_half_to_float(prediction(m(*map(plain, xb)))) for m in self.model]
         return self.model.combine([p.detach() for p in self.preds]),{}
 
@@ -236,7 +236,7 @@ class DistillationToken(KnowledgeDistillationCallback):
 
     def _predictions(self, pred, teacher_pred): return super()._predictions(prediction(self.__dict__.pop('_second', pred)), teacher_pred)
 
-# %% ../nbs/08_schemes.ipynb #325fd7c1
+# %% ../nbs/08_schemes.ipynb #20bfdd08
 def exits(
     loss:Callable # A loss on `pred` and `teacher_pred`, perhaps also `target`
 )->Callable: # A loss with the features of a student, whose layers are exits
@@ -253,7 +253,7 @@ class _Itself(Teacher):
     def __init__(self, kd):
         super().__init__(nn.Identity())
         self.kd = kd
-    def __call__(self, *xb): return prediction(self.kd.learn.pred).detach(),{}
+    def __call__(self, *xb, **kwargs): return prediction(self.kd.learn.pred).detach(),{}
 
 class SelfDistillation(KnowledgeDistillationCallback):
     """Let a network's own prediction teach its exits, without a gradient to itself, beside the labels (Zhang et al., 2019, without its term on features).

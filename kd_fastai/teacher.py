@@ -8,8 +8,8 @@ Docs: https://kd-fastai.github.io/kd_fastai/teacher.html.md"""
 __all__ = ['prediction', 'plain', 'read_teacher', 'Teacher', 'check_taught_alike', 'match_classes', 'check_class_map',
            'shared_classes']
 
-# %% ../nbs/06_teacher.ipynb #b5b7478c
-import torch
+# %% ../nbs/06_teacher.ipynb #7685baa2
+import operator, torch
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
@@ -50,16 +50,28 @@ def read_teacher(
     kind = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
     raise TypeError(f"A teacher is an nn.Module, a Learner or the path of an exported Learner, got {kind}")
 
-# %% ../nbs/06_teacher.ipynb #a7ccaab8
+# %% ../nbs/06_teacher.ipynb #efe65986
 class Teacher:
     "A trained model that answers batches, without being changed by it"
+    indexed = False  # Must it be told which samples it is asked about?
     def __init__(self,
         source:nn.Module|Learner|str|Path, # A model, a `Learner`, or the file of an exported `Learner`
         layers:list=(),                    # Names of the layers whose outputs are wanted
-        tfm:Callable=None                  # Turns the student's inputs into the teacher's: `tfm(*xb)` gives one tensor or a tuple
+        tfm:Callable=None,                 # Turns the student's inputs into the teacher's: `tfm(*xb)` gives one tensor or a tuple
+        early_exit:bool=True               # May its forward stop behind the last of `layers`, where no prediction is wanted?
     ):
         self.model,self.learner = read_teacher(source)
-        self.capture,self.tfm = Capture(self.model, layers, who='teacher'),tfm
+        self.asked(layers, tfm, early_exit)
+
+    def asked(self, layers=(), tfm=None, early_exit=True):
+        "Say anew what will be asked"
+        self.capture,self.tfm,self.early_exit,self._route = Capture(self.model, layers, who='teacher'),tfm,early_exit,[]
+        return self
+
+    def prepare(self,
+        dl # Training data
+    ):
+        "Called when a fit begins: raises where these data do not go with this teacher"
 
     @contextmanager
     def answering(self,
@@ -73,19 +85,42 @@ class Teacher:
             if move: self.model.to(device)
             self.model.eval()
             if hasattr(self.model, 'reset'): self.model.reset()  # hidden state, as fastai resets the student's
+            self._route = []
             with self.capture: yield self
         finally:
             for m in training: m.training = True
             if move: self.model.to(*home)
 
     def __call__(self,
-        *xb:Tensor # The student's inputs
+        *xb:Tensor,      # The student's inputs
+        whole:bool=True, # Is the prediction wanted? If not, it may be None
+        idx:Tensor=None  # Which samples these are, for a teacher that wants to know
     )->tuple: # Predictions, and features by layer
         "Answer one batch, without gradients"
         xb = tuple(map(plain, xb))
         with torch.no_grad():
             if self.tfm is not None: xb = tuplify(self.tfm(*xb))
-            return prediction(self.model(*xb)),self.capture.take()
+            return self._ask(xb, whole),self.capture.take()
+
+    def _ask(self, xb, whole):
+        "The prediction; None where the forward could stop behind the last layer asked for. The first forward runs through, and shows whether and where that is safe"
+        if whole or not self.early_exit: return prediction(self.model(*xb))
+        before = None if self._route else _state(self.model)
+        try:
+            with self.capture.stopping(self._route): pred = prediction(self.model(*xb))
+        except self.capture.Stopped: return None
+        self._route = self.capture.route()
+        self.early_exit = bool(self._route) and before is not None and _unchanged(before, _state(self.model))
+        return pred
+
+def _state(model):
+    "All that a forward may change: what layers hold, versions of tensors, random numbers. None for a wrapped or compiled model, whose forward does more than its layers'"
+    if any(unwrap(m) is not m or getattr(m, '_compiled_call_impl', None) for m in model.modules()): return None
+    held = [o for m in model.modules() for v in vars(m).values() for o in (v.values() if isinstance(v, dict) else v if is_listy(v) else [v])]
+    return held,[o._version for o in held if isinstance(o, Tensor)],torch.get_rng_state().tolist()
+
+def _unchanged(before, after):
+    return None not in (before, after) and len(before[0])==len(after[0]) and all(map(operator.is_, before[0], after[0])) and before[1:]==after[1:]
 
 # %% ../nbs/06_teacher.ipynb #25d26a37
 def _vocab(dls):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from ..contract import about, maps, paired, prepared
 from .output import SoftTarget
 
-# %% ../../nbs/02_losses.feature.ipynb #c5e1a191
-def _attention(f, p):
+# %% ../../nbs/02_losses.feature.ipynb #378a2cbf
+def _attention(f, p, over=torch.mean):
     "Energy over channels at each position, in units of its norm"
-    return F.normalize(f.pow(p).mean(1).flatten(1), dim=1)
+    return F.normalize(over(f.pow(p), 1).flatten(1), dim=1)
 
 @about('Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017', 'https://arxiv.org/abs/1612.03928',
        'where attention patterns matter', 'low', 'BCHW', weight=1000., equal='size')
@@ -35,7 +35,7 @@ def Attention(
         if s[0,0].numel()==1: raise ValueError(f"Layer {name!r} has one position, {tuple(s.shape)}: its attention map is always 1. Take an earlier layer")
     return sum((_attention(s, p)-_attention(t, p)).pow(2).mean() for s,t in pairs)
 
-# %% ../../nbs/02_losses.feature.ipynb #30fbcb9e
+# %% ../../nbs/02_losses.feature.ipynb #732ad618
 @about('Heo et al., Knowledge Transfer via Distillation of Activation Boundaries, AAAI 2019', 'https://arxiv.org/abs/1811.03233',
        'which neurons fire, before a ReLU', 'low', 'BCHW', weight=1.)
 def ActivationBoundaries(
@@ -45,7 +45,7 @@ def ActivationBoundaries(
     **kwargs
 )->torch.Tensor: # Scalar
     "Activations on the wrong side of zero, or too near to it (Heo et al., 2019). Raises `ValueError` for unequal shapes"
-    def boundary(s, t): return (s+m).pow(2)*((s>-m)&(t<=0)) + (s-m).pow(2)*((s<=m)&(t>0))
+    def boundary(s, t): return (m+s*(1-2*(t>0).to(s))).relu().pow(2)  # the margin, and how far s is on the wrong side
     return sum(boundary(s,t).mean() for s,t in paired(fm_s, fm_t))
 
 # %% ../../nbs/02_losses.feature.ipynb #4e8a6ce5
@@ -106,7 +106,7 @@ def halving(
         return sum(loss(fm_s=dict([s]), fm_t=dict([t]), **kwargs)*(s[1][0].numel()/2**(last-k)) for k,(s,t) in pairs)
     return _
 
-# %% ../../nbs/02_losses.feature.ipynb #f7fb4850
+# %% ../../nbs/02_losses.feature.ipynb #8e7e3752
 @about('Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017', 'https://arxiv.org/abs/1612.03928',
        'attention, when it is nearly right already', 'low', 'BCHW', weight=1., equal='size')
 def AttentionNorm(
@@ -116,7 +116,7 @@ def AttentionNorm(
     **kwargs
 )->torch.Tensor: # Scalar
     "Distance of normalised attention maps, not squared (Zagoruyko & Komodakis, 2017). Raises `ValueError` for unequal sizes"
-    return sum(torch.linalg.vector_norm(_attention(s, p)-_attention(t, p), dim=1).mean() for s,t in paired(fm_s, fm_t, equal='size', min_ndim=3))
+    return sum(torch.linalg.vector_norm(_attention(s, p, torch.sum)-_attention(t, p, torch.sum), dim=1).mean() for s,t in paired(fm_s, fm_t, equal='size', min_ndim=3))
 
 # %% ../../nbs/02_losses.feature.ipynb #c6029c6b
 def _mmd(s, t):
@@ -296,7 +296,7 @@ def PartialL2(
     margins = [None if margin is None else margin[n] for n in fm_t]
     return sum(_partial(s, t, m) for (s,t),m in zip(paired(fm_s, fm_t), margins))
 
-# %% ../../nbs/02_losses.feature.ipynb #4aeb7518
+# %% ../../nbs/02_losses.feature.ipynb #49da50e4
 @about('Miles & Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024', 'https://arxiv.org/abs/2303.11098',
        'projected embeddings and predictions', 'low', 'BD', weight=1., softmax=True)
 def SRD(
@@ -309,5 +309,6 @@ def SRD(
     **kwargs
 )->torch.Tensor: # Scalar
     "Logarithm of the distance of features, and divergence of predictions (Miles & Mikolajczyk, 2024). Raises `ValueError` for unequal shapes or one class"
-    logsum = sum(2*(s-t).abs().pow(alpha).sum().clamp_min(1e-20).log() for s,t in paired(fm_s, fm_t))
-    return logsum + SoftTarget(pred, teacher_pred, T=T)/T**2
+    def power(d): return d.pow(alpha) if alpha%2==0 else d.abs().pow(alpha)
+    logsum = sum(power(s-t).sum().clamp_min(1e-20).log() for s,t in paired(fm_s, fm_t))
+    return 2*logsum + SoftTarget(pred, teacher_pred, T=T)/T**2

@@ -7,8 +7,9 @@ Docs: https://kd-fastai.github.io/kd_fastai/losses.relation.html.md"""
 # %% auto #0
 __all__ = ['PKT', 'RKD', 'normalized', 'CorrelationCongruence', 'ICKD', 'DarkRank', 'IRG']
 
-# %% ../../nbs/03_losses.relation.ipynb #8fda9bf3
+# %% ../../nbs/03_losses.relation.ipynb #1ac463be
 import math
+from functools import reduce
 from typing import Callable
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ def PKT(
     def divergence(s, t): return (t*((t+eps)/(s+eps)).log()).mean()
     return sum(divergence(neighbours(s), neighbours(t)) for s,t in paired(fm_s, fm_t, equal='batch'))
 
-# %% ../../nbs/03_losses.relation.ipynb #7fb85446
+# %% ../../nbs/03_losses.relation.ipynb #eefcb797
 def _rows(f):
     "One centred row a sample: distances and angles do not change, but lose fewer digits"
     f = f.flatten(1)
@@ -55,9 +56,11 @@ def _cosines(f, anchors):
     gram = f@fixed.T
     dots = gram - gram[anchors][:,None,:] - (gram[:,anchors]-gram[anchors,anchors]).T[:,:,None]  # <f_j-f_a, f_k-f_a>
     d = torch.cdist(f[anchors], f, compute_mode='donot_use_mm_for_euclid_dist')                  # exactly 0 for equal rows
+    second = torch.where(d>0, 1/d, 0).detach()
+    if not f.requires_grad: return dots*second[:,:,None]*second[:,None,:]  # the teacher's: the same numbers in half the passes
     dots = torch.where(d[:,:,None]>0, dots, dots-dots.detach())
     other = anchors[:,None]!=torch.arange(len(f), device=f.device)
-    first,second = other/d.clamp_min(1e-12),torch.where(d>0, 1/d, 0).detach()
+    first = other/d.clamp_min(1e-12)
     half = dots*first[:,:,None]*second[:,None,:]
     return 2*half-half.detach()
 
@@ -101,12 +104,13 @@ def normalized(
         return unit(fm_s),unit(fm_t)
     return prepared(loss, ('fm_s','fm_t'), prepare)
 
-# %% ../../nbs/03_losses.relation.ipynb #774e4eec
+# %% ../../nbs/03_losses.relation.ipynb #562839b4
 def _kernel(x, kernel, gamma, P):
     "Kernel of all pairs of rows"
     dots = x@x.T
     if kernel=='bilinear': return dots
-    return math.exp(-2*gamma)*sum((2*gamma)**p/math.factorial(p)*dots.pow(p) for p in range(P+1))
+    one = dots.new_ones(())
+    return math.exp(-2*gamma)*reduce(lambda series, p: torch.addcmul(one, dots, series, value=2*gamma/p), range(P, 0, -1), one)
 
 @about('Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019', 'https://arxiv.org/abs/1904.01802',
        'correlations of samples, by a kernel', 'medium', 'B²D', weight=100., equal='batch')
@@ -123,8 +127,8 @@ def CorrelationCongruence(
     "Difference of kernels between samples (Peng et al., 2019). Raises `ValueError` for unequal batch sizes or an unknown kernel"
     if kernel not in ('gaussian','bilinear'): raise ValueError(f"Expected the kernel gaussian or bilinear, got {kernel!r}")
     def k(f): return _kernel(F.normalize(f.flatten(1), dim=1) if normalize else f.flatten(1), kernel, gamma, P)
-    def size(d): return d.pow(2).mean() if squared else torch.linalg.vector_norm(d)/d.numel()
-    return sum(size(k(s)-k(t)) for s,t in paired(fm_s, fm_t, equal='batch'))
+    def distance(a, b): return F.mse_loss(a, b) if squared else torch.linalg.vector_norm(a-b)/a.numel()
+    return sum(distance(k(s), k(t)) for s,t in paired(fm_s, fm_t, equal='batch'))
 
 # %% ../../nbs/03_losses.relation.ipynb #28f2df61
 @about('Liu et al., Exploring Inter-Channel Correlation, ICCV 2021', 'https://arxiv.org/abs/2202.03680',

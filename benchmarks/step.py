@@ -1,0 +1,148 @@
+"""What one step of distillation costs, beside a loop written by hand, fastai without a teacher, and two packages from PyPI.
+
+    python benchmarks/step.py [--rounds 40]
+
+All ways take turns in one process, on the same batch, with torch's SGD; numbers are medians over the rounds, ratios are taken round by round, with quartiles."""
+import argparse, logging, sys, warnings
+from copy import deepcopy
+from functools import partial
+warnings.filterwarnings('ignore')
+import torch, torch.nn.functional as F
+from torch import nn
+from torchvision.models import resnet18
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, OptimWrapper, noop, set_seed, tensor
+from fastai.callback.progress import ProgressCallback
+from kd_fastai.all import Attention, CachedTeacher, KnowledgeDistillationCallback, SoftTarget
+from kd_fastai.demo import small_net
+from common import ms, peak_mib, ratio, saved_mib, take_turns, target, write
+try: from fasterai.distill.all import KnowledgeDistillationCallback as FasteraiCallback, SoftTarget as FasteraiSoftTarget
+except ImportError: FasteraiCallback = None
+try: from torchdistill.core.distillation import DistillationBox
+except ImportError: DistillationBox = None
+logging.disable(logging.INFO)
+
+def conv(ni, nf): return nn.Sequential(nn.Conv2d(ni, nf, 3, 2, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU())
+def stages(width):
+    "Maps of 16x16 to 2x2, twice as many channels each"
+    return nn.Sequential(conv(3, width), conv(width, 2*width), conv(2*width, 4*width), conv(4*width, 8*width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8*width, 100))
+def large():
+    "A resnet18 teaches a network of four stages, 64 images of 32x32"
+    return resnet18(num_classes=100).eval(),stages(16),torch.randn(64,3,32,32),torch.randint(100, (64,))
+def tiny():
+    "The demo's networks, 64 images of 8x8: here it is the overhead that counts"
+    return small_net(8).eval(),small_net(4),torch.randn(64,1,8,8),torch.randint(10, (64,))
+
+class _Same(torch.utils.data.Dataset):
+    def __init__(self, x, y): self.x,self.y = x,y
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i],self.y[i]
+
+def fastai_step(student, x, y, cbs=()):
+    "One batch of a Learner that is in the middle of a fit"
+    dl = DataLoader(_Same(x, y), bs=len(x))
+    learn = Learner(DataLoaders(dl, dl), deepcopy(student), loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=1e-3, cbs=cbs)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    learn.create_opt(); learn.opt.set_hyper('lr', 1e-3)
+    learn.n_epoch,learn.epoch,learn.n_iter,learn.loss = 1,0,1,tensor(0.)
+    learn('before_fit'); learn('before_epoch')
+    learn.dl = learn.dls.train
+    for _ in learn.dl: pass
+    learn('before_train')
+    return lambda: learn.one_batch(0, (x, y))
+
+def by_hand(teacher, student, x, y):
+    student = deepcopy(student).train()
+    opt = torch.optim.SGD(student.parameters(), 1e-3)
+    def step():
+        pred = student(x)
+        with torch.no_grad(): teacher_pred = teacher(x)
+        loss = F.cross_entropy(pred, y)+0.5*SoftTarget(pred, teacher_pred)
+        loss.backward(); opt.step(); opt.zero_grad()
+    return step
+
+def torchdistill_box(teacher, student, x, y):
+    def ends(who): return {'forward_proc': 'forward_batch_only', 'requires_grad': who=='student'}
+    kd = dict(key='KDLoss', kwargs=dict(student_module_path='.', student_module_io='output', teacher_module_path='.', teacher_module_io='output', temperature=5., alpha=0.5))
+    config = dict(num_epochs=1, teacher=ends('teacher'), student=ends('student'), optimizer=dict(key='SGD', kwargs=dict(lr=1e-3)),
+                  criterion=dict(key='WeightedSumLoss', kwargs=dict(sub_terms=dict(kd=dict(criterion=kd, weight=1.)))))
+    box = DistillationBox(deepcopy(teacher), deepcopy(student), {}, config, torch.device('cpu'), None, False, 1.)
+    box.teacher_model.eval(); box.student_model.train()
+    return lambda: box.post_forward_process(box.forward_process(x, y))
+
+def teacher_and_loss(teacher, student, x, y):
+    "What no way of distilling can save: the teacher's forward, and the loss with its backward to the student's logits"
+    pred = student(x).detach().requires_grad_()
+    def step():
+        with torch.no_grad(): teacher_pred = teacher(x)
+        SoftTarget(pred, teacher_pred).backward(); pred.grad = None
+    return step
+
+class Constant(Callback):
+    "The same loss against a teacher's answer that costs nothing"
+    order = 5
+    def __init__(self, pred): self.p = pred
+    def after_loss(self):
+        self.learn.loss_grad = self.learn.loss_grad+0.5*SoftTarget(self.pred, self.p)
+        self.learn.loss = self.learn.loss_grad.detach().clone()
+
+def ways(teacher, student, x, y):
+    def kd(t): return [KnowledgeDistillationCallback(t, SoftTarget, weight=0.5)]
+    with torch.no_grad(): answer = teacher(x)
+    res = {'by hand': by_hand(teacher, student, x, y), 'fastai, no teacher': fastai_step(student, x, y), 'teacher and loss': teacher_and_loss(teacher, student, x, y),
+           'kd_fastai': fastai_step(student, x, y, kd(teacher)), 'kd_fastai, cached': fastai_step(student, x, y, kd(CachedTeacher(teacher))),
+           'fastai, constant answers': fastai_step(student, x, y, [Constant(answer)])}
+    if FasteraiCallback: res['fasterai'] = fastai_step(student, x, y, [FasteraiCallback(deepcopy(teacher), FasteraiSoftTarget)])
+    if DistillationBox:  res['torchdistill'] = torchdistill_box(teacher, student, x, y)
+    return res
+
+def measure(size, rounds):
+    "Rows of the table, what targets need, for one size"
+    set_seed(0)
+    teacher,student,x,y = size()
+    fs = ways(teacher, student, x, y)
+    times = take_turns(fs, rounds)
+    known = [x, y, *teacher.parameters(), *teacher.buffers(), *student.parameters()]
+    rows,saved = [],{}
+    for n,f in fs.items():
+        mid,low,high = ratio(times, n, 'by hand')
+        saved[n] = saved_mib(f, known)
+        rows.append({'size': size.__name__, 'way': n, 'ms': ms(times[n]), 'to by hand': mid, 'quartile 1': low, 'quartile 3': high, 'MiB saved for backward': saved[n], 'MiB at most': peak_mib(f)})
+    return rows,times,saved
+
+def early_exit(rounds):
+    "Rows for features of one layer, with the exit and without. The student is narrow: the smaller it is, the more of a step is the teacher's"
+    set_seed(0)
+    teacher,_,x,y = large()
+    student,pairs = stages(8),[(str(i), f'layer{i}') for i in (1,2,3)]
+    def step(pair, exit): return fastai_step(student, x, y, [KnowledgeDistillationCallback(teacher, Attention, [pair], early_exit=exit)])
+    times,rows = take_turns({(p,e): step(p, e) for p in pairs for e in (True,False)}, rounds),[]
+    for p in pairs:
+        mid,low,high = ratio(times, (p,True), (p,False))
+        rows.append({'layer': p[1], 'ms to its end': ms(times[p,False]), 'ms with exit': ms(times[p,True]), 'ratio': mid, 'quartile 1': low, 'quartile 3': high})
+    return rows
+
+def main(rounds=40):
+    "Measure, write the tables, and give the targets"
+    rows,T = [],[]
+    for size in (large, tiny):
+        r,times,saved = measure(size, rounds if size is large else 10*rounds)
+        rows += r
+        if size is large:
+            T += [target('large: kd_fastai to by hand', ratio(times, 'kd_fastai', 'by hand')[0], 1.02),
+                  target('large: bytes saved for backward, to by hand', saved['kd_fastai']/saved['by hand'], 1.02),
+                  target('large: cached to constant answers', ratio(times, 'kd_fastai, cached', 'fastai, constant answers')[0], 1.05)]
+            if FasteraiCallback: T.append(target('large: kd_fastai to fasterai', ratio(times, 'kd_fastai', 'fasterai')[0], 0.35))
+        else:
+            over = sorted(a-b-c for a,b,c in zip(times['kd_fastai'], times['fastai, no teacher'], times['teacher and loss']))[len(times['kd_fastai'])//2]
+            T.append(target('tiny: ms over fastai and teacher and loss', 1000*over, 0.25))
+            if FasteraiCallback: T.append(target('tiny: kd_fastai to fasterai', ratio(times, 'kd_fastai', 'fasterai')[0], 0.75))
+    write('step', rows, 'One step, all ways taking turns: medians, and ratios to the loop written by hand with their quartiles.')
+    exits = write('early_exit', early_exit(max(rounds//2, 4)), 'A step that looks at one layer of a resnet18: the teacher runs to its end, or stops behind the layer.')
+    T += [target(f"early exit at {r['layer']}: to a whole forward", r['ratio'], l) for r,l in zip(exits, (0.50, 0.64, 0.79))]
+    return T
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0]); p.add_argument('--rounds', type=int, default=40)
+    torch.set_num_threads(1)
+    write('targets.step', main(p.parse_args().rounds), 'Targets')
