@@ -106,7 +106,7 @@ class Term:
         adapted = ', adapted' if self.feature and self.adapt is not None else ''
         return f"{self.weight:g}·{'schedule·' if self.schedule else ''}{loss_name(self.loss)}{f'({kw})' if kw else ''}{pairs}{adapted}"
 
-# %% ../nbs/07_callback.ipynb #4b7fdbd1
+# %% ../nbs/07_callback.ipynb #c3515423
 class KnowledgeDistillationCallback(ScopedCallback):
     """Train a student with a teacher: while training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term.
 
@@ -142,6 +142,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         for o,name in zip(self.terms, unique_names(['task_loss', *(o.name for o in self.terms)])[1:]): o.name = name
         self.teacher = (copy.copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)).asked([n for o in self.terms for n in o.layers[1]], teacher_tfm, early_exit)
         self._asked = class_map is not None or any('teacher_pred' in o.needs.wanted for o in self.terms)
+        self._spare = early_exit and not self._asked and not any(o.needs.takes_all and facts(o.loss) is None for o in self.terms)  # a stranger's **kwargs may want all
         self.class_map,self.balance = class_map if class_map is None else check_class_map(class_map, [o.name for o in self.terms if 'target' in o.needs.required]),balance
         self._guests,self._built,self._loaded,self._said = GuestParams(),False,{},set()
         if (any(layers) or adapt is not None) and not any(o.feature for o in self.terms): self._warn('layers', f"Layers are named or adapted, but no loss looks at features: {self}")
@@ -245,14 +246,14 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
     if not self.learn.lock.locked(): self.leave()
 
-# %% ../nbs/07_callback.ipynb #b1dab20c
+# %% ../nbs/07_callback.ipynb #3f9cc5ab
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss"
     if not self._answering: return
     given = self._given()
     if not self._built: self._build(given)
-    if not self._asked: given.pop('teacher_pred', None)  # here now, but not behind an early exit
+    if self._spare: given.pop('teacher_pred', None)  # here now, but not behind an early exit
     task,factors = self._task(given['target']),[o.factor(self.pct_train) for o in self.terms]
     with _full_precision(task.device): values = [self._value(o, w, given) for o,w in zip(self.terms, factors)]
     if self.balance: factors = _balanced(task, values, factors)
@@ -267,7 +268,7 @@ def _given(self:KnowledgeDistillationCallback):
     if not len(self.yb): raise ValueError("The batch has no target, and fastai skips the backward pass without one: give unlabelled data a placeholder "
         "target by a transform, and set task_weight=0")
     which = self._indices('cpu')
-    teacher_pred,fm_t = self.teacher(*self.xb, whole=self._asked or not self._built, **which)
+    teacher_pred,fm_t = self.teacher(*self.xb, whole=not self._spare or not self._built, **which)
     fm_s,fm_t = ({k: _half_to_float(plain(v)) for k,v in fm.items()} for fm in (self._student.take(), fm_t))
     preds = self._predictions(prediction(self.pred), teacher_pred)
     return dict(preds, fm_s=fm_s, fm_t=fm_t, **{k: o.to(preds['pred'].device) for k,o in which.items()})

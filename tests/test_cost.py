@@ -93,6 +93,13 @@ def test_no_exit_where_predictions_are_wanted():
     fit(learner(cbs=KnowledgeDistillationCallback(t, [SoftTarget, Term(Attention)], '1')))
     assert len(ends)==10
 
+def test_no_exit_where_everything_is_wanted():
+    "a loss from elsewhere that takes `**kwargs` may look at anything"
+    got = []
+    def everything(fm_s, **kwargs): got.append({*kwargs}); return sum(f.mean() for f in fm_s.values())
+    fit(learner(cbs=KnowledgeDistillationCallback(net(), [everything, Attention], '1')), 1)
+    assert all(o=={'pred','teacher_pred','fm_t','target'} for o in got) and len(got)>1
+
 def test_no_exit_of_compiled_teachers():
     torch._dynamo.reset()
     a,b = (fit(learner(cbs=KnowledgeDistillationCallback(t, Attention, '1', weight=10.))) for t in (net(8), torch.compile(net(8), backend='eager')))
