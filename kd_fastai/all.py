@@ -2,4 +2,5 @@
 from .callback import *
 from .hooks import *
 from .losses import *
+from .plots import *
 from .teacher import *
