@@ -4,6 +4,7 @@ from .cache import CachedTeacher
 from .callback import *
 from .hooks import *
 from .losses import *
+from .plots import *
 from .report import *
 from .schemes import *
 from .teacher import *

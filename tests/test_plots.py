@@ -1,0 +1,157 @@
+"What the pictures draw: the data on their axes, and that looking changes nothing."
+import copy
+from functools import partial
+import matplotlib; matplotlib.use('agg')
+import matplotlib.pyplot as plt
+import numpy as np, pandas as pd, pytest, torch, torchvision
+from torch import nn
+from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, accuracy, set_seed
+from kd_fastai.all import *
+from kd_fastai.demo import digits, small_net, train
+from kd_fastai.plots import *
+
+dls = digits(100)
+x,y = dls.valid.one_batch()
+def distilled(teacher, layers=['1','2']):
+    return lambda student: KnowledgeDistillationCallback(teacher, [Term(SoftTarget, weight=0.5), Term(Attention, weight=10)], layers)
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close('all')
+
+@pytest.fixture(scope='module')
+def teacher(): return train(digits(), 32, 2, seed=0)
+@pytest.fixture(scope='module')
+def student(): return train(dls, 8, 2, seed=0)
+
+def heights(ax): return np.array([p.get_height() for p in ax.patches])
+def shown(ax): return np.array(ax.images[0].get_array())
+def words(ax): return [t.get_text() for t in ax.texts]
+
+def test_attention_maps(student, teacher):
+    axs = plot_attention(student, teacher, x, [('1','1'), ('2','2')], n=3)
+    assert axs.shape==(3,5) and [a.get_title() for a in axs[0]]==['input','student 1','teacher 1','student 2','teacher 2']
+    for i,(m,n) in enumerate(((student.model,1), (teacher.model,1), (student.model,2), (teacher.model,2)), 1):
+        want = m.eval()[:n+1](x[:3]).pow(2).mean(1).detach()
+        for row in range(3): assert np.allclose(shown(axs[row,i]), want[row], atol=1e-5)
+    for row in range(3): assert np.allclose(shown(axs[row,0]), (x[row,0]-x[row].min())/(x[row].max()-x[row].min()))
+
+def test_attention_of_layers_of_other_sizes_and_names(student, teacher):
+    axs = plot_attention(student, teacher, x, [('1','2')], n=2)
+    assert shown(axs[0,1]).shape==(4,4) and shown(axs[0,2]).shape==(2,2)
+    fig,mine = plt.subplots(2, 3)
+    assert plot_attention(student, teacher, x, [('1','2')], n=2, axs=mine)[0,0] is mine[0,0]
+    with pytest.raises(ValueError, match='Expected 2 x 5 axes, got 6'): plot_attention(student, teacher, x, ['1','2'], n=2, axs=mine)
+
+def test_attention_of_colour_pictures():
+    m,im = torchvision.models.resnet18(), torch.randn(2,3,32,32)
+    axs = plot_attention(m, m, im, 'layer1', n=2)
+    assert shown(axs[0,0]).shape==(32,32,3) and shown(axs[1,0]).min()==0 and shown(axs[1,0]).max()==1
+    assert np.array_equal(shown(axs[0,1]), shown(axs[0,2]))
+
+def test_softened():
+    t,s = torch.tensor([3.,1.,0.]),torch.tensor([0.,1.,2.])
+    axs = plot_softened(t, T=(1,5))
+    for ax,T in zip(axs, (1,5)):
+        assert np.allclose(heights(ax), (t/T).softmax(0)) and ax.get_title()==f'T={T}'
+    axs = plot_softened(dict(teacher=t, student=s), T=(2,), vocab=['a','b','c'])
+    assert np.allclose(heights(axs[0]), torch.cat([(t/2).softmax(0), (s/2).softmax(0)]))
+    assert [o.get_text() for o in axs[0].get_xticklabels()]==['a','b','c'] and [o.get_text() for o in axs[0].get_legend().get_texts()]==['teacher','student']
+    left = [p.get_x() for p in axs[0].patches]
+    assert len({round(o,6) for o in left})==6   # beside each other, not on each other
+    with pytest.raises(ValueError, match='above 0'): plot_softened(t, T=(0,1))
+
+def test_agreement():
+    s,t = torch.eye(3)[[0,0,1,2,2]],torch.eye(3)[[0,1,1,2,0]]
+    table = agreement(s, t, ['a','b','c'])
+    assert table.loc['b','a']==1 and table.loc['a','c']==1 and table.loc['a','a']==1 and table.values.sum()==5 and (table.index.name, table.columns.name)==('teacher','student')
+    ax = plot_agreement(s, t, ['a','b','c'])
+    assert np.array_equal(shown(ax), table.values) and '60.0%' in ax.get_title() and words(ax).count('1')==5
+    assert (ax.get_ylabel(), ax.get_xlabel())==('teacher','student') and [o.get_text() for o in ax.get_yticklabels()]==['a','b','c']
+    with pytest.raises(ValueError, match=r'\(5, 3\) and \(5, 2\)'): agreement(s, t[:,:2])
+
+def test_agreement_of_dense_predictions():
+    s = torch.randn(2,3,4,4)
+    assert (agreement(s, s).values == np.diag(np.bincount(s.argmax(1).flatten(), minlength=3))).all()
+
+def test_learner_agreement(student, teacher):
+    ax = student.plot_agreement(teacher)
+    assert np.array_equal(shown(ax), agreement(student.model.eval()(x), teacher.model.eval()(x)).values) and shown(ax).sum()==797
+    assert shown(student.plot_agreement(teacher, dl=dls.train, teacher_tfm=lambda x: x*0)).astype(bool).sum(1).astype(bool).sum()==1   # a blank picture has one answer
+
+def test_learner_agreement_names_classes():
+    "Pictures, so that the data have a vocabulary"
+    ims = [np.full((8,8), v, np.uint8) for v in (0,255)]
+    d = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: [0,1]*4, get_x=lambda i: ims[i], get_y=lambda i: 'dark light'.split()[i]).dataloaders(None, bs=2)
+    from fastai.basics import Learner, CrossEntropyLossFlat
+    learn = Learner(d, nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), loss_func=CrossEntropyLossFlat())
+    learn.model(d.one_batch()[0])
+    ax = learn.plot_agreement(copy.deepcopy(learn.model))
+    assert [o.get_text() for o in ax.get_xticklabels()]==['dark','light'] and '100.0%' in ax.get_title()
+
+def by_definition(a, b):
+    "HSIC of linear kernels, centred by the matrix H"
+    n = len(a)
+    H = torch.eye(n).double()-1/n
+    K,L = ((f:=o.flatten(1).double())@f.T for o in (a,b))
+    hsic = lambda K,L: (K@H@L@H).trace()
+    return (hsic(K,L)/(hsic(K,K)*hsic(L,L)).sqrt()).item()
+
+def test_cka():
+    torch.manual_seed(0)
+    a,b = torch.randn(20,3,2,2),torch.randn(20,7)
+    assert linear_cka(a, b)==pytest.approx(by_definition(a, b)) and linear_cka(a, b)==pytest.approx(linear_cka(b, a))
+    assert linear_cka(b, 5-2*b)==pytest.approx(1) and np.isnan(linear_cka(a, torch.ones(20,2)))
+    with pytest.raises(ValueError, match='20 and 19'): linear_cka(a, b[:19])
+
+def test_layer_similarity(student, teacher):
+    table = layer_similarity(student, teacher, x[:60])
+    assert [*table.index]==[*table.columns]==['0','1','2','3','4','5']
+    s,t = student.model.eval()[:2](x[:60]),teacher.model.eval()[:3](x[:60])
+    assert table.loc['1','2']==pytest.approx(by_definition(s.detach(), t.detach()), abs=1e-4)
+    ax = plot_similarity(student, teacher, x[:60])
+    assert np.allclose(shown(ax), table.values) and f'{table.loc["1","2"]:.2f}' in words(ax)
+    assert [int(p.get_x()+.5) for p in ax.patches]==[*table.values.argmax(1)] and [int(p.get_y()+.5) for p in ax.patches]==[*range(6)]
+
+def test_similarity_leaves_out_what_it_cannot_read():
+    "Layers changed in place, used twice or without a tensor"
+    m,im = torchvision.models.resnet18(),torch.randn(6,3,32,32)
+    table = layer_similarity(m, m, im)
+    assert 'bn1' not in table and 'layer4' in table and table.values.diagonal()==pytest.approx(1)
+    assert 'layer1.0' in layer_similarity(m, m, im, depth=2)
+    lstm = nn.Sequential(nn.LSTM(3,4))
+    with pytest.raises(ValueError, match='The teacher has no layer of depth 1'): layer_similarity(nn.Sequential(nn.Linear(3,4)), lstm, torch.randn(6,2,3))
+
+def test_terms(teacher):
+    learn = train(dls, 8, 3, seed=0, kd=distilled(teacher.model))
+    h = pd.DataFrame(learn.recorder.values, columns=learn.recorder.metric_names[1:-1])
+    lines = learn.plot_terms().lines
+    assert [l.get_label() for l in lines]==['task_loss','soft_target','attention']
+    for l in lines: assert np.allclose(l.get_ydata(), h[l.get_label()]/h[l.get_label()][0])
+    for l in (ax:=learn.plot_terms(relative=False)).lines: assert np.allclose(l.get_ydata(), h[l.get_label()])
+    assert ax.get_yscale()=='log'
+    with learn.no_bar(): learn.validate()
+    with pytest.raises(ValueError, match='validate'): learn.plot_terms()
+
+def test_terms_need_a_distillation(student):
+    with pytest.raises(ValueError, match='KnowledgeDistillationCallback'): student.plot_terms()
+
+def test_tradeoff():
+    ax = plot_tradeoff({'big': 99., 'small': [90.,92.]}, {'big': 1000, 'small': 10}, xlabel='kB')
+    points = [list(zip(l.get_xdata(), l.get_ydata())) for l in ax.lines]
+    assert points==[[(1000,99.)], [(1000,99.)], [(10,90.),(10,92.)], [(10,91.)]] and words(ax)==['big','small'] and ax.get_xscale()=='log' and ax.get_xlabel()=='kB'
+    with pytest.raises(ValueError, match='same models'): plot_tradeoff({'a': 1.}, {'b': 1})
+
+def test_changes_nothing(student, teacher):
+    "Modes, weights, statistics, hooks, random state, and what the Learner recorded"
+    student.model.train(); student.model[1].eval()
+    models = student.model,teacher.model
+    def state(): return [[m.training for o in models for m in o.modules()], [len(m._forward_hooks) for o in models for m in o.modules()],
+                         [p.grad is None for o in models for p in o.parameters()], len(student.recorder.values), torch.get_rng_state().tolist()]
+    before,weights = state(),[copy.deepcopy(m.state_dict()) for m in models]
+    plot_attention(student, teacher, x, '1'); plot_similarity(student, teacher, x[:50]); student.plot_agreement(teacher)
+    for bad in (lambda: plot_attention(student, teacher, x, '5'), lambda: plot_similarity(student, teacher, x[:50], depth=9)):
+        with pytest.raises(ValueError): bad()
+    assert state()==before and all((a[k]==b[k]).all() for a,b in zip(weights, (m.state_dict() for m in models)) for k in a)
+    student.model.eval()
