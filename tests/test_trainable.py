@@ -117,6 +117,20 @@ def test_golden(method):
     res = check(golden, {method: TRAINABLE[method]}, methods=[method], out=(said := io.StringIO()))[method]
     assert res['PASS']>0 and res['FAIL']==res['ERROR']==0, said.getvalue()
 
+def test_golden_covered():
+    "Every golden method with weights belongs to a row"
+    covered = {m for r in ALL.values() for m in r.golden}
+    assert {k for k,m in load_index(golden)['methods'].items() if m['parameterised']}<=covered=={*TRAINABLE}
+
+@pytest.mark.parametrize('method', ['mgd','mgd_channel'])
+def test_golden_default_weight(method):
+    "A case that gives no weight means the authors'"
+    m = load_index(golden)['methods'][method]
+    with np.load(golden/m['file']) as z: c = load_case(z, m['cases'][0]['key'])
+    def t(d): return {k: tens(v, torch.float64) for k,v in d.items()}
+    case = dict(pred=None, teacher_pred=None, fm_s=t(c['fm_s']), fm_t=t(c['fm_t']), target=None, aux=t(c['aux']), state=t(c['state']))
+    assert torch.equal(TRAINABLE[method](**case), TRAINABLE[method](**case, **m['defaults']))
+
 def cases(method):
     "Loss and arguments of each golden case, in float64"
     m = load_index(golden)['methods'][method]
@@ -337,7 +351,9 @@ def test_bad_sizes_of_a_regressor():
 
 @pytest.mark.parametrize('make,match', [(lambda: VID(init_pred_var=0.), 'init_pred_var > eps > 0'), (lambda: OFD(margin='bn'), "margin is 'norm' or 'batch', got 'bn'"),
     (lambda: MGD('pixel'), "position or channel, got 'pixel'"), (lambda: MGD(ratio=1.), 'ratio from 0 to below 1'), (lambda: ITRD(corr=0, mutual=0), 'compares nothing'),
-    (lambda: CTKD(T=.5), '0 < low < T < high'), (lambda: CTKD(low=0.), '0 < low < T < high'), (lambda: CTKD(high=math.inf), '0 < low < T < high')])
+    (lambda: CTKD(T=.5), '0 < low < T < high'), (lambda: CTKD(low=0.), '0 < low < T < high'), (lambda: CTKD(high=math.inf), '0 < low < T < high'),
+    (lambda: SemCKD(soft=0.), 'got factor=2 and soft=0.0'), (lambda: SemCKD(factor=0), 'got factor=0'), (lambda: CRD(T=0.), 'above 0, got T=0.0'),
+    (lambda: CRDBank(1), 'got n_data=1,'), (lambda: CRDBank(10, K=0), 'K=0 and'), (lambda: CRDBank(10, T=math.nan), 'and T=nan')])
 def test_bad_parameters(make, match):
     with pytest.raises(ValueError, match=match): make()
 
@@ -548,6 +564,23 @@ def test_masked_positions_are_unseen():
     loss.draw = lambda t: keep[...,:t.shape[2],:t.shape[3]]
     (loss.generation[0](s*loss.draw(s))-x['fm_t']['t0']).pow(2).mean().backward()
     assert s.grad[...,3:].abs().sum()==0 and s.grad[...,:3].abs().sum()>0
+
+@pytest.mark.parametrize('ns,nt', [(3,2),(2,1),(1,4)])
+def test_semckd_by_hand(ns, nt):
+    "Sample by sample and pair by pair; weights of the authors' names, for any number of layers"
+    x = inputs('SemCKD', dtype=torch.float64, shapes=([(3+i,4,4) for i in range(ns)], [(5+j,4,4) for j in range(nt)]))
+    loss,s,t = SemCKD(soft=2.).build(**x),[*x['fm_s'].values()],[*x['fm_t'].values()]
+    named = {TRAINABLE['semckd'].name(f'regressor{i}{j}.regressor.0.weight'): (2*(5+j),3+i,1,1) for i in range(ns) for j in range(nt)}
+    assert {k: tuple(v.shape) for k,v in loss.state_dict().items() if k in named}==named
+    def vectors(embeddings, fm): return [unit(e(f.flatten(1)@f.flatten(1).T)) for e,f in zip(embeddings, fm)]
+    q,k = vectors(loss.query, s),vectors(loss.key, t)
+    d = [[(loss.project[f'{i}_{j}'](s[i])-t[j]).pow(2).mean((1,2,3)) for j in range(nt)] for i in range(ns)]
+    total = 0.
+    for b in range(4):
+        for i in range(ns):
+            e = [math.exp(q[i][b]@k[j][b]/2) for j in range(nt)]
+            total += sum(e[j]*d[i][j][b].item() for j in range(nt))/sum(e)
+    assert math.isclose(loss(x['fm_s'], x['fm_t']), total/(4*ns), rel_tol=1e-9)
 
 def test_semckd_smaller_batches():
     "A last batch counts as if the samples that it lacks were zero"

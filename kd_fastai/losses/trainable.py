@@ -356,7 +356,7 @@ class SimKD(TrainableLoss):
         _replace(res, head, new(self.classifier[0]))
         return res
 
-# %% ../../nbs/05_losses.trainable.ipynb #85582039
+# %% ../../nbs/05_losses.trainable.ipynb #4ec3e717
 @about('Yang et al., Masked Generative Distillation, ECCV 2022', 'https://arxiv.org/abs/2205.01529',
        'features of any task, restored from a part', 'high', 'BC²HW', weight=2., equal='size', trains='generators')
 class MGD(TrainableLoss):
@@ -373,13 +373,8 @@ class MGD(TrainableLoss):
         self.mask,self.ratio = mask,self._ratios[mask] if ratio is None else ratio
         if not 0<=self.ratio<1: raise ValueError(f"Expected a ratio from 0 to below 1, got {ratio}")
 
-    def measured(self, fm_s, fm_t):
-        "Maps of equal sizes"
-        paired(fm_s, fm_t, equal='size')
-        return super().measured(fm_s, fm_t)
-
     def make(self, fm_s, fm_t):
-        self.measured(fm_s, fm_t)
+        self.measured(fm_s, fm_t, equal='size')
         def conv3(c): return nn.Conv2d(c, c, 3, padding=1)
         self.align = nn.ModuleList(nn.Identity() if cs==ct else nn.Conv2d(cs, ct, 1) for cs,ct in self.channels)
         self.generation = nn.ModuleList(nn.Sequential(conv3(ct), nn.ReLU(), conv3(ct)) for _,ct in self.channels)
@@ -397,11 +392,11 @@ class MGD(TrainableLoss):
         **kwargs
     )->torch.Tensor: # Scalar
         "Raises `ValueError` for unequal sizes, and for channels that the generators were not made for"
-        fm_s,fm_t = self.measured(fm_s, fm_t)
+        fm_s,fm_t = self.measured(fm_s, fm_t, equal='size')
         masked = {k: s*self.draw(t) for (k,s),t in zip(_each(self.align, fm_s).items(), fm_t.values())}
         return FitNet(_each(self.generation, masked), fm_t)
 
-# %% ../../nbs/05_losses.trainable.ipynb #20eecfba
+# %% ../../nbs/05_losses.trainable.ipynb #f2218501
 def _products(f):
     "Products of all pairs of samples"
     f = f.flatten(1)
@@ -417,9 +412,11 @@ class SemCKD(TrainableLoss):
     "All teacher layers for each student layer, by learned attention (Chen et al., 2021)"
     def __init__(self,
         factor:int=2, # How much shorter queries and keys are than the batch
-        soft:float=1. # Temperature of the attention
+        soft:float=1. # Temperature of the attention, above 0
     ):
+        "Raises `ValueError` for a factor or a temperature that is not above 0"
         super().__init__()
+        if not (factor>0 and soft>0): raise ValueError(f"Expected a factor and a temperature above 0, got factor={factor} and soft={soft}")
         self.factor,self.soft = factor,soft
 
     def measured(self, fm_s, fm_t):
@@ -437,7 +434,8 @@ class SemCKD(TrainableLoss):
         def embeddings(fm): return nn.ModuleList(_row_embedding(self.batch, self.batch//self.factor) for _ in fm)
         def projector(cs, ct): return nn.Sequential(*_conv(cs, 2*ct, 1, nn.ReLU()), *_conv(2*ct, 2*ct, 3, nn.ReLU()), nn.Conv2d(2*ct, ct, 1, bias=False))
         self.query,self.key = embeddings(fm_s),embeddings(fm_t)
-        self.project = nn.ModuleList(projector(*o) for o in self.channels)
+        pairs = [f'{i}_{j}' for i in range(len(fm_s)) for j in range(len(fm_t))]
+        self.project = nn.ModuleDict({k: projector(*o) for k,o in zip(pairs, self.channels)})
 
     def _vectors(self, embeddings, fm):
         "A unit vector a sample and layer `(B, layers, d)`, from which samples are alike"
@@ -463,7 +461,7 @@ class SemCKD(TrainableLoss):
         **kwargs
     )->torch.Tensor: # Scalar
         "Raises `ValueError` for channels that the projectors were not made for, for maps beside tokens, and for a batch larger than the first"
-        pairs = zip(self.project, *(fm.values() for fm in self.measured(fm_s, fm_t)))
+        pairs = zip(self.project.values(), *(fm.values() for fm in self.measured(fm_s, fm_t)))
         if (n:=len(next(iter(fm_s.values()))))>self.batch: raise ValueError(f"SemCKD was built for batches of at most {self.batch}, got {n}")
         d = torch.stack([self._distance(*o) for o in pairs], 1).unflatten(1, (len(fm_s), len(fm_t)))
         return (self.attention(fm_s, fm_t)*d).sum(2).mean()
@@ -538,7 +536,7 @@ class ICKDEmbed(TrainableLoss):
         fm_s,fm_t = self.measured(fm_s, fm_t)
         return ICKD(_each(self.embed, fm_s), fm_t)
 
-# %% ../../nbs/05_losses.trainable.ipynb #1f8e45ac
+# %% ../../nbs/05_losses.trainable.ipynb #98e97805
 @about('Wang et al., Pay Attention to Features: Transfer Learn Faster CNNs, ICLR 2020', 'https://openreview.net/forum?id=ryxyCeHtPB',
        'features of which not all channels matter', 'medium', 'BCHW', weight=100., trains='an attention')
 class AFD(TrainableLoss):
@@ -551,8 +549,7 @@ class AFD(TrainableLoss):
 
     def measured(self, fm_s, fm_t):
         "Maps of equal shapes"
-        paired(fm_s, fm_t)
-        fm_s,fm_t = super().measured(fm_s, fm_t)
+        fm_s,fm_t = super().measured(fm_s, fm_t, equal='shape')
         for n,f in fm_s.items():
             if f[0,0].numel()==1: raise ValueError(f"Layer {n!r} has one position, of which AFD sees the sign alone, {tuple(f.shape)}: take an earlier layer")
         return fm_s,fm_t
@@ -575,7 +572,7 @@ class AFD(TrainableLoss):
         rho = F.normalize(attention(t.mean((2,3), keepdim=True)).sigmoid(), p=1, dim=1)
         return (rho*(unit(s)-unit(t)).pow(2)).sum(1).mean()
 
-# %% ../../nbs/05_losses.trainable.ipynb #df8c2800
+# %% ../../nbs/05_losses.trainable.ipynb #2bfcc395
 class _Heads(nn.Module):
     "From a pair of features to unit vectors of one length"
     def __init__(self, cs, ct, dim):
@@ -608,10 +605,12 @@ class CRD(TrainableLoss):
     "Recognise the same sample among others of the batch and of a queue (Tian et al., 2020)"
     def __init__(self,
         dim:int=128,   # Length of the vectors
-        T:float=0.07,  # Temperature
+        T:float=0.07,  # Temperature, above 0
         queue:int=4096 # How many vectors of former batches are negatives
     ):
+        "Raises `ValueError` for a temperature that is not above 0"
         super().__init__()
+        if not T>0: raise ValueError(f"Expected a temperature above 0, got T={T}")
         self.dim,self.T,self.queue = dim,T,queue
 
     def make(self, fm_s, fm_t):
@@ -626,7 +625,7 @@ class CRD(TrainableLoss):
         "Raises `ValueError` for unequal batch sizes"
         return sum(pair(*o) for pair,o in zip(self.pairs, _vectors(self, fm_s, fm_t)))
 
-# %% ../../nbs/05_losses.trainable.ipynb #eb73d6fc
+# %% ../../nbs/05_losses.trainable.ipynb #7b9f2684
 class _Bank(nn.Module):
     "Negatives from a memory of one vector for each sample"
     def __init__(self, cs, ct, n, dim, T, momentum):
@@ -661,13 +660,15 @@ class _Bank(nn.Module):
 class CRDBank(TrainableLoss):
     "Recognise the same sample among others of a memory bank (Tian et al., 2020)"
     def __init__(self,
-        n_data:int,        # How many samples the training data has
+        n_data:int,        # How many samples the training data has, at least 2
         K:int=16384,       # How many negatives are drawn for each sample
         dim:int=128,       # Length of the vectors
-        T:float=0.07,      # Temperature
+        T:float=0.07,      # Temperature, above 0
         momentum:float=0.5 # How much of a vector in the bank stays when its sample comes again
     ):
+        "Raises `ValueError` for fewer than two samples, no negatives, and a temperature that is not above 0"
         super().__init__()
+        if not (n_data>1 and K>0 and T>0): raise ValueError(f"Expected n_data>1, K>0 and T>0, got n_data={n_data}, K={K} and T={T}")
         self.n_data,self.K,self.dim,self.T,self.momentum = n_data,K,dim,T,momentum
 
     def make(self, fm_s, fm_t):

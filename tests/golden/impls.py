@@ -88,10 +88,11 @@ def headed(fm_t, teacher_pred=None, **case):
     return dict(teacher=teacher, teacher_pred=teacher(t if t.ndim==2 else t.mean((2,3))).detach())
 
 class Masked(Owned):
-    "The case gives the mask, and weighs a sum over the elements of a sample"
-    def build(self, aux, alpha_mgd=1., **kw):
+    "The case gives the mask, and weighs a sum over the elements of a sample, by `alpha` if it does not say"
+    def __init__(self, make, alpha): super().__init__(make, {r'(align|generation)\.': r'\1.0.'}); self.default = alpha
+    def build(self, aux, alpha_mgd=None, **kw):
         loss = super().build(**kw)
-        loss.draw,self.alpha = (lambda t: aux['mask']),alpha_mgd
+        loss.draw,self.alpha = (lambda t: aux['mask']),self.default if alpha_mgd is None else alpha_mgd
         return loss
     def call(self, loss, fm_t, **case): return self.alpha*next(iter(fm_t.values()))[0].numel()*super().call(loss, fm_t=fm_t, **case)
 
@@ -103,16 +104,15 @@ class Banked(Owned):
         return loss
     def call(self, loss, **case): return super().call(loss, idx=self.idx, **case)
 
-MGD_NAMES = {r'(align|generation)\.': r'\1.0.'}
 TRAINABLE = dict(
     fitnet_regressor=Owned(FitNetRegressor, {'conv': 'regressors.0.0', 'bn': 'regressors.0.1'}),
     vid=Owned(VID, {'regressor': 'regressors.0', 'log_scale': 'log_scales.0'}), pad_l2=PAD(PADL2), reviewkd=Owned(ReviewKD),
     ofd_connector=Owned(partial(OFD, margin='batch'), {'connector': 'connectors.0'}, lambda **case: dict(teacher=None)),
     ofd_authors=Summed(partial(OFD, distance=halving(PartialL2)), {'Connectors': 'connectors'}, norms),
     srrl=Owned(SRRL, {r'srrl\.': '', 'cls_t': 'classifier.0'}, headed), simkd=Owned(SimKD, given=headed),
-    mgd=Masked(MGD, MGD_NAMES), mgd_channel=Masked(partial(MGD, 'channel'), MGD_NAMES),
+    mgd=Masked(MGD, 2e-5), mgd_channel=Masked(partial(MGD, 'channel'), 7e-5),
     semckd=Owned(SemCKD, {r'(query|key)_(\d)\.linear1': r'\1.\2.0', r'(query|key)_(\d)\.linear2': r'\1.\2.2',
-                          r'regressor(\d)(\d)\.regressor': lambda m: f'project.{3*int(m[1])+int(m[2])}'}),  # of three teacher layers
+                          r'regressor(\d)(\d)\.regressor': r'project.\1_\2'}),
     itrd_corr=Owned(renamed(partial(ITRD, corr=1, mutual=0), dict(alpha_it='alpha')), {r'embed\.linear': 'embed.0'}),
     itrd_mutual=Owned(renamed(partial(ITRD, corr=0, mutual=1), dict(alpha_it='alpha')), {r'embed\.linear': 'embed.0'}),
     ickd_embed=Owned(ICKDEmbed, {r'embed_s\.conv2d': 'embed.0.0', r'embed_s\.l2norm': 'embed.0.1'}),
