@@ -246,7 +246,7 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
     if not self.learn.lock.locked(): self.leave()
 
-# %% ../nbs/07_callback.ipynb #3f9cc5ab
+# %% ../nbs/07_callback.ipynb #1c4bfb44
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss"
@@ -254,7 +254,7 @@ def after_loss(self:KnowledgeDistillationCallback):
     given = self._given()
     if not self._built: self._build(given)
     if self._spare: given.pop('teacher_pred', None)  # here now, but not behind an early exit
-    task,factors = self._task(given['target']),[o.factor(self.pct_train) for o in self.terms]
+    task,factors = self._task(given['target']),[o.factor(self.learn.pct_train) for o in self.terms]
     with _full_precision(task.device): values = [self._value(o, w, given) for o,w in zip(self.terms, factors)]
     if self.balance: factors = _balanced(task, values, factors)
     self._record(task, [*values, *factors] if self.balance else values)
@@ -265,12 +265,12 @@ def after_loss(self:KnowledgeDistillationCallback):
 @patch
 def _given(self:KnowledgeDistillationCallback):
     "All that losses may ask for, of this batch"
-    if not len(self.yb): raise ValueError("The batch has no target, and fastai skips the backward pass without one: give unlabelled data a placeholder "
+    if not len(self.learn.yb): raise ValueError("The batch has no target, and fastai skips the backward pass without one: give unlabelled data a placeholder "
         "target by a transform, and set task_weight=0")
     which = self._indices('cpu')
-    teacher_pred,fm_t = self.teacher(*self.xb, whole=not self._spare or not self._built, **which)
+    teacher_pred,fm_t = self.teacher(*self.learn.xb, whole=not self._spare or not self._built, **which)
     fm_s,fm_t = ({k: _half_to_float(plain(v)) for k,v in fm.items()} for fm in (self._student.take(), fm_t))
-    preds = self._predictions(prediction(self.pred), teacher_pred)
+    preds = self._predictions(prediction(self.learn.pred), teacher_pred)
     return dict(preds, fm_s=fm_s, fm_t=fm_t, **{k: o.to(preds['pred'].device) for k,o in which.items()})
 
 @patch
@@ -280,7 +280,7 @@ def _predictions(self:KnowledgeDistillationCallback, pred, teacher_pred):
     dense = pred.ndim>2
     if dense and self._axis!=1: preds = {k: o.movedim(self._axis,1) for k,o in preds.items()}
     if self.class_map is not None and teacher_pred is not None: preds = dict(zip(preds, shared_classes(*preds.values(), self.class_map)))
-    preds['target'] = detuplify(tuple(map(plain, self.yb)))
+    preds['target'] = detuplify(tuple(map(plain, self.learn.yb)))
     return _labelled(preds, self._ignore) if dense else preds
 
 @patch
@@ -294,7 +294,7 @@ def _indices(self:KnowledgeDistillationCallback, device):
     if not self.teacher.indexed and not any('idx' in o.needs.wanted for o in self.terms): return {}
     try:
         if self._mixed(): raise ValueError(f"A sample that {type(self._mixed()).__name__} mixed of two has no position in the data set")
-        return {'idx': batch_indices(self.learn.dl, self.iter, find_bs(self.xb)).to(device)}
+        return {'idx': batch_indices(self.learn.dl, self.learn.iter, find_bs(self.learn.xb)).to(device)}
     except ValueError as e:
         needy = [type(self.teacher).__name__]*self.teacher.indexed + [o.name for o in self.terms if 'idx' in o.needs.required]
         if needy: raise ValueError(f"{', '.join(needy)} needs idx: {e}") from None
@@ -324,7 +324,7 @@ def _full_precision(device):
     "Autocast off: a product of float32 tensors would be cast back"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
-# %% ../nbs/07_callback.ipynb #dd6e1b5b
+# %% ../nbs/07_callback.ipynb #37a47c03
 @patch
 def _value(self:KnowledgeDistillationCallback, term, factor, given):
     "What a term's loss gives for this batch, a scalar; without a gradient where its factor is 0, so that it only watches"
@@ -345,9 +345,9 @@ def _both_labels(self:KnowledgeDistillationCallback, term, args):
     mix = self._mixed() if 'target' in term.needs.wanted else None
     if 'target' in term.needs.required: args = _labelled(args, self._ignore)
     if not len(args['pred']): return args['pred'].sum()  # no label in this batch
-    loss = term.at(self.pct_train)
+    loss = term.at(self.learn.pct_train)
     if not getattr(mix, 'stack_y', False): return loss(**term.needs.pick(args))
-    a,b = (loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.yb, mix.yb1))
+    a,b = (loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.learn.yb, mix.yb1))
     return torch.lerp(b, a, plain(mix.lam).mean().to(a))
 
 @patch
@@ -363,11 +363,11 @@ def _balanced(task, values, factors):
     "Factors with which each term is as large as its own factor times the task loss"
     return [w*task.detach().abs()/v.detach().abs().clamp_min(1e-8) for v,w in zip(values, factors)]
 
-# %% ../nbs/07_callback.ipynb #d514bc7e
+# %% ../nbs/07_callback.ipynb #3411bdd8
 @patch
 def _record(self:KnowledgeDistillationCallback, task, values):
     "Note the values. A look at them makes a GPU wait for all that it was given: it comes once in many steps, and when the epoch's training ends"
-    self._noted.append((self.iter, find_bs(self.learn.yb), [o.detach().mean() if o.ndim else o.detach() for o in (task, *values)]))
+    self._noted.append((self.learn.iter, find_bs(self.learn.yb), [o.detach().mean() if o.ndim else o.detach() for o in (task, *values)]))
     if len(self._noted)>=_between_looks(task.device) or not self._count: self._look()
 
 def _between_looks(device): return 1 if device.type=='cpu' else 50

@@ -37,11 +37,15 @@ class _Scope:
     def __reduce__(self): return getattr, (self.learn, self.name)
     def __deepcopy__(self, memo): return _Scope(copy.deepcopy(self.learn, memo), self.name)
 
-# %% ../nbs/06_scope.ipynb #e2cf4624
+# %% ../nbs/06_scope.ipynb #200a34c6
 class ScopedCallback(Callback):
     "A callback whose `scope` is left whenever a fit ends, or it is taken from its Learner, whatever the reason"
     _scoped = 'fit','save','load'   # methods of the Learner that run inside `around_fit`, ...
     _shared,_fleeting = (),()       # attributes that a copy shares, and that it begins without
+
+    def __call__(self, event_name):
+        "Pass over events without a method here: fastai would go on to look for each in the Learner, and in its model, a dozen times a batch"
+        if hasattr(type(self), event_name): return super().__call__(event_name)
 
     @property
     def scope(self)->ExitStack:
