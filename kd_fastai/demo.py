@@ -137,7 +137,7 @@ def compare(
         say(f"seed {seed+1} of {seeds}: " + ', '.join(f"{n} {s[-1]:.1f}%" for n,s in list(scores.items())[1:]))
     return scores,models,curves
 
-# %% ../nbs/09_demo.ipynb #c3f50160
+# %% ../nbs/09_demo.ipynb #c6851f47
 def table(
     scores:dict, # Accuracies by name
     models:dict  # Models by name
@@ -187,7 +187,7 @@ def picture(
 ):
     "The students' way above, where it ended below"
     import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(2, 1, figsize=(6,4.8), height_ratios=(3,2), layout='constrained')
+    fig,axs = plt.subplots(2, 1, figsize=(6,4.2), height_ratios=(3,2), layout='constrained')
     plot_curves(curves, next(iter(scores.values()))[0], axs[0])
     plot(scores, axs[1])
     return fig
