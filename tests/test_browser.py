@@ -89,7 +89,8 @@ def look(url, new_tab, shots):
         seen = tab.evaluate(facts)
         seen['contrast'] = {}
         for scheme in schemes:
-            tab.emulate_media(color_scheme=scheme)
+            tab.emulate_media(color_scheme=scheme, reduced_motion='reduce')
+            tab.wait_for_function('dark => document.documentElement.classList.contains("quarto-dark")==dark', arg=scheme=='dark')
             seen['contrast'][scheme] = tab.evaluate(contrast)
             tab.screenshot(path=shots/f'{page.replace("/", "_")}.{size}.{scheme}.png', full_page=keep_shots)
         return SimpleNamespace(**seen, **dict(zip(('requests','errors'), map(list, logs))))
