@@ -15,10 +15,20 @@ flags = '''--headless --no-sandbox --disable-gpu --disable-quic --no-first-run -
     --disable-component-update --disable-sync'''.split()
 flags.append('--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1')   # a request to another host fails at once
 sizes = dict(desktop=(1280,800), phone=(390,844))
+schemes = 'dark','light'   # in this order, so that a page is loaded in light
 for_sizes = pytest.mark.parametrize('size', sizes)
 keep_shots = 'KD_SCREENSHOTS' in os.environ
 
 # red is how KaTeX shows a command that it does not know; the site cuts off what sticks out of `main`, so that the page stays narrow
+# Contrast is WCAG's: 1 for equal colours, 21 for black on white. A picture needs its own ground: its labels are black
+contrast = '''() => {
+    const rgba = s => { const c = s.match(/[\\d.]+/g).map(Number); return c.length==3 ? [...c, 1] : c };
+    const light = c => { const [r,g,b] = c.slice(0,3).map(v => (v/=255)<=.04045 ? v/12.92 : ((v+.055)/1.055)**2.4); return .2126*r+.7152*g+.0722*b };
+    const ground = e => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor); if (c[3]==1) return c } return [255,255,255,1] };
+    const ratio = e => { const [a,b] = [light(rgba(getComputedStyle(e).color)), light(ground(e))].sort((x,y) => y-x); return (a+.05)/(b+.05) };
+    const kinds = {text: 'main p, main li, main td, main h1, main h2', code: 'main pre code, main pre span', link: 'main p a, main li a, #quarto-sidebar a', formula: '.katex'};
+    return Object.fromEntries(Object.entries(kinds).map(([k,s]) => [k, Math.min(99, ...[...document.querySelectorAll(s)].filter(e => e.textContent.trim() && e.checkVisibility()).map(ratio))])) }'''
+
 facts = '''async () => {
     await document.fonts.ready;
     const all = s => [...document.querySelectorAll(s)], main = document.querySelector('main'), prose = main.cloneNode(true);
@@ -43,8 +53,8 @@ def url(site):
 def new_tab():
     "A function that opens a tab of a size, in a profile of its own"
     from playwright.sync_api import sync_playwright
-    def f(size):
-        tab = browser.new_page(viewport=dict(zip(('width','height'), sizes[size])))
+    def f(size, **kwargs):
+        tab = browser.new_page(viewport=dict(zip(('width','height'), sizes[size])), **kwargs)
         tab.set_default_timeout(10_000)
         return tab
     with sync_playwright() as p, p.chromium.launch(executable_path=exe, args=flags) as browser: yield f
@@ -77,7 +87,12 @@ def look(url, new_tab, shots):
         for l in logs: l.clear()
         tab.goto(url+page)
         seen = tab.evaluate(facts)
-        tab.screenshot(path=shots/f'{page.replace("/", "_")}.{size}.png', full_page=keep_shots)
+        seen['contrast'] = {}
+        for scheme in schemes:
+            tab.emulate_media(color_scheme=scheme, reduced_motion='reduce')
+            tab.wait_for_function('dark => document.documentElement.classList.contains("quarto-dark")==dark', arg=scheme=='dark')
+            seen['contrast'][scheme] = tab.evaluate(contrast)
+            tab.screenshot(path=shots/f'{page.replace("/", "_")}.{size}.{scheme}.png', full_page=keep_shots)
         return SimpleNamespace(**seen, **dict(zip(('requests','errors'), map(list, logs))))
     return f
 
@@ -112,6 +127,43 @@ def test_pictures(look, page, source, size):
     pictures = look(page, size).pictures
     assert all(pictures)
     assert pictures or '"image/png"' not in source
+
+@for_sizes
+@pytest.mark.parametrize('scheme', schemes)
+def test_readable(look, page, size, scheme):
+    "Text, code, links and formulas stand out from their ground, by day and by night"
+    seen = look(page, size).contrast[scheme]
+    assert seen['text'] >= 4.5 and min(seen.values()) >= 3, seen
+
+@pytest.mark.parametrize('scheme', schemes)
+def test_plots_have_a_ground(url, new_tab, scheme):
+    "The labels of plots are black: at night they need the white of their own ground"
+    tab = new_tab('desktop', color_scheme=scheme)
+    tab.goto(url)
+    corner = tab.evaluate('''() => { const im = document.querySelector('main img'), c = document.createElement('canvas').getContext('2d');
+        c.drawImage(im, 0, 0); return [...c.getImageData(0, 0, 1, 1).data] }''')
+    assert corner == [255]*4
+    tab.close()
+
+def test_keyboard(url, new_tab):
+    "Tab reaches the search, the menu and the text, with the focus to be seen; Enter follows a link"
+    tab = new_tab('desktop')
+    tab.goto(url)
+    where = '''() => { const e = document.activeElement, s = getComputedStyle(e);
+        return [e.closest('.smalldocs-search, #quarto-sidebar, main')?.className.split(' ')[0] ?? '', e.matches(':focus-visible'), s.outlineStyle!='none' || s.boxShadow!='none'] }'''
+    seen = []
+    for _ in range(80):
+        tab.keyboard.press('Tab')
+        seen.append(tab.evaluate(where))
+        if seen[-1][0]=='content': break
+    assert {'smalldocs-search','sidebar','content'} <= {o[0] for o in seen}, seen
+    assert all(visible and ring for part,visible,ring in seen if part), seen
+    link = tab.locator('#quarto-sidebar a.sidebar-link[href$=".html"]').nth(1)
+    target = link.get_attribute('href')
+    link.focus()
+    tab.keyboard.press('Enter')
+    tab.wait_for_url(url+target.removeprefix('./'))
+    tab.close()
 
 @for_sizes
 def test_search(url, new_tab, size):

@@ -24,3 +24,15 @@ def test_help():
 def test_module_runs_too():
     r = subprocess.run([sys.executable, '-m', 'kd_fastai.demo', '--labels', '5'], text=True, capture_output=True)
     assert r.returncode and '10 to 990' in r.stderr
+
+def test_picture_shows_every_run_and_the_mean():
+    "Above the way, epoch by epoch, with the teacher's line; below the ends"
+    import matplotlib; matplotlib.use('agg')
+    from kd_fastai.demo import picture
+    curves = {'student alone': [[50.,80.],[60.,90.]], 'with X': [[40.,92.],[50.,94.]]}
+    top,bottom = picture({'teacher': [98.], **{n: [o[-1] for o in v] for n,v in curves.items()}}, curves).axes
+    lines = {l.get_label(): [*l.get_ydata()] for l in top.lines}
+    assert (lines['teacher'], lines['student alone'], lines['with X']) == ([98.,98.], [55.,85.], [45.,93.])
+    drawn = [[*l.get_ydata()] for l in top.lines]
+    assert all(o in drawn for runs in curves.values() for o in runs)
+    assert [[*l.get_xdata()] for l in bottom.lines if l.get_marker()=='o'] == [[98.],[80.,90.],[92.,94.]]
