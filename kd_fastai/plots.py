@@ -212,7 +212,7 @@ def plot_terms(self:Learner,
     ax.legend(fontsize=8)
     return ax
 
-# %% ../nbs/08_plots.ipynb #38a3c4fc
+# %% ../nbs/08_plots.ipynb #513df32d
 def plot_tradeoff(
     scores:dict,              # Accuracy by name, or a list of accuracies, one a run
     costs:dict,               # Parameters, milliseconds or bytes by name
@@ -229,5 +229,8 @@ def plot_tradeoff(
         ax.plot(costs[n], mean:=sum(runs)/len(runs), 'o', color=dots.get_color())
         ax.annotate(n, (costs[n], mean), xytext=(7,0), textcoords='offset points', va='center', fontsize=8)
     ax.set(xscale='log', xlabel=xlabel, ylabel=ylabel)
+    ax.xaxis.set_minor_locator(plt.matplotlib.ticker.LogLocator(subs=(2,5)))
+    ax.tick_params(axis='x', which='both', labelsize=8)
+    for set_format in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter): set_format('{x:,g}')   # 0.5 and 20,000, where matplotlib writes powers
     ax.margins(x=0.3)
     return ax

@@ -33,7 +33,9 @@ facts = '''async () => {
     await document.fonts.ready;
     const all = s => [...document.querySelectorAll(s)], main = document.querySelector('main'), prose = main.cloneNode(true);
     prose.querySelectorAll('pre, code, .katex').forEach(e => e.remove());
-    return {sideways: document.documentElement.scrollWidth - innerWidth, cut: main.scrollWidth - main.clientWidth,
+    const right = main.getBoundingClientRect().right, wide = e => e.scrollWidth-e.clientWidth>2 || e.getBoundingClientRect().right>right+2;
+    return {wide: all('main pre, main table, main .katex-display').filter(wide).map(e => e.textContent.slice(0, 80)),
+            sideways: document.documentElement.scrollWidth - innerWidth, cut: main.scrollWidth - main.clientWidth,
             bad: all('.katex-error, .katex [mathcolor="#cc0000"], .math:not(:has(.katex))').map(e => e.textContent),
             formulas: all('.katex').length, pictures: all('main img').map(e => e.naturalWidth), text: prose.textContent} }'''
 
@@ -109,6 +111,10 @@ def test_fits(look, page, size):
     "The page does not scroll sideways, and nothing is cut off; a wide table or formula scrolls by itself"
     seen = look(page, size)
     assert seen.sideways <= 1 and seen.cut <= 8   # the tail of an index may reach into the margin
+
+def test_nothing_to_scroll(look, page):
+    "On a desktop all of a line of code, a table and a formula is in sight"
+    assert not look(page, 'desktop').wide
 
 @for_sizes
 def test_formulas(look, page, source, size):
