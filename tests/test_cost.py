@@ -318,6 +318,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
 DISTRIBUTED = """
 import sys, warnings; warnings.filterwarnings('ignore')
 sys.path.insert(0, {tests!r})
+import torch.distributed.nn  # while there is no process group, which it would keep: see the tutorial on several processes
 from test_cost import *
 from fastai.distributed import DistributedDL
 def broadcast(self, t, rank): t = LongTensor(t); torch.distributed.broadcast(t, rank); return t.tolist()

@@ -75,6 +75,7 @@ def positions(ctx):
 
 def worker(path):
     "What each of the processes does"
+    import torch.distributed.nn  # while there is no process group, which it would keep: see the tutorial on several processes
     from fastai.distributed import DistributedDL
     rank = rank_distrib()
     mine = partial(seeded, rank, False)  # what a loss builds must not depend on each process's random state
