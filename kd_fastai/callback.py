@@ -196,7 +196,7 @@ def _check_meaning(self:KnowledgeDistillationCallback):
 _elementwise = nn.BCEWithLogitsLoss,nn.BCELoss,nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss
 _elementwise_functions = F.binary_cross_entropy_with_logits,F.binary_cross_entropy,F.mse_loss,F.l1_loss,F.smooth_l1_loss,F.huber_loss
 
-# %% ../nbs/07_callback.ipynb #0c931e53
+# %% ../nbs/07_callback.ipynb #53e4ba26
 @patch
 def _add_columns(self:KnowledgeDistillationCallback):
     "One column a term, and one for the task loss"
@@ -210,14 +210,16 @@ def _add_columns(self:KnowledgeDistillationCallback):
 def _remove_columns(self:KnowledgeDistillationCallback, columns): self.learn.metrics = [m for m in self.learn.metrics if m not in columns]
 
 @patch
-def _reset_means(self:KnowledgeDistillationCallback): self._sums,self._count,self._noted = [0.]*(1+len(self.terms)*(1+self.balance)),0,[]
+def _reset_means(self:KnowledgeDistillationCallback):
+    self._sums,self._count,self._noted = [0.]*(1+len(self.terms)*(1+self.balance)),0,[]
+    self._unfed = {o.name for o in self.terms if 'target' in o.needs.required}  # they have seen no label in this epoch
 
 @patch
 def _mean(self:KnowledgeDistillationCallback, i):
     self._look()
     return self._sums[i]/self._count if self._count else None
 
-# %% ../nbs/07_callback.ipynb #b746abd1
+# %% ../nbs/07_callback.ipynb #9110c8c3
 @patch
 def before_train(self:KnowledgeDistillationCallback):
     "Open the captures and let the teacher answer, until the epoch's training ends"
@@ -234,6 +236,7 @@ def after_train(self:KnowledgeDistillationCallback):
     "Take the hooks away, and give the teacher back"
     self._train.close()
     self._look()
+    for n in self._unfed if self._count else (): self._warn(('labels', n), f"{n} reads labels, and no sample of this epoch had one: it taught nothing. SoftTarget needs none")
     if parallel(self.learn): *self._sums,self._count = add_up([*self._sums, self._count], self.learn.model.device)
 
 @patch
@@ -324,7 +327,7 @@ def _full_precision(device):
     "Autocast off: a product of float32 tensors would be cast back"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
-# %% ../nbs/07_callback.ipynb #37a47c03
+# %% ../nbs/07_callback.ipynb #6423e070
 @patch
 def _value(self:KnowledgeDistillationCallback, term, factor, given):
     "What a term's loss gives for this batch, a scalar; without a gradient where its factor is 0, so that it only watches"
@@ -345,6 +348,7 @@ def _both_labels(self:KnowledgeDistillationCallback, term, args):
     mix = self._mixed() if 'target' in term.needs.wanted else None
     if 'target' in term.needs.required: args = _labelled(args, self._ignore)
     if not len(args['pred']): return args['pred'].sum()  # no label in this batch
+    self._unfed.discard(term.name)
     loss = term.at(self.learn.pct_train)
     if not getattr(mix, 'stack_y', False): return loss(**term.needs.pick(args))
     a,b = (loss(**term.needs.pick({**args, 'target':detuplify(tuple(map(plain, yb)))})) for yb in (self.learn.yb, mix.yb1))

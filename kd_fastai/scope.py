@@ -97,10 +97,10 @@ class ScopedCallback(Callback):
         res.__dict__.update({k: copy.deepcopy(v, memo) for k,v in self.__dict__.items() if k not in ('_stack', *self._fleeting)})
         return res
 
-# %% ../nbs/06_scope.ipynb #a2c5aee3
+# %% ../nbs/06_scope.ipynb #8f17b655
 class GuestParams:
     "Parameters that join the last group of an optimizer for a while"
-    def __init__(self): self.params,self.states,self.kind = [],[],None
+    def __init__(self): self.params,self.states,self.opt = [],[],None
 
     def _dicts(self, opt):
         "Where optimizers keep the state of a parameter: fastai's own place, and torch's inside an OptimWrapper"
@@ -112,9 +112,8 @@ class GuestParams:
 
     def _enter(self, opt):
         self._set_last(opt, [*opt.param_lists[-1], *self.params])
-        kind = type(opt),type(getattr(opt, 'opt', None))
-        if self.kind not in (None, kind) or len(self.states)!=len(self.params): self.states = [[{} for _ in self._dicts(opt)] for _ in self.params]
-        self.kind = kind
+        if self.opt not in (None, opt) or len(self.states)!=len(self.params): self.states = [[{} for _ in self._dicts(opt)] for _ in self.params]
+        self.opt = opt
         for p,states in zip(self.params, self.states):
             for d,s in zip(self._dicts(opt), states): d[p] = s
 

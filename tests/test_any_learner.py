@@ -437,6 +437,12 @@ def test_imitation_without_labels():
     assert torch.equal(weights(learn), weights(run(None, 0))) and np.isfinite(learn.recorder.values[-1]).all()
     assert torch.equal(weights(learn), weights(run([unlabelled], 1.)))    # no label, no task loss
 
+def test_a_loss_that_reads_labels_says_that_there_are_none():
+    learn = quiet(Learner(DataLoaders(TfmdDL(TfmdLists([*digits(100).train.dataset.tensors[0]], [unlabelled]), bs=20), digits(100).valid), small_net(4), loss_func=CrossEntropyLossFlat()))
+    with pytest.warns(UserWarning, match='decoupled_kd reads labels, and no sample of this epoch had one'): learn.fit(1, cbs=KnowledgeDistillationCallback(small_net(4), [SoftTarget, DecoupledKD]))
+    learn = quiet(Learner(digits(100), small_net(4), loss_func=CrossEntropyLossFlat()))
+    with warnings.catch_warnings(): warnings.simplefilter('error'); learn.fit(1, cbs=KnowledgeDistillationCallback(small_net(4), [SoftTarget, DecoupledKD]))
+
 def test_data_block_with_some_labels(pictures):
     "as the page on any Learner has it"
     block = DataBlock((ImageBlock, TransformBlock), get_items=get_image_files, get_y=lambda o: 'ab'.index(o.name[0]) if int(o.stem[2:])<12 else -100, splitter=RandomSplitter(0.25, seed=0))
