@@ -9,9 +9,8 @@ from torch import nn
 from fastai.basics import *
 from fastai.callback.all import *
 from kd_fastai.all import *
-from kd_fastai.contract import loss_name
 from kd_fastai.demo import digits, small_net
-from kd_fastai.contract import facts
+from kd_fastai.contract import facts, loss_name
 from kd_fastai import losses
 from kd_fastai.losses import output, feature, relation
 
@@ -71,7 +70,7 @@ def by_hand(teacher, losses, task_weight, n=2, lr=1e-2):
 
 @pytest.mark.parametrize('losses,task_weight', [
     ([(partial(SoftTarget, T=4), 0.9)], 0.1), ([(Logits, 0.5)], 1.), ([(Mutual, 2.)], 0.), ([(Attention, 1000.), (SoftTarget, 1.)], 1.),
-    ([(Similarity, 100.)], 0.5), ([(FitNet, 1.), (PKT, 1000.), (RKD, 0.1)], 1.), ([(ActivationBoundaries, 1.)], 1.)], ids=lambda o: "+".join(loss_name(f) for f,_ in o) if isinstance(o, list) else str(o))
+    ([(Similarity, 100.)], 0.5), ([(FitNet, 1.), (PKT, 1000.), (RKD, 0.1)], 1.), ([(ActivationBoundaries, 1.)], 1.)], ids=lambda o: '+'.join(loss_name(f) for f,_ in o) if isinstance(o, list) else str(o))
 def test_equals_hand_written_loop(teacher, losses, task_weight):
     hand = by_hand(teacher, losses, task_weight)
     kd = KnowledgeDistillationCallback(teacher, [Term(f, w) for f,w in losses], LAYERS, task_weight=task_weight)
