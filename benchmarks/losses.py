@@ -9,14 +9,14 @@ from functools import partial
 import torch, torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 from common import ms, peak_mib, ratio, take_turns, target, write
-from kd_fastai.contract import needs
+from kd_fastai.signature import loss_args
 from kd_fastai.losses import output, feature, relation
 try: from torchdistill.losses import mid_level as td
 except ImportError: td = None
 
 CLASSES = 100
 EMBEDDINGS = 'PKT','RKD','RKD angle','DarkRank','CorrelationCongruence','SRD'
-LOSSES = {n: getattr(m, n) for m in (output, feature, relation) for n in m.__all__ if hasattr(getattr(m, n), 'about')}
+LOSSES = {n: getattr(m, n) for m in (output, feature, relation) for n in m.__all__ if hasattr(getattr(m, n), 'info')}
 LOSSES['RKD angle'] = partial(relation.RKD, distance=0.)
 
 def inputs(name, B, C):
@@ -24,7 +24,7 @@ def inputs(name, B, C):
     def feat(): return {'a': torch.randn(B, C, 8, 8), 'b': torch.randn(B, C, 8, 8)} if name in ('FSP','IRG') else {'a': torch.randn(B, C)} if name in EMBEDDINGS else {'a': torch.randn(B, C, 8, 8)}
     x = dict(pred=torch.randn(B, CLASSES), teacher_pred=torch.randn(B, CLASSES), fm_s=feat(), fm_t=feat(), target=torch.randint(CLASSES, (B,)))
     if name=='BoundedRegression': x['target'] = torch.randn(B, CLASSES)
-    return {k:v for k,v in x.items() if k in needs(LOSSES[name]).wanted}
+    return {k:v for k,v in x.items() if k in loss_args(LOSSES[name]).accepted}
 
 def students(x): return [t.requires_grad_() for t in tree_leaves([x.get('pred'), x.get('fm_s')]) if t is not None]
 
@@ -93,7 +93,7 @@ def limits(row):
 
 def main(seconds=0.7, batch=(64,256), channels=(256,512), only=None):
     "Measure, write the table, and give the targets"
-    rows = [measure(name, B, C, seconds) for name in only or LOSSES for B in batch for C in (channels if 'fm_s' in needs(LOSSES[name]).wanted else [CLASSES])]
+    rows = [measure(name, B, C, seconds) for name in only or LOSSES for B in batch for C in (channels if 'fm_s' in loss_args(LOSSES[name]).accepted else [CLASSES])]
     write('losses', rows, "Every loss, forward and backward, beside its peer's form. A ratio below 1: ours is quicker.")
     def targets(r):
         where = f"{r['loss']} B{r['B']} C{r['C']}"

@@ -19,7 +19,8 @@ from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, noop, set_see
 from fastai.callback.schedule import ParamScheduler  # also gives Learner its fit_one_cycle
 import kd_fastai.losses as losses
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
-from kd_fastai.contract import facts, needs
+from kd_fastai.info import get_loss_info
+from kd_fastai.signature import loss_args
 from kd_fastai.demo import digits
 
 FIELDS = 'seed','loss','weight','accuracy','seconds','why_not'
@@ -65,17 +66,17 @@ def percent(learn):
 
 def all_losses():
     "Every loss that has facts: a function, or a class that makes a loss with weights of its own"
-    return {n:f for n,f in vars(losses).items() if callable(f) and facts(f)}
+    return {n:f for n,f in vars(losses).items() if callable(f) and get_loss_info(f)}
 
 def distillation(name, loss, teacher):
     "The callback for one loss at its default weight. Raises what does not fit"
     if isinstance(loss, type): loss = loss(n_data=LABELS) if name=='CRDBank' else loss()
-    layers = LAYERS.get(name, MAPS) if 'fm_s' in needs(loss).wanted else None
-    return KnowledgeDistillationCallback(teacher, Term(loss, weight=facts(loss).weight, layers=layers))
+    layers = LAYERS.get(name, MAPS) if 'fm_s' in loss_args(loss).accepted else None
+    return KnowledgeDistillationCallback(teacher, Term(loss, weight=get_loss_info(loss).weight, layers=layers))
 
 def run(name, loss, teacher, seed, epochs):
     "One row"
-    row = dict(seed=seed, loss=name, weight='' if loss is None else facts(loss).weight)
+    row = dict(seed=seed, loss=name, weight='' if loss is None else get_loss_info(loss).weight)
     task = next((t for t,names in OTHER.items() if name in names), None)
     if task: return dict(row, why_not=f'for {task}')
     try:

@@ -2,6 +2,7 @@
 from .adapters import *
 from .cache import CachedTeacher
 from .callback import *
+from .classes import *
 from .hooks import *
 from .losses import *
 from .plots import *

@@ -10,7 +10,8 @@ from fastai.basics import *
 from fastai.callback.all import *
 from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
-from kd_fastai.contract import facts, loss_name
+from kd_fastai.info import get_loss_info
+from kd_fastai.signature import loss_name
 from kd_fastai import losses
 from kd_fastai.losses import output, feature, relation
 
@@ -116,13 +117,13 @@ def test_crosswise_pairs_are_told_apart(teacher):
 def test_falls_at_its_default_weight(teacher, loss):
     "against the same training in which it only watches"
     def last(w): return history(fit(learner(KnowledgeDistillationCallback(teacher, Term(loss, w, name='term'), '1')), 4)).term.iloc[-1]
-    assert last(facts(loss).weight) < last(0)
+    assert last(get_loss_info(loss).weight) < last(0)
 
-@pytest.mark.parametrize('name', [n for m in (output, feature, relation) for n in m.__all__ if hasattr(getattr(m, n), 'about') and n!='BoundedRegression'])
+@pytest.mark.parametrize('name', [n for m in (output, feature, relation) for n in m.__all__ if hasattr(getattr(m, n), 'info') and n!='BoundedRegression'])
 def test_every_loss_trains_a_learner(teacher, name):
     "with its default weight, and its value in the table (BoundedRegression, which wants numbers for labels, has its own tests)"
     loss,layers = getattr(losses, name),{'FSP': ['0','1'], 'IRG': ['0','1','4'], 'SRD': '4', 'DarkRank': '4'}.get(name, '1')
-    learn = fit(learner(KnowledgeDistillationCallback(teacher, Term(loss, facts(loss).weight, name='term'), layers)))
+    learn = fit(learner(KnowledgeDistillationCallback(teacher, Term(loss, get_loss_info(loss).weight, name='term'), layers)))
     assert math.isfinite(history(learn).term.iloc[0]) and weights(learn).isfinite().all()
     assert not torch.equal(weights(learn), weights(fit(learner())))
 
@@ -216,7 +217,7 @@ def test_indices_are_those_of_the_samples(teacher):
     fit(learner(MixUp()), cbs=KnowledgeDistillationCallback(teacher, optional))
     assert seen[-1] is None
 
-@pytest.mark.parametrize('adapt', ['auto', partial(adapter, kernel=3, bn=True), partial(adapter, orthogonal=True), ['auto',partial(adapter, kernel=3)]], ids=['auto','conv3x3+bn','orthogonal','list'])
+@pytest.mark.parametrize('adapt', ['auto', partial(make_adapter, kernel=3, bn=True), partial(make_adapter, orthogonal=True), ['auto',partial(make_adapter, kernel=3)]], ids=['auto','conv3x3+bn','orthogonal','list'])
 def test_adapters_fit_any_shapes(adapt, tmp_path):
     "of layers crosswise, train with the student, come back with `load`, stay as they were after `lr_find`, and are not exported"
     big,pairs = small_net(8),[('0','1'),('1','0')]
@@ -238,7 +239,7 @@ def test_adapters_fit_any_shapes(adapt, tmp_path):
 
 def test_auto_adapts_only_what_the_loss_compares(teacher):
     def made(loss, layers): cb = KnowledgeDistillationCallback(teacher, loss, layers, adapt='auto'); fit(learner(cb)); return [type(o).__name__ for o in cb.terms[0].module.adapters]
-    assert made(FitNet, ['0',('0','1')])==['Identity','Adapter'] and made(Attention, [('0','1')])==['Adapter'] and made(Similarity, [('0','1')])==['Identity']
+    assert made(FitNet, ['0',('0','1')])==['Identity','FeatureAdapter'] and made(Attention, [('0','1')])==['FeatureAdapter'] and made(Similarity, [('0','1')])==['Identity']
 
 def test_mixed_precision_computes_losses_in_float32(teacher):
     class CPUMixedPrecision(MixedPrecision):
@@ -369,7 +370,7 @@ def test_nothing_stays(teacher, ex, phase, kept):
     if phase in ('before_fit','after_epoch'): boom[0].count = 2
     names = learn.metrics.attrgot('name')
     with suppress(BaseException): learn.fit(1, cbs=boom if kept else [kd, *boom])
-    assert not kd.teacher.capture.outs and not (hasattr(kd, '_student') and kd._student.outs)
+    assert not kd.teacher.capture.outputs and not (hasattr(kd, '_student') and kd._student.outputs)
     assert not hooks(t, learn.model)
     assert learn.metrics.attrgot('name')==names
     assert [m.training for m in t.modules()][:len(modes)]==modes and all(p.grad is None and p.requires_grad for p in t.parameters())

@@ -2,7 +2,9 @@
 import copy
 import pytest, torch, torchvision
 from torch import nn
-from kd_fastai.hooks import Capture, get_model_layers, match_feature_layers
+from kd_fastai.capture import Capture
+from kd_fastai.layers import get_model_layers
+from kd_fastai.matching import match_feature_layers
 
 def body(m): return nn.Sequential(*list(m.children())[:-2])
 
@@ -17,7 +19,7 @@ r18,r34,r50,mobile,effnet,vit = (getattr(torchvision.models, o) for o in ('resne
 def shapes(model, names):
     with Capture(model, names) as c, torch.no_grad():
         model.eval()(x)
-        return [tuple(f.shape[2:]) if f.ndim==4 else f.shape[1] for f in c.take().values()]
+        return [tuple(f.shape[2:]) if f.ndim==4 else f.shape[1] for f in c.pop().values()]
 
 @pytest.mark.parametrize('student,teacher,expected', [
     (lambda: r18(), lambda: body(r34()), {'student': ['relu','layer1','layer2','layer3','layer4'], 'teacher': ['2','4','5','6','7']}),

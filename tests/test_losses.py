@@ -6,7 +6,8 @@ import numpy as np, pytest, scipy.spatial.distance, scipy.special, torch, torch.
 from fastcore.docments import docments
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from kd_fastai.contract import facts, loss_name, needs
+from kd_fastai.info import get_loss_info
+from kd_fastai.signature import loss_name, loss_args
 from kd_fastai.losses import *
 from kd_fastai.losses import output, feature, relation
 
@@ -66,18 +67,18 @@ VARIANTS = { # the same tests for what parameters and wrappers make of them
     **{f'AlphaBeta {a} {b}': (partial(AlphaBeta, alpha=a, beta=b), 'predictions', ZERO) for a,b in ((1,0),(0,1),(0,0),(.2,.7))},
     'TTM, weighted': (partial(TTM, weighted=True), 'predictions', (at(pred=lambda x: x['teacher_pred']/4), 0)),
     'standardize(SoftTarget)': (standardize(SoftTarget), 'predictions', ZERO), 'standardize(DecoupledKD)': (standardize(DecoupledKD), 'labels', ZERO),
-    'pooled(Attention)': (pooled(Attention), 'features', ZERO), 'pooled(NST)': (pooled(NST), 'features', ZERO),
-    'halving(FitNet)': (halving(FitNet), 'features', ZERO),
+    'pooled(Attention)': (pool_to_smaller(Attention), 'features', ZERO), 'pooled(NST)': (pool_to_smaller(NST), 'features', ZERO),
+    'halving(FitNet)': (weighted_sum_over_layers(FitNet), 'features', ZERO),
     'FactorTransfer, attention': (partial(FactorTransfer, p1=2, p2=2), 'features', ZERO),
     'KTA, p=2': (partial(KTA, p=2, q=1), 'features', ZERO),
     'CATKD, raw': (partial(CATKD, normalize=False), 'features', ZERO), 'PKD, teacher resized': (partial(PKD, resize_stu=False), 'features', ZERO),
-    'normalized(RKD)': (normalized(RKD), 'features', ZERO),
+    'normalized(RKD)': (unit_length(RKD), 'features', ZERO),
     'CorrelationCongruence, bilinear': (partial(CorrelationCongruence, kernel='bilinear', normalize=False, squared=False), 'features', ZERO),
 }
 ALL = {**LOSSES, **VARIANTS}
 every = pytest.mark.parametrize('name', ALL)
 each  = pytest.mark.parametrize('name', LOSSES)
-def some(test): return pytest.mark.parametrize('name', [k for k,(f,*_) in ALL.items() if test(needs(f).wanted)])
+def some(test): return pytest.mark.parametrize('name', [k for k,(f,*_) in ALL.items() if test(loss_args(f).accepted)])
 with_maps,with_preds,with_labels = (some(lambda n, o=o: o in n) for o in ('fm_t','teacher_pred','target'))
 
 # --- inputs
@@ -85,21 +86,21 @@ with_maps,with_preds,with_labels = (some(lambda n, o=o: o in n) for o in ('fm_t'
 GRIDS = {'shape': (((4,6,6),(8,3,3)), ((4,6,6),(8,3,3))), 'size': (((4,6,6),(8,3,3)), ((6,6,6),(12,3,3))),
          'channels': (((4,6,6),(8,3,3)), ((4,5,5),(8,4,4))), 'batch': (((4,6,6),(8,3,3)), ((6,5,5),(12,2,2)))}
 
-def equal(name):
+def must_match(name):
     "What must be equal in student and teacher"
-    return 'batch' if name.startswith('pooled') else 'size' if name=='FactorTransfer, attention' else facts(ALL[name][0]).equal
+    return 'batch' if name.startswith('pooled') else 'size' if name=='FactorTransfer, attention' else get_loss_info(ALL[name][0]).must_match
 
 def inputs(name, B=4, C=5, dtype=torch.float32, seed=0, same=False, grids=None):
     "Random arguments for a loss, as different in shape as it allows"
     f,kind,_ = ALL[name]
     g = torch.Generator().manual_seed(seed)
     def rand(*shape): return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
-    s,t = grids or GRIDS[equal(name)]
+    s,t = grids or GRIDS[must_match(name)]
     fm_t = {f't{i}': rand(B,*o) for i,o in enumerate(t)}
     x = dict(pred=2*rand(B,C), teacher_pred=2*rand(B,C), fm_t=fm_t, fm_s={f's{i}': rand(B,*o) for i,o in enumerate(s)},
              target=torch.randint(C, (B,), generator=g) if kind!='numbers' else rand(B,C))
     if same: x.update(pred=x['teacher_pred'].clone(), fm_s={k.replace('t','s'): v.clone() for k,v in fm_t.items()})
-    return {k: x[k] for k in inspect.signature(f).parameters if k in needs(f).wanted}
+    return {k: x[k] for k in inspect.signature(f).parameters if k in loss_args(f).accepted}
 
 def changed(x, f, who=('pred','teacher_pred','fm_s','fm_t')):
     def on(v): return {k: f(t) for k,t in v.items()} if isinstance(v, dict) else f(v)
@@ -135,19 +136,19 @@ def test_golden(method):
 
 def test_table():
     "Every public loss is in the table, and says what it needs as the table does"
-    public = {n for m in (output, feature, relation) for n in m.__all__ if hasattr(getattr(m, n), 'about')}
+    public = {n for m in (output, feature, relation) for n in m.__all__ if hasattr(getattr(m, n), 'info')}
     assert public==set(LOSSES)
     for name,(f,kind,_) in ALL.items():
-        n = needs(f).wanted
+        n = loss_args(f).accepted
         assert kind==('both' if {'fm_s','teacher_pred'}<=n else 'features' if 'fm_s' in n else 'predictions' if 'target' not in n else kind) and kind in ('both','features','predictions','labels','numbers')
 
 @each
 def test_documented(name):
     f = LOSSES[name][0]
     assert len(f.__doc__)>30 and all(v for k,v in docments(f).items() if k not in ('kwargs','self'))
-    a = facts(f)
+    a = get_loss_info(f)
     assert a.url.startswith('https://') and re.search(r'\b(19|20)\d\d$', a.paper) and a.best_for and a.complexity in ('low','medium','high') and a.cost and a.weight>0
-    page = next(p for m,p in ((output,'01_losses.output'),(feature,'02_losses.feature'),(relation,'03_losses.relation')) if name in m.__all__)
+    page = next(p for m,p in ((output,'11_losses.output'),(feature,'12_losses.feature'),(relation,'13_losses.relation')) if name in m.__all__)
     prose = [''.join(c['source']) for c in json.loads((root/'nbs'/f'{page}.ipynb').read_text())['cells'] if c['cell_type']=='markdown']
     entry, = [c for c in prose if c.startswith(f'## {name}\n')]
     marks = ['$$', '**Paper**', '**Reduction**', '**Range**', '**Default weight**', '**At equality**', '**Differs from the paper in**']
@@ -176,7 +177,7 @@ def test_signature(name):
     f = ALL[name][0]
     params = inspect.signature(f).parameters
     assert all((p.default is p.empty)==(k in ('pred','teacher_pred','fm_s','fm_t','target')) for k,p in params.items() if k!='kwargs')
-    assert 'kwargs' in params and loss_name(f) in LOSSES and facts(f) is facts(LOSSES[loss_name(f)][0])
+    assert 'kwargs' in params and loss_name(f) in LOSSES and get_loss_info(f) is get_loss_info(LOSSES[loss_name(f)][0])
 
 # --- the menu
 
@@ -266,7 +267,7 @@ def test_channels_last(name):
 def test_tokens(name):
     "Features `(B, N, D)` count as maps with channels last"
     def flat(shapes): return tuple((c,h*w) for c,h,w in shapes)
-    grids = tuple(map(flat, GRIDS[equal(name)]))
+    grids = tuple(map(flat, GRIDS[must_match(name)]))
     x = inputs(name, grids=grids, dtype=torch.float64)
     tokens = changed(x, lambda t: t.mT if t.ndim==3 else t, ('fm_s','fm_t'))
     value,grads = run(name, tokens)
@@ -295,7 +296,7 @@ def test_compile(name):
 def test_gradcheck(name):
     if name=='WSLD': pytest.skip("its weights have no gradient: see test_wsld")
     small = {'shape': (((2,3,3),(4,2,2)),)*2, 'size': (((2,3,3),(4,2,2)), ((3,3,3),(6,2,2))), 'channels': (((2,3,3),(4,2,2)), ((2,2,2),(4,3,3))), 'batch': (((2,3,3),(4,2,2)), ((3,2,2),(6,2,2)))}
-    x = inputs(name, B=3, C=4, dtype=torch.float64, seed=1, grids=small[equal(name)])
+    x = inputs(name, B=3, C=4, dtype=torch.float64, seed=1, grids=small[must_match(name)])
     keys = [(n,k) for n in ('pred','fm_s') if n in x and not (n=='pred' and name=='Similarity') for k in (x[n] if isinstance(x[n], dict) else [None])]
     def f(*leaves):
         y = {**x, **({'fm_s': dict(x['fm_s'])} if 'fm_s' in x else {})}
@@ -338,7 +339,7 @@ def test_unequal_predictions(name):
 @with_preds
 def test_one_class(name):
     x = changed(inputs(name), lambda t: t[:,:1], ('pred','teacher_pred') + (('target',) if ALL[name][1]=='numbers' else ()))
-    if facts(ALL[name][0]).softmax:
+    if get_loss_info(ALL[name][0]).softmax:
         with pytest.raises(ValueError, match=r'at least two classes, got \(4, 1\)'): ALL[name][0](**x)
     else: assert run(name, x)[0].isfinite()
 
@@ -355,7 +356,7 @@ def test_bad_features(name):
     with pytest.raises(ValueError, match='got 0 and 0'): f(**{**x, 'fm_s': {}, 'fm_t': {}})
     with pytest.raises(TypeError, match='fm_s must be a dict'): f(**{**x, 'fm_s': [*x['fm_s'].values()]})
     bad = {'batch': lambda t: t[:3], 'channels': lambda t: t[:,:1], 'size': lambda t: t[:,:,:2,:2], 'shape': lambda t: t[:,:1]}
-    for k in {'batch', equal(name)}:
+    for k in {'batch', must_match(name)}:
         fm_t = {n: bad[k](t) for n,t in x['fm_t'].items()}
         a,b = (re.escape(str(tuple(fm[n].shape))) for fm,n in ((x['fm_s'],'s0'), (fm_t,'t0')))
         with pytest.raises(ValueError, match=f'{a}.*{b}'): f(**{**x, 'fm_t': fm_t})
@@ -435,9 +436,9 @@ def test_standardize():
 def test_wrappers_keep_the_order():
     "Arguments by place or by name, wherever the features stand"
     x = inputs('SRD')
-    for w in (pooled, normalized): close(w(SRD)(*x.values()), w(SRD)(**x))
-    assert [*x]==['pred','teacher_pred','fm_s','fm_t'] and pooled(SRD)(**x)==SRD(**x)
-    with pytest.raises(TypeError, match='fm_t'): pooled(SRD)(x['pred'], x['teacher_pred'], x['fm_s'])
+    for w in (pool_to_smaller, unit_length): close(w(SRD)(*x.values()), w(SRD)(**x))
+    assert [*x]==['pred','teacher_pred','fm_s','fm_t'] and pool_to_smaller(SRD)(**x)==SRD(**x)
+    with pytest.raises(TypeError, match='fm_t'): pool_to_smaller(SRD)(x['pred'], x['teacher_pred'], x['fm_s'])
 
 def test_both_forms_of_nst():
     "More positions than channels, and fewer"

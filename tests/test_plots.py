@@ -64,20 +64,20 @@ def test_softened():
 
 def test_agreement():
     s,t = torch.eye(3)[[0,0,1,2,2]],torch.eye(3)[[0,1,1,2,0]]
-    table = agreement(s, t, ['a','b','c'])
+    table = class_agreement(s, t, ['a','b','c'])
     assert table.loc['b','a']==1 and table.loc['a','c']==1 and table.loc['a','a']==1 and table.values.sum()==5 and (table.index.name, table.columns.name)==('teacher','student')
     ax = plot_agreement(s, t, ['a','b','c'])
     assert np.array_equal(shown(ax), table.values) and '60.0%' in ax.get_title() and words(ax).count('1')==5
     assert (ax.get_ylabel(), ax.get_xlabel())==('teacher','student') and [o.get_text() for o in ax.get_yticklabels()]==['a','b','c']
-    with pytest.raises(ValueError, match=r'\(5, 3\) and \(5, 2\)'): agreement(s, t[:,:2])
+    with pytest.raises(ValueError, match=r'\(5, 3\) and \(5, 2\)'): class_agreement(s, t[:,:2])
 
 def test_agreement_of_dense_predictions():
     s = torch.randn(2,3,4,4)
-    assert (agreement(s, s).values == np.diag(np.bincount(s.argmax(1).flatten(), minlength=3))).all()
+    assert (class_agreement(s, s).values == np.diag(np.bincount(s.argmax(1).flatten(), minlength=3))).all()
 
 def test_learner_agreement(student, teacher):
     ax = student.plot_agreement(teacher)
-    assert np.array_equal(shown(ax), agreement(student.model.eval()(x), teacher.model.eval()(x)).values) and shown(ax).sum()==797
+    assert np.array_equal(shown(ax), class_agreement(student.model.eval()(x), teacher.model.eval()(x)).values) and shown(ax).sum()==797
     assert shown(student.plot_agreement(teacher, dl=dls.train, teacher_tfm=lambda x: x*0)).astype(bool).sum(1).astype(bool).sum()==1   # a blank picture has one answer
 
 def test_learner_agreement_names_classes():

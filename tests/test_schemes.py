@@ -159,11 +159,11 @@ def test_generations(teachers):
         if teacher: learn.distill(teacher)
         fit(learn)
     a,b = learner(6),learner(4)
-    t = generations({'assistant': a, 'small': b}, train, teachers[0])
+    t = train_generations({'assistant': a, 'small': b}, train, teachers[0])
     assert taught==[(a,teachers[0]),(b,a)]
     assert [*t.index]==['teacher','assistant','small'] and t.parameters.is_monotonic_decreasing
     assert t.accuracy['small']==pytest.approx(b.validate()[1]) and t.valid_loss['teacher']==pytest.approx(teachers[0].validate()[0])
-    born = generations([learner(seed=s) for s in range(3)], train)
+    born = train_generations([learner(seed=s) for s in range(3)], train)
     assert [*born.index]==[1,2,3] and taught[2][1] is None and taught[4][1] is taught[3][0] and born.parameters.nunique()==1
 
 # ---- mutual learning
@@ -350,10 +350,10 @@ def test_self_distillation():
     fit(a, cbs=Look())
 
 def test_a_teacher_teaches_every_exit(teachers):
-    kd = KnowledgeDistillationCallback(teachers[0], [SoftTarget, Term(exits(SoftTarget), 0.5, layers={'student': ['exit'], 'teacher': []}, name='early')])
+    kd = KnowledgeDistillationCallback(teachers[0], [SoftTarget, Term(on_exits(SoftTarget), 0.5, layers={'student': ['exit'], 'teacher': []}, name='early')])
     h = history(fit(learner(cbs=kd, model=WithExit()), 3))
     assert h.early.iloc[-1]<h.early.iloc[0]
-    with pytest.raises(TypeError, match="no parameter 'temperature'"): exits(partial(SoftTarget, temperature=3))
+    with pytest.raises(TypeError, match="no parameter 'temperature'"): on_exits(partial(SoftTarget, temperature=3))
 
 # ---- schedules, balance, class maps
 

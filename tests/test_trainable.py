@@ -11,7 +11,8 @@ from fastai.callback.all import *
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from kd_fastai.all import *
-from kd_fastai.contract import facts, loss_name, loss_table, needs
+from kd_fastai.info import get_loss_info, loss_table
+from kd_fastai.signature import loss_name, loss_args
 from kd_fastai.demo import digits, small_net
 from kd_fastai.losses import trainable
 from kd_fastai.losses.trainable import TrainableLoss
@@ -93,7 +94,7 @@ def built(name, x=None):
 
 def changed(x, f, who=('fm_s','fm_t')): return {k: {n: f(t) for n,t in v.items()} if k in who else v for k,v in x.items()}
 
-def student(loss, x): return [t for k in ('fm_s','pred') if k in needs(loss).wanted for t in (x[k].values() if k=='fm_s' else [x[k]])]
+def student(loss, x): return [t for k in ('fm_s','pred') if k in loss_args(loss).accepted for t in (x[k].values() if k=='fm_s' else [x[k]])]
 
 def run(loss, x):
     "Value, and gradients of the student's tensors and the loss's own weights; the loss stays as it was"
@@ -101,7 +102,7 @@ def run(loss, x):
     x['pred'] = x['pred'].detach().clone().requires_grad_()
     own,before = [p for p in loss.parameters() if p.requires_grad],deepcopy(loss.state_dict())
     torch.manual_seed(3)  # of what is drawn
-    value = loss(**needs(loss).pick(x))
+    value = loss(**loss_args(loss).select(x))
     assert value.shape==() and value.requires_grad
     grads = torch.autograd.grad(value, student(loss, x)+own)
     loss.load_state_dict(before)
@@ -169,7 +170,7 @@ def test_golden_margins():
 
 def test_table():
     "Every public loss of the module is in the menu, and appears in the tables"
-    public = {n for n in trainable.__all__ if hasattr(getattr(trainable, n), 'about')}
+    public = {n for n in trainable.__all__ if hasattr(getattr(trainable, n), 'info')}
     assert public=={*LOSSES}
     table = loss_table([getattr(trainable, n) for n in LOSSES])
     assert all(f'`{n}`' in table for n in LOSSES) and 'layers, equal batch; trains regressors' in table
@@ -177,16 +178,16 @@ def test_table():
 @every
 def test_facts(name):
     loss = ALL[name].make()
-    f = facts(loss)
-    assert f.trains and f.equal==ALL[name].fits and loss_name(loss)==type(loss).__name__ and isinstance(loss, TrainableLoss)
-    assert needs(loss).required<=needs(loss).wanted and needs(loss).takes_all
+    f = get_loss_info(loss)
+    assert f.trains and f.must_match==ALL[name].fits and loss_name(loss)==type(loss).__name__ and isinstance(loss, TrainableLoss)
+    assert loss_args(loss).required<=loss_args(loss).accepted and loss_args(loss).has_var_kwargs
 
 @each
 def test_documented(name):
-    cls,a = getattr(trainable, name),facts(getattr(trainable, name))
+    cls,a = getattr(trainable, name),get_loss_info(getattr(trainable, name))
     assert len(cls.__doc__)>30 and cls.forward.__doc__ and all(v for o in ([cls] if '__init__' in vars(cls) else [])+[cls.forward] for k,v in docments(o).items() if k not in ('kwargs','self','return'))
     assert a.url.startswith('https://') and re.search(r'\b(19|20)\d\d$', a.paper) and a.best_for and a.complexity in ('low','medium','high') and a.cost and a.weight>0
-    prose = [''.join(c['source']) for c in json.loads((root/'nbs'/'05_losses.trainable.ipynb').read_text())['cells'] if c['cell_type']=='markdown']
+    prose = [''.join(c['source']) for c in json.loads((root/'nbs'/'14_losses.trainable.ipynb').read_text())['cells'] if c['cell_type']=='markdown']
     entry, = [c for c in prose if c.startswith(f'## {name}\n')]
     marks = ['$$', '**Paper**', '**Reduction**', '**Range**', '**Default weight**', '**At equality**', '**Differs from the paper in**', '**Trains**', '**Adds**']
     assert [m for m in marks if m not in entry]==[] and [entry.index(m) for m in marks]==sorted(entry.index(m) for m in marks)
@@ -197,7 +198,7 @@ def test_documented(name):
 @every
 def test_not_built(name):
     loss,x = ALL[name].make(),inputs(name)
-    with pytest.raises(RuntimeError, match=f'{loss_name(loss)} has no weights yet.*call build'): loss(**needs(loss).pick(x))
+    with pytest.raises(RuntimeError, match=f'{loss_name(loss)} has no weights yet.*call build'): loss(**loss_args(loss).select(x))
     with pytest.raises(TypeError, match=rf'{loss_name(loss)}.build needs'): loss.build()
     assert not loss.built and not [*loss.parameters()]
 
@@ -231,7 +232,7 @@ def test_gradient(name):
     x = changed(inputs(name), lambda t: t.requires_grad_())
     x.update({k: x[k].requires_grad_() for k in ('pred','teacher_pred')})
     loss = built(name, x)
-    loss(**needs(loss).pick(x)).backward()
+    loss(**loss_args(loss).select(x)).backward()
     assert all(t.grad is None for t in (x['teacher_pred'], *x['fm_t'].values(), *x['teacher'].parameters()))
     for t in student(loss, x): assert t.grad.isfinite().all() and t.grad.abs().sum()>0
     for n,p in loss.named_parameters():
@@ -248,7 +249,7 @@ def test_learns(name):
     opt = torch.optim.Adam([p for p in loss.parameters() if p.requires_grad], 1e-2)
     values = []
     for _ in range(30):
-        values.append(v := loss(**needs(loss).pick(x)))
+        values.append(v := loss(**loss_args(loss).select(x)))
         opt.zero_grad(); v.backward(); opt.step()
     assert values[-1]<values[0]-(1e-3 if name=='AFD' else 1e-2)   # its attention can only choose
 
@@ -290,7 +291,7 @@ def test_channels_last(name):
 @every
 def test_tokens(name):
     "Tokens `(B, N, D)` count as maps of one column, embeddings as maps of one position"
-    if 'fm_s' not in needs(ALL[name].make()).wanted: pytest.skip("looks at no features")
+    if 'fm_s' not in loss_args(ALL[name].make()).accepted: pytest.skip("looks at no features")
     for shape in (lambda c: (6,c)), (lambda c: (c,)):
         if name=='AFD' and len(shape(1))==1: continue  # refuses one position
         s,t = ([shape(o[0]) for o in fm] for fm in (ALL[name].student, ALL[name].teacher))
@@ -306,7 +307,7 @@ def test_compile(name):
     x = inputs(name, dtype=torch.float64)
     loss = built(name, x)
     compiled = torch.compile(loss, fullgraph=name not in ('CRDBank','CTKD'), backend='aot_eager')
-    assert loss_name(compiled)==loss_name(loss) and needs(compiled)==needs(loss)
+    assert loss_name(compiled)==loss_name(loss) and loss_args(compiled)==loss_args(loss)
     close(run(compiled, x), run(loss, x), 1e-8)
 
 PARAMETERS = {   # as the page says, for the last pair, of C_s and C_t channels
@@ -327,7 +328,7 @@ def test_parameters(name):
 def test_bad_features(name):
     if name=='CTKD': pytest.skip("looks at no features")
     loss,x = built(name),inputs(name)
-    def call(**kw): return loss(**needs(loss).pick({**x, **kw}))
+    def call(**kw): return loss(**loss_args(loss).select({**x, **kw}))
     with pytest.raises(ValueError, match='got 0 and 0'): call(fm_s={}, fm_t={})
     with pytest.raises(TypeError, match='fm_s must be a dict'): call(fm_s=[*x['fm_s'].values()])
     n = len(x['fm_s'])
@@ -518,7 +519,7 @@ def test_simkd_student(layer, teachers, tmp_path):
     x = final.dls.valid.one_batch()[0]
     with torch.no_grad(), Capture(learn.model.eval(), [layer[0]]) as c:
         learn.model(x)
-        s, = simkd.eval().measured(o:=c.take(), {k: torch.zeros(len(x), simkd.channels[0][1]) for k in o})[0].values()
+        s, = simkd.eval().as_maps(o:=c.pop(), {k: torch.zeros(len(x), simkd.channels[0][1]) for k in o})[0].values()
         if layer==('1','2'): s = nn.AdaptiveAvgPool2d(2)(s)      # the student's map is larger
         close(final.model.eval()(x), simkd.classifier(simkd.transfer(s).mean((2,3))), 1e-5)
     assert final.validate()[1]>learn.validate()[1]+0.2

@@ -2,7 +2,7 @@
 import re
 from functools import partial
 from torch import nn
-from kd_fastai.contract import needs
+from kd_fastai.signature import loss_args
 from kd_fastai.losses import *
 
 def renamed(f, names): return lambda *args, **hp: f(*args, **{names.get(k, k): v for k,v in hp.items()})
@@ -25,17 +25,17 @@ OUTPUT = dict(
     skd_instance=output(paper(partial(StreamlinedKD, direction=0)), temperature='T'), skd_direction=output(paper(partial(StreamlinedKD, instance=0))),
 )
 FEATURE = dict(
-    attention=feature(Attention), attention_pooled=feature(pooled(Attention)), attention_paper=feature(AttentionNorm),
-    activation_boundaries=feature(ActivationBoundaries), activation_boundaries_authors=feature(weighted(partial(halving(ActivationBoundaries), m=1.), 3/1000), margin='m'),
-    fitnet=feature(FitNet), similarity=feature(partial(Similarity, pred=None)), nst_poly=feature(pooled(NST)), fsp=feature(FSP),
-    factor_transfer=feature(FactorTransfer), factor_transfer_repdistiller=feature(partial(pooled(FactorTransfer), p1=2)),
+    attention=feature(Attention), attention_pooled=feature(pool_to_smaller(Attention)), attention_paper=feature(AttentionNorm),
+    activation_boundaries=feature(ActivationBoundaries), activation_boundaries_authors=feature(weighted(partial(weighted_sum_over_layers(ActivationBoundaries), m=1.), 3/1000), margin='m'),
+    fitnet=feature(FitNet), similarity=feature(partial(Similarity, pred=None)), nst_poly=feature(pool_to_smaller(NST)), fsp=feature(FSP),
+    factor_transfer=feature(FactorTransfer), factor_transfer_repdistiller=feature(partial(pool_to_smaller(FactorTransfer), p1=2)),
     cwd=feature(weighted(CWD, 1.), tau='T'), pkd=feature(weighted(PKD, 1.)), cat_kd=feature(CATKD, cam_resolution='r'), hcl=feature(HCL),
     kta=feature(KTA), affinity=feature(Affinity), ofd_batch_margin=feature(PartialL2),
-    ofd_partial_l2=feature(lambda fm_s, fm_t, aux: len([*fm_t.values()][0])*halving(PartialL2)(fm_s, fm_t, margin={n: aux[f'margin_{n}'] for n in fm_t})),  # a sum over the batch
+    ofd_partial_l2=feature(lambda fm_s, fm_t, aux: len([*fm_t.values()][0])*weighted_sum_over_layers(PartialL2)(fm_s, fm_t, margin={n: aux[f'margin_{n}'] for n in fm_t})),  # a sum over the batch
     srd=both(partial(SRD, alpha=1.), exponent='alpha', temperature='T'),
 )
 RELATION = dict(
-    pkt=feature(PKT), rkd=feature(RKD, w_d='distance', w_a='angle'), rkd_l2norm=feature(normalized(RKD), w_d='distance', w_a='angle'),
+    pkt=feature(PKT), rkd=feature(RKD, w_d='distance', w_a='angle'), rkd_l2norm=feature(unit_length(RKD), w_d='distance', w_a='angle'),
     rkd_distance=feature(partial(RKD, distance=1., angle=0.)), rkd_angle=feature(partial(RKD, distance=0., angle=1.)),
     cc_taylor=feature(CorrelationCongruence, P_order='P'),
     cc_gaussian_torchdistill=feature(partial(CorrelationCongruence, normalize=False, squared=False), max_p='P'),
@@ -59,7 +59,7 @@ class Owned:
         loss.load_state_dict({**known, **{n: v for k,v in state.items() if (n := self.name(k)) in known}})
         return loss
 
-    def call(self, loss, **case): return loss(**needs(loss).pick({k: v for k,v in case.items() if v is not None}))
+    def call(self, loss, **case): return loss(**loss_args(loss).select({k: v for k,v in case.items() if v is not None}))
 
     def __call__(self, pred, teacher_pred, fm_s, fm_t, target, **kw):
         case = dict(pred=pred, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
@@ -108,7 +108,7 @@ TRAINABLE = dict(
     fitnet_regressor=Owned(FitNetRegressor, {'conv': 'regressors.0.0', 'bn': 'regressors.0.1'}),
     vid=Owned(VID, {'regressor': 'regressors.0', 'log_scale': 'log_scales.0'}), pad_l2=PAD(PADL2), reviewkd=Owned(ReviewKD),
     ofd_connector=Owned(partial(OFD, margin='batch'), {'connector': 'connectors.0'}, lambda **case: dict(teacher=None)),
-    ofd_authors=Summed(partial(OFD, distance=halving(PartialL2)), {'Connectors': 'connectors'}, norms),
+    ofd_authors=Summed(partial(OFD, distance=weighted_sum_over_layers(PartialL2)), {'Connectors': 'connectors'}, norms),
     srrl=Owned(SRRL, {r'srrl\.': '', 'cls_t': 'classifier.0'}, headed), simkd=Owned(SimKD, given=headed),
     mgd=Masked(MGD, 2e-5), mgd_channel=Masked(partial(MGD, 'channel'), 7e-5),
     semckd=Owned(SemCKD, {r'(query|key)_(\d)\.linear1': r'\1.\2.0', r'(query|key)_(\d)\.linear2': r'\1.\2.2',
