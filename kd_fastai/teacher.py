@@ -46,7 +46,7 @@ def read_teacher(
         if not isinstance(learn, Learner): raise TypeError(f"Expected an exported Learner in {str(source)!r}, got {type(learn).__name__}")
         return learn.model,learn
     if isinstance(source, Learner): return source.model,source
-    if isinstance(source, nn.Module): return source,getattr(source, '_learner', None)  # an Ensemble of Learners has one
+    if isinstance(source, nn.Module): return source,getattr(source, 'learner', None)  # an Ensemble of Learners has one
     kind = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
     raise TypeError(f"A teacher is an nn.Module, a Learner or the path of an exported Learner, got {kind}")
 
