@@ -29,12 +29,12 @@ from .fastai_internals import ScopedCallback, all_reduce_sum, batch_indices, in_
 from .info import get_loss_info
 from .layers import parse_layer_pairs, unique_names, unwrap_model
 from .losses import Attention, SoftTarget
-from .objective import Objective, Term, check_number, check_schedule
+from .objective import Objective, Term, check_number, check_schedule, check_weight
 from .owned import OwnedWeights, load_sidecar, save_sidecar, sidecar_path
 from .signature import loss_name
 from .teacher import Teacher, as_plain_tensor, get_logits
 
-# %% ../nbs/26_callback.ipynb #4ea1ea30
+# %% ../nbs/26_callback.ipynb #d2170dde
 class FitState:
     "What exists only during a fit"
     def __init__(self,
@@ -56,33 +56,33 @@ class FirstForward:
 
     Calls `ask` with its inputs right before it, and lets the student's layers be captured in it. A copy or a pickle of its hooks does nothing."""
     def __init__(self,
-        fit:FitState,  # State to update
-        ask:Callable   # `ask(*inputs)`, whose result becomes `fit.answer`
-    ): self.fit,self.ask = fit,ask
+        state:FitState, # State to update
+        ask:Callable   # `ask(*inputs)`, whose result becomes `state.answer`
+    ): self.state,self.ask = state,ask
 
     @torch.compiler.disable
     def before(self, module, inputs):
         "Forward pre-hook"
-        self.fit.capture.active = self.fit.awaits_forward
-        if not self.fit.awaits_forward: return
-        self.fit.awaits_forward = False
-        self.fit.answer = self.ask(*inputs)
+        self.state.capture.active = self.state.awaits_forward
+        if not self.state.awaits_forward: return
+        self.state.awaits_forward = False
+        self.state.answer = self.ask(*inputs)
 
     @torch.compiler.disable
     def after(self, module, inputs, output):
         "Forward hook"
-        self.fit.capture.active = False
+        self.state.capture.active = False
 
     @contextmanager
     def watching(self, model:nn.Module):
         "Hooks on `model` inside this context"
-        self.fit.capture.active = False
+        self.state.capture.active = False
         handles = [model.register_forward_pre_hook(self.before), model.register_forward_hook(self.after)]
         try: yield
         finally:
             for h in handles: h.remove()
 
-# %% ../nbs/26_callback.ipynb #4593b8a9
+# %% ../nbs/26_callback.ipynb #b509d3f6
 def loss_layout(
     loss_func:Callable # The loss function of a Learner
 )->tuple: # `(class axis, ignore_index)`, None for what is not known
@@ -110,9 +110,9 @@ class KnowledgeDistillationCallback(ScopedCallback):
     Raises `TypeError` and `ValueError` for losses, weights, schedules and layers of the teacher that cannot work; at the start of a fit for layers of the student and for
     models, vocabularies and normalizations that do not go together; and with the first batch, before any optimizer step, for shapes that do not fit."""
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
-    _copy_by_reference,_not_copied = ('teacher',),('fit',)
-    fit = None     # a `FitState` during a fit
-    history = None # the recorder's table of the last fit
+    _copy_by_reference,_not_copied = ('teacher',),('fit_state',)
+    fit_state = None # a `FitState` during a fit
+    history = None   # the recorder's table of the last fit
 
     def __init__(self,
         teacher:nn.Module|Learner|str|Path|Teacher, # An `nn.Module`, a `Learner`, the path of an exported `Learner`, or a `Teacher` such as `CachedTeacher`
@@ -136,7 +136,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         teacher = copy.copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)
         losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
         if not losses: raise ValueError("Expected at least one loss, got none")
-        task_weight = check_number(task_weight, 'task_weight')
+        weight,task_weight = check_weight(weight, 'weight'),check_number(task_weight, 'task_weight')
         check_schedule(schedule)
         check_adapt(adapt)
         pairs = parse_layer_pairs(activations_student if layers is None else layers, activations_teacher)
@@ -171,7 +171,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
     @property
     def is_capturing(self)->bool:
         "Whether an epoch's training runs, with hooks on the models"
-        return self.fit is not None and self.fit.is_capturing
+        return self.fit_state is not None and self.fit_state.is_capturing
 
     def _warn(self, key, msg):
         "Warn once for each key"
@@ -190,16 +190,16 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.objective.class_axis,self.objective.ignore_index = loss_layout(self.loss_func)
         self.teacher.prepare(self.learn.dls.train)
         capture = Capture(self.learn.model, self.objective.layers[0], who='student')
-        self.fit = FitState(capture, self.make_columns(), kd_callbacks(self.learn)[0] is self)
+        self.fit_state = FitState(capture, self.make_columns(), kd_callbacks(self.learn)[0] is self)
         self.scope.callback(self.end_fit)
         self.add_columns()
         if self.owned.source.built: self.owned.attach(self.learn, self.scope)
 
     def end_fit(self):
         "Remove hooks and columns; the end of the state `fitting`"
-        self.fit.epoch.close()
-        self.learn.metrics = [m for m in self.learn.metrics if m not in self.fit.columns.metrics]
-        self.fit = None
+        self.fit_state.epoch.close()
+        self.learn.metrics = [m for m in self.learn.metrics if m not in self.fit_state.columns.metrics]
+        self.fit_state = None
 
     def after_fit(self):
         "Leave the Learner as it was"
@@ -241,33 +241,33 @@ class KnowledgeDistillationCallback(ScopedCallback):
 
     def add_columns(self):
         "Show the columns for the length of the fit"
-        self.learn.metrics = [*self.learn.metrics, *self.fit.columns.metrics]
+        self.learn.metrics = [*self.learn.metrics, *self.fit_state.columns.metrics]
 
     # ---- an epoch's training
 
     def before_train(self):
         "Put hooks on the models until the epoch's training ends"
-        if self.fit is None: raise RuntimeError("The callback was added during a fit: add it before")
-        self.fit.epoch.close()
-        self.fit.columns.reset()
+        if self.fit_state is None: raise RuntimeError("The callback was added during a fit: add it before")
+        self.fit_state.epoch.close()
+        self.fit_state.columns.reset()
         self.owned.before_train(self.learn)
         device = next((p.device for p in self.learn.model.parameters()), None)
-        first = FirstForward(self.fit, self.ask_teacher)
-        for context in (self.teacher.ready(device), self.fit.capture, first.watching(self.learn.model)):
-            self.fit.epoch.enter_context(context)
-        self.fit.epoch.callback(setattr, self.fit, 'is_capturing', False)
-        self.fit.is_capturing = True
+        first = FirstForward(self.fit_state, self.ask_teacher)
+        for context in (self.teacher.ready(device), self.fit_state.capture, first.watching(self.learn.model)):
+            self.fit_state.epoch.enter_context(context)
+        self.fit_state.epoch.callback(setattr, self.fit_state, 'is_capturing', False)
+        self.fit_state.is_capturing = True
 
     def after_train(self):
         "Remove the hooks, and return the teacher as it was"
-        self.fit.epoch.close()
-        self.fit.columns.flush()
-        if self.fit.columns.count and not self.fit.columns.has_labels: self._warn_without_labels()
-        if is_distributed(self.learn): self.fit.columns.sum_over_processes(self.learn.model.device)
+        self.fit_state.epoch.close()
+        self.fit_state.columns.flush()
+        if self.fit_state.columns.count and not self.fit_state.columns.has_labels: self._warn_without_labels()
+        if is_distributed(self.learn): self.fit_state.columns.sum_over_processes(self.learn.model.device)
 
     def after_epoch(self):
         "Also remove the hooks if the epoch was cancelled during its training"
-        if self.fit is not None: self.fit.epoch.close()
+        if self.fit_state is not None: self.fit_state.epoch.close()
 
     # ---- one batch
 
@@ -276,12 +276,12 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if not self.is_capturing: return
         if not len(self.learn.yb): raise ValueError("The batch has no target, and fastai skips the backward pass without one: "
             "give unlabeled data a placeholder target by a transform, and set task_weight=0")
-        self.fit.awaits_forward,self.fit.answer = True,None
+        self.fit_state.awaits_forward,self.fit_state.answer = True,None
 
     def ask_teacher(self, *xb)->tuple:
         "The teacher's predictions and features for these inputs; random numbers stay as they are"
         device = next((o.device for o in xb if isinstance(o, Tensor)), torch.device('cpu'))
-        with self.fit.teacher_random.on(device):
+        with self.fit_state.teacher_random.on(device):
             return self.teacher(*xb, need_pred=not (self.can_exit_early and self.objective.built), **self.indices('cpu'))
 
     def after_loss(self):
@@ -289,12 +289,12 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if not self.is_capturing: return
         batch,task,values,weights = self.compute()
         self.record(batch, task, values, weights)
-        self.set_loss(self.objective.total(task if self.fit.is_first else self.learn.loss_grad, values, weights))
+        self.set_loss(self.objective.total(task if self.fit_state.is_first else self.learn.loss_grad, values, weights))
 
     def compute(self)->tuple: # `(batch, task loss, values, weights)`
         "Everything about this batch that the objective computes"
         batch = self.prepare_batch()
-        task = self.fit.task = self.task_loss(batch)
+        task = self.fit_state.task = self.task_loss(batch)
         values = self.objective.values(batch, self.pct_train)
         if self.objective.unknown_weights: self.find_weights(task, values)
         weights = self.objective.weights(task, values, self.pct_train)
@@ -306,13 +306,13 @@ class KnowledgeDistillationCallback(ScopedCallback):
         teacher_pred,fm_t = self.teacher_answer()
         pred,idx = self.student_pred(),self.indices(get_logits(self.learn.pred).device).get('idx')
         target,mixed = self.labels(self.learn.yb),self.mixed_labels()
-        batch = self.objective.prepare(pred, teacher_pred, self.fit.capture.pop(), fm_t, target, idx, mixed)
+        batch = self.objective.prepare(pred, teacher_pred, self.fit_state.capture.pop(), fm_t, target, idx, mixed)
         if not self.objective.built: self.build(batch)
         return batch._replace(teacher_pred=None) if self.can_exit_early else batch
 
     def teacher_answer(self)->tuple:
         "The teacher's predictions and features for this batch"
-        return self.fit.answer or self.ask_teacher(*self.learn.xb)  # the latter if the model was not called as such
+        return self.fit_state.answer or self.ask_teacher(*self.learn.xb)  # the latter if the model was not called as such
 
     def student_pred(self)->Tensor:
         "The student's predictions that losses compare"
@@ -347,7 +347,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
 
     def task_loss(self, batch)->Tensor:
         "The Learner's own loss. 0 for a batch without a known label, where it would be the mean of nothing"
-        if not self.fit.is_first: return kd_callbacks(self.learn)[0].fit.task
+        if not self.fit_state.is_first: return kd_callbacks(self.learn)[0].fit_state.task
         task,ignore = as_plain_tensor(self.learn.loss_grad),self.objective.ignore_index
         if ignore is None or not isinstance(batch.target, Tensor): return task
         return torch.where((batch.target!=ignore).any(), task, 0.)
@@ -357,9 +357,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         columns = {'task_loss': task, **values}
         if self.objective.balance: columns.update({f'{k}_weight': w for k,w in weights.items()})
         must_be_finite = [k for k,w in weights.items() if isinstance(w, Tensor) or w]
-        try: self.fit.columns.add(self.learn.iter, find_bs(self.learn.yb), columns, must_be_finite)
-        except FloatingPointError as e: raise FloatingPointError(f"epoch {self.epoch}: {e}") from None
-        self.fit.columns.has_labels |= batch.has_labels()
+        self.fit_state.columns.add(f"epoch {self.epoch}, batch {self.learn.iter}", find_bs(self.learn.yb), columns, must_be_finite)
+        self.fit_state.columns.has_labels |= batch.has_labels()
 
     def set_loss(self, total:Tensor):
         "Make `total` the loss of this batch. In several processes every parameter must take part, or `DistributedDataParallel` waits for it"
@@ -381,15 +380,15 @@ class KnowledgeDistillationCallback(ScopedCallback):
             sums = iter(all_reduce_sum([n for pair in norms.values() for n in pair], task.device))
             norms = {k: (next(sums), next(sums)) for k in norms}
         without = self.objective.find_weights(norms)
-        if without: self._warn('auto', f"{', '.join(without)} has no gradient on the first batch: "
+        if without and self.task_weight: self._warn('auto', f"{', '.join(without)} has no gradient on the first batch: "
             "its weight is the default of the loss instead of one found")
         found = ', '.join(f'{k} {w:.3g}' for k,w in self.objective.found_weights.items())
         if not rank_distrib(): print(f"Weights found on the first batch: {found}")
 
     def check_batch(self, batch, task, values, weights):
         "With the first batch of a fit: raise or warn about terms that cannot have an effect"
-        if self.fit.is_checked: return
-        self.fit.is_checked = True
+        if self.fit_state.is_checked: return
+        self.fit_state.is_checked = True
         self.objective.check_channels(batch)
         for o in self.terms:
             w,v = weights[o.name],values[o.name]
@@ -399,7 +398,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
     def check_frozen(self, term):
         "Warn if a term has no gradient because its layers are frozen; otherwise raise `ValueError`"
         layers = term.layers[0] if term.uses_features else []
-        params = [p for n in layers for p in self.fit.capture.modules[n].parameters()]
+        params = [p for n in layers for p in self.fit_state.capture.modules[n].parameters()]
         if params and not any(p.requires_grad for p in params): return self._warn(
             term.name, f"The student's layers {layers} are frozen: {term.name} has no effect on them")
         raise ValueError(f"{term.name} gives the student no gradient{f' through its layers {layers}' if layers else ''}: "
@@ -463,7 +462,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
             try: yield
             finally: self.learn.metrics = metrics
 
-# %% ../nbs/26_callback.ipynb #004ef684
+# %% ../nbs/26_callback.ipynb #55e9b55c
 def stateful_modules(
     model:nn.Module # Any model
 )->set:
@@ -479,7 +478,7 @@ def is_elementwise(
     functions = (F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
     return isinstance(loss_func, modules) or loss_func in functions
 
-# %% ../nbs/26_callback.ipynb #7a192917
+# %% ../nbs/26_callback.ipynb #672d7069
 @patch
 def distill(self:Learner,
     teacher:nn.Module|Learner|str|Path|Teacher, # As in `KnowledgeDistillationCallback`
@@ -499,7 +498,7 @@ def distill(self:Learner,
     self.remove_cbs(L(kd_callbacks(self)))
     return self.add_cb(kd)
 
-# %% ../nbs/26_callback.ipynb #95207bf5
+# %% ../nbs/26_callback.ipynb #592f1a00
 def recorder_table(
     learn:Learner # A Learner that has trained
 )->pd.DataFrame|None: # None if the recorder has no values

@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/columns.html.md"""
 # %% auto #0
 __all__ = ['TermColumn', 'Columns']
 
-# %% ../nbs/23_columns.ipynb #047320e2
+# %% ../nbs/23_columns.ipynb #a2a555cf
 import math
 from functools import partial
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from fastai.basics import ValueMetric
 from .fastai_internals import all_reduce_sum
 
-# %% ../nbs/23_columns.ipynb #03ebe780
+# %% ../nbs/23_columns.ipynb #5ee506d2
 class TermColumn(ValueMetric):
     "A metric that shows one mean of `Columns`. Its class tells our columns from the user's metrics"
 
@@ -35,14 +35,14 @@ class Columns:
         self.sums,self.count,self.pending,self.has_labels = dict.fromkeys(self.names, 0.),0,[],False
 
     def add(self,
-        step:int,        # Number of the batch, for error messages
+        where:str,       # Which batch this is, for error messages
         n:int,           # Samples in it
         values:dict,     # `{name: scalar tensor or number}`
         must_be_finite:list=() # Names whose values must be finite
     ):
         "Keep the values of one batch. Raises what `flush` raises"
         values = {k: torch.as_tensor(v).detach().mean() for k,v in values.items()}
-        self.pending.append((step, n, values, must_be_finite))
+        self.pending.append((where, n, values, must_be_finite))
         device = next(iter(values.values())).device
         if device.type=='cpu' or not self.count or len(self.pending)>=50: self.flush()
 
@@ -51,10 +51,10 @@ class Columns:
         pending,self.pending = self.pending,[]
         if not pending: return
         rows = torch.stack([values[k].double() for _,_,values,_ in pending for k in self.names]).view(len(pending), -1).tolist()
-        for (step,n,_,must_be_finite),row in zip(pending, rows):
+        for (where,n,_,must_be_finite),row in zip(pending, rows):
             values = dict(zip(self.names, row))
             for k in must_be_finite:
-                if not math.isfinite(values[k]): raise FloatingPointError(f"{k} is {values[k]} in batch {step}: "
+                if not math.isfinite(values[k]): raise FloatingPointError(f"{k} is {values[k]} in {where}: "
                     "check that the outputs of the teacher are finite; a smaller learning rate or gradient clipping may help")
             for k,v in values.items(): self.sums[k] += n*v
             self.count += n

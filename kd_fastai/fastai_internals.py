@@ -129,7 +129,7 @@ class ScopedCallback(Callback):
         res.__dict__.update({k: copy.deepcopy(v, memo) for k,v in self.__dict__.items() if k not in skip})
         return res
 
-# %% ../nbs/24_fastai_internals.ipynb #b0c778a5
+# %% ../nbs/24_fastai_internals.ipynb #37f89c7f
 def in_validation_context(
     learn:Learner # Any Learner
 )->bool:
@@ -153,7 +153,7 @@ class ExtraParams:
 
     def _enter(self, opt):
         self._set_last(opt, [*opt.param_lists[-1], *self.params])
-        if self.opt is not opt or len(self.states)!=len(self.params):
+        if self.opt not in (None, opt) or len(self.states)!=len(self.params):  # None: loaded from a file
             self.states,self.slow = [[{} for _ in self._state_dicts(opt)] for _ in self.params],None
         self.opt = opt
         for p,states in zip(self.params, self.states):

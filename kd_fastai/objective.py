@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/objective.html.md"""
 __all__ = ['AUTO_RATIO', 'Batch', 'check_number', 'check_schedule', 'check_weight', 'Term', 'as_float32', 'autocast_off',
            'find_class_axis', 'Objective']
 
-# %% ../nbs/22_objective.ipynb #db0c6993
+# %% ../nbs/22_objective.ipynb #32b62142
 import copy, math, operator
 from contextlib import nullcontext
 from functools import partial, reduce
@@ -25,7 +25,7 @@ from .layers import layer_name, parse_layer_pairs, unique_names
 from .signature import loss_args, loss_name, unwrap_loss
 from .teacher import as_plain_tensor
 
-# %% ../nbs/22_objective.ipynb #98c0f27b
+# %% ../nbs/22_objective.ipynb #3900fbdc
 class Batch(NamedTuple):
     "The inputs of all losses for one batch: see `Objective.prepare`"
     pred:Tensor                   # Predictions of the student, `(B, C)` or `(B, C, *spatial)`
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
         "Whether any position has a label"
         return self.mask is None or bool(self.mask.any())
 
-# %% ../nbs/22_objective.ipynb #799e73bd
+# %% ../nbs/22_objective.ipynb #b8b85fbc
 def check_number(
     x,        # A number
     what:str  # How the error calls it
@@ -85,7 +85,7 @@ def check_weight(
     if isinstance(weight, str): raise TypeError(f"{what} must be a number or 'auto', got {weight!r} (str)")
     return check_number(weight, what)
 
-# %% ../nbs/22_objective.ipynb #6a88b5ba
+# %% ../nbs/22_objective.ipynb #520df8e6
 class Term:
     """One part of the objective: `weight * schedule(progress) * loss`.
 
@@ -141,7 +141,7 @@ class Term:
         if res.adapt is None: res.adapt = adapt
         if self.args.required & {'fm_s','fm_t'} and not any(res.layers): raise ValueError(
             f"{loss_name(self.loss)} compares features, but no layers are named: give layers (match_feature_layers finds some)")
-        if res.adapt is not None and self.uses_features: res.loss = LossWithAdapters(self.loss, res.adapt)
+        if res.adapt is not None and self.uses_features and not isinstance(res.loss, LossWithAdapters): res.loss = LossWithAdapters(self.loss, res.adapt)
         return res
 
     def schedule_at(self,
@@ -197,7 +197,7 @@ class Term:
         if pairs: res += f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in pairs)}"
         return res if self.adapt is None else res+', adapted'
 
-# %% ../nbs/22_objective.ipynb #a9feea7e
+# %% ../nbs/22_objective.ipynb #edb99ab5
 def as_float32(
     t # A tensor, or anything else
 ):
@@ -220,7 +220,7 @@ def find_class_axis(
     shape = getattr(target, 'shape', None)
     return -1 if shape==pred.shape[:-1]!=pred[:,0].shape else 1
 
-# %% ../nbs/22_objective.ipynb #048749cb
+# %% ../nbs/22_objective.ipynb #8205d8f8
 AUTO_RATIO = 1.  # norm of a term's gradient in units of the task loss's, for weight='auto'
 
 class Objective:
@@ -235,7 +235,7 @@ class Objective:
         class_map:list|None=None,# The teacher's column for each class of the student, -1 where it has none: see `match_classes`
         balance:bool=False       # Scale each term, batch by batch, to the size of the task loss
     ):
-        self.terms = [o if o.layers is not None else o.with_defaults(([],[])) for o in terms]
+        self.terms = [o.with_defaults(([],[])) for o in terms]
         for o,name in zip(self.terms, unique_names(['task_loss', *(o.name for o in self.terms)])[1:]): o.name = name
         self.task_weight = check_number(task_weight, 'task_weight')
         self.class_map = class_map
@@ -415,13 +415,11 @@ class Objective:
     )->list: # Names of the terms for which there was nothing to compare
         """Set each unknown weight so that the gradient of its term is `ratio` times that of the task loss: 1 for losses on predictions, and for losses on features.
 
-        A term or a task without a gradient gets the default weight of its loss, or 1. Raises `ValueError` for `task_weight=0`: there is nothing to compare with."""
-        if self.task_weight==0 and norms: raise ValueError(
-            f"weight='auto' compares with the task loss, but task_weight is 0: give {', '.join(norms)} a number")
+        If there is nothing to compare (a term or a task loss without a gradient, or a task loss of weight 0), the weight is the default of the loss, or 1."""
         without = []
         for o in self.unknown_weights:
             task,term = norms[o.name]
-            if task and term: self.found_weights[o.name] = AUTO_RATIO*self.task_weight*task/term
+            if task*term*self.task_weight: self.found_weights[o.name] = AUTO_RATIO*self.task_weight*task/term
             else:
                 self.found_weights[o.name] = getattr(get_loss_info(o.loss), 'weight', 1.)
                 without.append(o.name)

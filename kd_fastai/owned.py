@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/owned.html.md"""
 __all__ = ['SIDECAR_FORMAT', 'tensors_of', 'OwnedWeights', 'sidecar_path', 'file_digest', 'read_sidecar', 'save_sidecar',
            'load_sidecar']
 
-# %% ../nbs/25_owned.ipynb #19a8d389
+# %% ../nbs/25_owned.ipynb #daf56b4f
 import copy, hashlib, warnings
 from pathlib import Path
 import torch
@@ -17,7 +17,7 @@ from fastai.basics import Learner, join_path_file
 from fastai.callback.schedule import LRFinder
 from .fastai_internals import ExtraParams, all_reduce_grads, broadcast_from_rank0, extra_parameters, is_distributed
 
-# %% ../nbs/25_owned.ipynb #727d0ae6
+# %% ../nbs/25_owned.ipynb #edd868e2
 def tensors_of(
     state # A state dict, nested or not
 )->list:
@@ -52,6 +52,7 @@ class OwnedWeights:
         scope          # An `ExitStack` that is closed at the end of the fit
     ):
         "Let the optimizer train the parameters until `scope` closes. `lr_find` leaves them as they were"
+        if learn.opt is None: return  # learn.summary, for one, calls before_fit without an optimizer
         trial = any(isinstance(cb, LRFinder) for cb in learn.cbs)
         if trial: scope.callback(self.source.load_state_dict, copy.deepcopy(self.source.state_dict()))
         in_optimizer = {id(p) for group in learn.opt.param_lists for p in group}
@@ -90,7 +91,7 @@ class OwnedWeights:
         if len(state['optimizer'])==len(self.params):
             self.extra.states = [[on_device(s, p) for s in states] for states,p in zip(state['optimizer'], self.params)]
 
-# %% ../nbs/25_owned.ipynb #ed4481ec
+# %% ../nbs/25_owned.ipynb #0698f06e
 SIDECAR_FORMAT = 'kd_fastai 1'
 
 def sidecar_path(

@@ -99,6 +99,7 @@ class ScoreTeacher(Callback):
         "Add one batch of the validation set"
         objective = self.kd.objective
         pred = self.kd.teacher(*self.xb, need_pred=True)[0]
+        if pred is None: pred = get_logits(self.pred)  # a student that teaches itself
         batch = objective.prepare(get_logits(self.pred), pred, target=self.kd.labels(self.yb))
         self.compare(batch.pred, batch.teacher_pred, batch.target)
         if objective.class_map is not None: pred = in_student_order(pred, objective.class_map)
