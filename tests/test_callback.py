@@ -444,7 +444,7 @@ def test_nothing_stays(teacher, captures, ex, phase, kept):
     metrics = learn.metrics.attrgot('name')
     with surfaces(ex, phase): learn.fit(1, cbs=event if kept else [kd, *event])
     assert fault.fired==1
-    assert len(captures)==2 or phase=='before_fit'
+    if phase!='before_fit': assert len(captures)>=2
     for c in captures: assert not c.outputs
     assert hooks(t, learn.model)==0
     assert learn.metrics.attrgot('name')==metrics
