@@ -1,19 +1,19 @@
-"What the pictures draw: the data on their axes, and that looking changes nothing."
+"Plots show the right data on their axes, and change nothing."
 import copy
-from functools import partial
 import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt
-import numpy as np, pandas as pd, pytest, torch, torchvision
+import numpy as np, pytest, torch, torchvision
 from torch import nn
-from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, accuracy, set_seed
+from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock
 from kd_fastai.all import *
-from kd_fastai.demo import digits, small_net, train
+from kd_fastai.demo import digits, train
 from kd_fastai.plots import *
+from support import KD, history, hooks
 
 dls = digits(100)
 x,y = dls.valid.one_batch()
 def distilled(teacher, layers=['1','2']):
-    return lambda student: KnowledgeDistillationCallback(teacher, [Term(SoftTarget, weight=0.5), Term(Attention, weight=10)], layers)
+    return lambda student: KD(teacher, [Term(SoftTarget, weight=0.5), Term(Attention, weight=10)], layers)
 
 @pytest.fixture(autouse=True)
 def close():
@@ -31,7 +31,8 @@ def words(ax): return [t.get_text() for t in ax.texts]
 
 def test_attention_maps(student, teacher):
     axs = plot_attention(student, teacher, x, [('1','1'), ('2','2')], n=3)
-    assert axs.shape==(3,5) and [a.get_title() for a in axs[0]]==['input','student 1','teacher 1','student 2','teacher 2']
+    assert axs.shape==(3,5)
+    assert [a.get_title() for a in axs[0]]==['input','student 1','teacher 1','student 2','teacher 2']
     for i,(m,n) in enumerate(((student.model,1), (teacher.model,1), (student.model,2), (teacher.model,2)), 1):
         want = m.eval()[:n+1](x[:3]).pow(2).mean(1).detach()
         for row in range(3): assert np.allclose(shown(axs[row,i]), want[row], atol=1e-5)
@@ -39,36 +40,49 @@ def test_attention_maps(student, teacher):
 
 def test_attention_of_layers_of_other_sizes_and_names(student, teacher):
     axs = plot_attention(student, teacher, x, [('1','2')], n=2)
-    assert shown(axs[0,1]).shape==(4,4) and shown(axs[0,2]).shape==(2,2)
+    assert shown(axs[0,1]).shape==(4,4)
+    assert shown(axs[0,2]).shape==(2,2)
     fig,mine = plt.subplots(2, 3)
     assert plot_attention(student, teacher, x, [('1','2')], n=2, axs=mine)[0,0] is mine[0,0]
-    with pytest.raises(ValueError, match='Expected 2 x 5 axes, got 6'): plot_attention(student, teacher, x, ['1','2'], n=2, axs=mine)
+    with pytest.raises(ValueError, match='Expected 2 x 5 axes, got 6'):
+        plot_attention(student, teacher, x, ['1','2'], n=2, axs=mine)
 
-def test_attention_of_colour_pictures():
+def test_attention_shows_color_pictures():
     m,im = torchvision.models.resnet18(), torch.randn(2,3,32,32)
     axs = plot_attention(m, m, im, 'layer1', n=2)
-    assert shown(axs[0,0]).shape==(32,32,3) and shown(axs[1,0]).min()==0 and shown(axs[1,0]).max()==1
+    assert shown(axs[0,0]).shape==(32,32,3)
+    assert shown(axs[1,0]).min()==0
+    assert shown(axs[1,0]).max()==1
     assert np.array_equal(shown(axs[0,1]), shown(axs[0,2]))
 
 def test_softened():
     t,s = torch.tensor([3.,1.,0.]),torch.tensor([0.,1.,2.])
     axs = plot_softened(t, T=(1,5))
     for ax,T in zip(axs, (1,5)):
-        assert np.allclose(heights(ax), (t/T).softmax(0)) and ax.get_title()==f'T={T}'
+        assert np.allclose(heights(ax), (t/T).softmax(0))
+        assert ax.get_title()==f'T={T}'
     axs = plot_softened(dict(teacher=t, student=s), T=(2,), vocab=['a','b','c'])
     assert np.allclose(heights(axs[0]), torch.cat([(t/2).softmax(0), (s/2).softmax(0)]))
-    assert [o.get_text() for o in axs[0].get_xticklabels()]==['a','b','c'] and [o.get_text() for o in axs[0].get_legend().get_texts()]==['teacher','student']
+    assert [o.get_text() for o in axs[0].get_xticklabels()]==['a','b','c']
+    assert [o.get_text() for o in axs[0].get_legend().get_texts()]==['teacher','student']
     left = [p.get_x() for p in axs[0].patches]
-    assert len({round(o,6) for o in left})==6   # beside each other, not on each other
+    assert len({round(o,6) for o in left})==6   # next to each other, not on top of each other
     with pytest.raises(ValueError, match='above 0'): plot_softened(t, T=(0,1))
 
 def test_agreement():
     s,t = torch.eye(3)[[0,0,1,2,2]],torch.eye(3)[[0,1,1,2,0]]
     table = class_agreement(s, t, ['a','b','c'])
-    assert table.loc['b','a']==1 and table.loc['a','c']==1 and table.loc['a','a']==1 and table.values.sum()==5 and (table.index.name, table.columns.name)==('teacher','student')
+    assert table.loc['b','a']==1
+    assert table.loc['a','c']==1
+    assert table.loc['a','a']==1
+    assert table.values.sum()==5
+    assert (table.index.name, table.columns.name)==('teacher','student')
     ax = plot_agreement(s, t, ['a','b','c'])
-    assert np.array_equal(shown(ax), table.values) and '60.0%' in ax.get_title() and words(ax).count('1')==5
-    assert (ax.get_ylabel(), ax.get_xlabel())==('teacher','student') and [o.get_text() for o in ax.get_yticklabels()]==['a','b','c']
+    assert np.array_equal(shown(ax), table.values)
+    assert '60.0%' in ax.get_title()
+    assert words(ax).count('1')==5
+    assert (ax.get_ylabel(), ax.get_xlabel())==('teacher','student')
+    assert [o.get_text() for o in ax.get_yticklabels()]==['a','b','c']
     with pytest.raises(ValueError, match=r'\(5, 3\) and \(5, 2\)'): class_agreement(s, t[:,:2])
 
 def test_agreement_of_dense_predictions():
@@ -77,32 +91,40 @@ def test_agreement_of_dense_predictions():
 
 def test_learner_agreement(student, teacher):
     ax = student.plot_agreement(teacher)
-    assert np.array_equal(shown(ax), class_agreement(student.model.eval()(x), teacher.model.eval()(x)).values) and shown(ax).sum()==797
-    assert shown(student.plot_agreement(teacher, dl=dls.train, teacher_tfm=lambda x: x*0)).astype(bool).sum(1).astype(bool).sum()==1   # a blank picture has one answer
+    s,t = student.model.eval()(x),teacher.model.eval()(x)
+    assert np.array_equal(shown(ax), class_agreement(s, t).values)
+    assert shown(ax).sum()==797
+    blank = shown(student.plot_agreement(teacher, dl=dls.train, teacher_tfm=lambda x: x*0))
+    assert (blank.sum(1)>0).sum()==1   # the teacher gives blank pictures one class
 
 def test_learner_agreement_names_classes():
-    "Pictures, so that the data have a vocabulary"
+    "The axes have the vocabulary of the data."
     ims = [np.full((8,8), v, np.uint8) for v in (0,255)]
-    d = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: [0,1]*4, get_x=lambda i: ims[i], get_y=lambda i: 'dark light'.split()[i]).dataloaders(None, bs=2)
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: [0,1]*4, get_x=lambda i: ims[i],
+        get_y=lambda i: ['dark','light'][i])
+    d = block.dataloaders(None, bs=2)
     from fastai.basics import Learner, CrossEntropyLossFlat
     learn = Learner(d, nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), loss_func=CrossEntropyLossFlat())
     learn.model(d.one_batch()[0])
     ax = learn.plot_agreement(copy.deepcopy(learn.model))
-    assert [o.get_text() for o in ax.get_xticklabels()]==['dark','light'] and '100.0%' in ax.get_title()
+    assert [o.get_text() for o in ax.get_xticklabels()]==['dark','light']
+    assert '100.0%' in ax.get_title()
 
 def by_definition(a, b):
-    "HSIC of linear kernels, centred by the matrix H"
+    "CKA from HSIC of linear kernels, centered by the matrix H"
     n = len(a)
     H = torch.eye(n).double()-1/n
     K,L = ((f:=o.flatten(1).double())@f.T for o in (a,b))
-    hsic = lambda K,L: (K@H@L@H).trace()
+    def hsic(K, L): return (K@H@L@H).trace()
     return (hsic(K,L)/(hsic(K,K)*hsic(L,L)).sqrt()).item()
 
 def test_cka():
     torch.manual_seed(0)
     a,b = torch.randn(20,3,2,2),torch.randn(20,7)
-    assert linear_cka(a, b)==pytest.approx(by_definition(a, b)) and linear_cka(a, b)==pytest.approx(linear_cka(b, a))
-    assert linear_cka(b, 5-2*b)==pytest.approx(1) and np.isnan(linear_cka(a, torch.ones(20,2)))
+    assert linear_cka(a, b)==pytest.approx(by_definition(a, b))
+    assert linear_cka(a, b)==pytest.approx(linear_cka(b, a))
+    assert linear_cka(b, 5-2*b)==pytest.approx(1)
+    assert np.isnan(linear_cka(a, torch.ones(20,2)))
     with pytest.raises(ValueError, match='20 and 19'): linear_cka(a, b[:19])
 
 def test_layer_similarity(student, teacher):
@@ -111,21 +133,27 @@ def test_layer_similarity(student, teacher):
     s,t = student.model.eval()[:2](x[:60]),teacher.model.eval()[:3](x[:60])
     assert table.loc['1','2']==pytest.approx(by_definition(s.detach(), t.detach()), abs=1e-4)
     ax = plot_similarity(student, teacher, x[:60])
-    assert np.allclose(shown(ax), table.values) and f'{table.loc["1","2"]:.2f}' in words(ax)
-    assert [int(p.get_x()+.5) for p in ax.patches]==[*table.values.argmax(1)] and [int(p.get_y()+.5) for p in ax.patches]==[*range(6)]
+    assert np.allclose(shown(ax), table.values)
+    assert f'{table.loc["1","2"]:.2f}' in words(ax)
+    columns,rows = ([int(v+.5) for v in o] for o in zip(*(p.get_xy() for p in ax.patches)))
+    assert columns==[*table.values.argmax(1)]
+    assert rows==[*range(6)]
 
 def test_similarity_leaves_out_what_it_cannot_read():
-    "Layers changed in place, used twice or without a tensor"
+    "Layers that are changed in place, run twice or return no tensor are left out."
     m,im = torchvision.models.resnet18(),torch.randn(6,3,32,32)
     table = layer_similarity(m, m, im)
-    assert 'bn1' not in table and 'layer4' in table and table.values.diagonal()==pytest.approx(1)
+    assert 'bn1' not in table
+    assert 'layer4' in table
+    assert table.values.diagonal()==pytest.approx(1)
     assert 'layer1.0' in layer_similarity(m, m, im, depth=2)
     lstm = nn.Sequential(nn.LSTM(3,4))
-    with pytest.raises(ValueError, match='The teacher has no layer of depth 1'): layer_similarity(nn.Sequential(nn.Linear(3,4)), lstm, torch.randn(6,2,3))
+    with pytest.raises(ValueError, match='The teacher has no layer of depth 1'):
+        layer_similarity(nn.Sequential(nn.Linear(3,4)), lstm, torch.randn(6,2,3))
 
-def test_terms(teacher):
+def test_terms_are_the_recorders_columns(teacher):
     learn = train(dls, 8, 3, seed=0, kd=distilled(teacher.model))
-    h = pd.DataFrame(learn.recorder.values, columns=learn.recorder.metric_names[1:-1])
+    h = history(learn)
     lines = learn.plot_terms().lines
     assert [l.get_label() for l in lines]==['task_loss','soft_target','attention']
     for l in lines: assert np.allclose(l.get_ydata(), h[l.get_label()]/h[l.get_label()][0])
@@ -140,18 +168,33 @@ def test_terms_need_a_distillation(student):
 def test_tradeoff():
     ax = plot_tradeoff({'big': 99., 'small': [90.,92.]}, {'big': 1000, 'small': 10}, xlabel='kB')
     points = [list(zip(l.get_xdata(), l.get_ydata())) for l in ax.lines]
-    assert points==[[(1000,99.)], [(1000,99.)], [(10,90.),(10,92.)], [(10,91.)]] and words(ax)==['big','small'] and ax.get_xscale()=='log' and ax.get_xlabel()=='kB'
+    assert points==[[(1000,99.)], [(1000,99.)], [(10,90.),(10,92.)], [(10,91.)]]
+    assert words(ax)==['big','small']
+    assert ax.get_xscale()=='log'
+    assert ax.get_xlabel()=='kB'
     with pytest.raises(ValueError, match='same models'): plot_tradeoff({'a': 1.}, {'b': 1})
 
-def test_changes_nothing(student, teacher):
-    "Modes, weights, statistics, hooks, random state, and what the Learner recorded"
-    student.model.train(); student.model[1].eval()
+@pytest.fixture
+def unchanged(student, teacher):
+    "Modes, weights, statistics, hooks, random state and the recorder are the same after the test"
     models = student.model,teacher.model
-    def state(): return [[m.training for o in models for m in o.modules()], [len(m._forward_hooks) for o in models for m in o.modules()],
-                         [p.grad is None for o in models for p in o.parameters()], len(student.recorder.values), torch.get_rng_state().tolist()]
-    before,weights = state(),[copy.deepcopy(m.state_dict()) for m in models]
-    plot_attention(student, teacher, x, '1'); plot_similarity(student, teacher, x[:50]); student.plot_agreement(teacher)
-    for bad in (lambda: plot_attention(student, teacher, x, '5'), lambda: plot_similarity(student, teacher, x[:50], depth=9)):
-        with pytest.raises(ValueError): bad()
-    assert state()==before and all((a[k]==b[k]).all() for a,b in zip(weights, (m.state_dict() for m in models)) for k in a)
+    student.model.train(); student.model[1].eval()
+    def modes(): return [m.training for o in models for m in o.modules()]
+    def grads(): return [p.grad is None for o in models for p in o.parameters()]
+    def rest(): return hooks(*models),len(student.recorder.values),torch.get_rng_state().tolist()
+    before = modes(),grads(),rest()
+    tensors = [copy.deepcopy(m.state_dict()) for m in models]
+    yield
+    assert (modes(),grads(),rest())==before
+    for a,m in zip(tensors, models):
+        for k,v in m.state_dict().items(): assert (a[k]==v).all()
     student.model.eval()
+
+def test_plots_change_nothing(student, teacher, unchanged):
+    plot_attention(student, teacher, x, '1')
+    plot_similarity(student, teacher, x[:50])
+    student.plot_agreement(teacher)
+
+def test_plots_that_fail_change_nothing(student, teacher, unchanged):
+    with pytest.raises(ValueError, match="'5'"): plot_attention(student, teacher, x, '5')
+    with pytest.raises(ValueError, match='no layer of depth 9'): plot_similarity(student, teacher, x[:50], depth=9)
