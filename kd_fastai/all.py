@@ -4,6 +4,7 @@ from .cache import CachedTeacher
 from .callback import *
 from .classes import *
 from .hooks import *
+from .inputs import *
 from .losses import *
 from .plots import *
 from .report import *

@@ -56,7 +56,7 @@ def test_tabular():
     assert seen[0][0].shape==seen[0][1].shape==(16,2)
     df2 = df.assign(b=df.b*5+3)
     other = tabular_learner(TabularDataLoaders.from_df(df2, procs=[Categorify, FillMissing, Normalize], cat_names=['a'], cont_names=['b'], y_names='y', valid_idx=list(range(16)), bs=16), layers=[8])
-    with pytest.raises(ValueError, match='normalised differently'): distil(other, teacher)
+    with pytest.raises(ValueError, match='normalized differently'): distil(other, teacher)
 
 @pytest.fixture(scope='module')
 def texts():

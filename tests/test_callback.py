@@ -298,7 +298,7 @@ def test_taught_differently_is_an_error():
     fit(learner_with(['a','b']), cbs=KnowledgeDistillationCallback(learner_with(['a','b']), SoftTarget))
     with pytest.raises(ValueError, match=r"different vocabularies.*Teacher: \['b', 'a'\], student: \['a', 'b'\]"): fit(learner_with(['a','b']), cbs=KnowledgeDistillationCallback(learner_with(['b','a']), SoftTarget))
     fit(learner_with(['a','b']), cbs=KnowledgeDistillationCallback(learner_with(['b','a']), FitNet, '1'))   # classes do not matter to features
-    with pytest.raises(ValueError, match=r"normalised differently. Teacher: mean \[0.5\].*student: not at all"): fit(learner_with(), cbs=KnowledgeDistillationCallback(learner_with(norm=0.5), FitNet, '1'))
+    with pytest.raises(ValueError, match=r"normalized differently. Teacher: mean \[0.5\].*student: not at all"): fit(learner_with(), cbs=KnowledgeDistillationCallback(learner_with(norm=0.5), FitNet, '1'))
     fit(learner_with(), cbs=KnowledgeDistillationCallback(learner_with(norm=0.5), FitNet, '1', teacher_tfm=lambda x: x-0.5))
 
 def test_path_of_an_exported_learner(teacher, tmp_path):
@@ -483,7 +483,7 @@ BAD = {
     'layers generator':      (kd(Attention, (o for o in '01')), TypeError, 'list of names'),
     'triple':                (kd(Attention, [('0','1','2')]), TypeError, "got ('0', '1', '2')"),
     'layer and number':      (kd(Attention, [('0', 1)]), TypeError, "got ('0', 1)"),
-    'picks no tensor':       (kd(FitNet, ('0', lambda o: None)), TypeError, 'puts out no tensor but NoneType'),
+    'picks no tensor':       (kd(FitNet, ('0', lambda o: None)), TypeError, 'returns NoneType, not a tensor'),
     'picks what is not there': (kd(FitNet, ('0', lambda o: o['x'])), ValueError, 'has no item'),
     'tuple of a function and teacher': (kd(Attention, [('0', ('1', len))], ['0']), ValueError, 'leave out activations_teacher'),
     'tuples and teacher':    (kd(Attention, [('0','1')], ['0']), ValueError, 'leave out activations_teacher'),
@@ -517,7 +517,7 @@ BAD = {
     'adapter that fails':    (kd(FitNet, [('5','0')], adapt='auto'), ValueError, 'an embedding has no positions'),
     'adapter of the wrong shape': (kd(FitNet, '1', adapt=nn.Conv2d(8,3,1)), ValueError, "'1' (20, 3, 4, 4) of the student"),
     'layer of a tuple':      ('tuple', TypeError, "pick an item, for example 'rnn:0'"),
-    'layer not reached':     ('unreached', RuntimeError, "'spare' put nothing out"),
+    'layer not reached':     ('unreached', RuntimeError, "'spare' did not run"),
     'layer twice':           ('twice', RuntimeError, 'ran 2 times'),
     'in place':              ('inplace', RuntimeError, 'changed in place'),
     'data parallel':         ('parallel', ValueError, 'over 2 devices'),
@@ -574,7 +574,7 @@ def test_compiled_after_use_is_an_error(teacher):
     torch._dynamo.reset()
     model = torch.compile(small_net(4), backend='eager')
     model(torch.rand(20,1,8,8))
-    with pytest.raises(RuntimeError, match="'1' put nothing out.*torch._dynamo.reset()"):
+    with pytest.raises(RuntimeError, match="'1' did not run.*torch._dynamo.reset()"):
         learn = learner(model=model); learn.model.train(); model(torch.rand(20,1,8,8)); fit(learn, cbs=KnowledgeDistillationCallback(teacher, FitNet, '1'))
     torch._dynamo.reset()
     a = fit(learner(model=torch.compile(small_net(4), backend='eager')), cbs=KnowledgeDistillationCallback(teacher, FitNet, '1'))
