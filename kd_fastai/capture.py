@@ -61,8 +61,9 @@ class Capture:
 
     def _add_hook(self, spec):
         module = self.modules[spec.spec]
-        if spec.is_input: return module.register_forward_pre_hook(_Hook(partial(self._on_input, spec)), with_kwargs=True)
-        return module.register_forward_hook(_Hook(partial(self._on_output, spec)))
+        on_input,on_output = (_Hook(partial(f, spec)) for f in (self._on_input, self._on_output))
+        if spec.is_input: return module.register_forward_pre_hook(on_input, with_kwargs=True)
+        return module.register_forward_hook(on_output)
 
     @torch.compiler.disable  # reads what has no meaning in a traced graph
     def _on_forward_start(self, module, args):
@@ -86,8 +87,8 @@ class Capture:
 
     def execution_order(self)->list: # Empty if a layer did not run, or ran several times
         "Return the layers in the order in which they ran in the last forward"
-        ran_once = len(self.outputs)==len(self.specs) and all(len(o)==1 for o in self.outputs.values())
-        return [*self.outputs] if ran_once else []
+        calls = [len(o) for o in self.outputs.values()]
+        return [*self.outputs] if calls==[1]*len(self.specs) else []
 
     @contextmanager
     def early_exit(self,
@@ -114,7 +115,8 @@ class Capture:
     def pop(self)->dict: # `{layer: tensor}`, in the order in which the layers were given
         """Return the tensors of the last forward, and release them.
 
-        Raises `RuntimeError`, naming the layer, if it did not run, ran several times, or if its output was changed in place afterwards."""
+        Raises `RuntimeError`, naming the layer, if it did not run, ran several times, or if its output was changed
+        in place afterwards."""
         res = {o.spec: self._get_unchanged(o) for o in self.specs}
         self.clear()
         return res
@@ -125,8 +127,8 @@ class Capture:
             f"{label} did not run in this forward: it was not reached, or the model was compiled and run before "
             "(then call torch._dynamo.reset() first)")
         if len(outs)>1 and spec.call is None: raise RuntimeError(
-            f"{label} ran {len(outs)} times in one forward: pick one call, '{spec.name}@0' to '{spec.name}@{len(outs)-1}', "
-            "or the layer around it")
+            f"{label} ran {len(outs)} times in one forward: "
+            f"pick one call, '{spec.name}@0' to '{spec.name}@{len(outs)-1}', or the layer around it")
         try: t,version = outs[spec.call or 0]
         except IndexError: raise RuntimeError(f"{label}: the layer ran only {len(outs)} times in one forward") from None
         if tensor_version(t)!=version: raise RuntimeError(
@@ -150,8 +152,9 @@ def _first_key(value): return next(iter(value.keys()), 0) if hasattr(value, 'key
 
 def _describe(value):
     "Type and parts of an output, for messages"
-    if hasattr(value, 'keys'): return f"a {type(value).__name__} with {', '.join(map(repr, value.keys()))}"
-    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, (tuple,list)) else type(value).__name__
+    kind = type(value).__name__
+    if hasattr(value, 'keys'): return f"a {kind} with {', '.join(map(repr, value.keys()))}"
+    return f"a {kind} of {len(value)}" if isinstance(value, (tuple,list)) else kind
 
 # %% ../nbs/04_capture.ipynb #f0fe035a
 @contextmanager
@@ -160,7 +163,7 @@ def preserving_modes(
 ):
     """Restore the train or eval mode of every layer when the context ends.
 
-    Layers that do more than to set a flag in `train`, such as LoRA layers that merge their weights, are switched back by `train`."""
+    Layers whose `train` does more than to set a flag, such as LoRA layers that merge weights, are switched back by it."""
     modes = [(m, m.training) for o in models for m in o.modules()]
     try: yield
     finally:
@@ -172,7 +175,7 @@ def preserving_modes(
 def set_eval_mode(
     model:nn.Module # Model to put in eval mode
 ):
-    "Put a model in eval mode, unless all of its layers are. A program from `torch.export` has no modes and stays as it is"
+    "Put a model in eval mode, unless all of its layers are. A program from `torch.export` has no modes and stays"
     if not any(m.training for m in model.modules()): return
     try: model.eval()
     except NotImplementedError: pass

@@ -18,7 +18,9 @@ def plain_vocab(
     dls # `DataLoaders`
 )->list|None: # None if the data have no vocabulary
     "Return the vocabulary of data as plain lists"
-    def convert(v): return [convert(o) for o in v] if hasattr(v, '__iter__') and not isinstance(v, (str,bytes)) else v
+    def convert(v):
+        is_name = isinstance(v, (str,bytes)) or not hasattr(v, '__iter__')
+        return v if is_name else [convert(o) for o in v]
     vocab = getattr(dls, 'vocab', None)
     return None if vocab is None else convert(vocab)
 
@@ -33,11 +35,12 @@ def check_compatible_data(
     t,s = plain_vocab(teacher.dls),plain_vocab(student.dls)
     if vocab and t is not None and s is not None and t!=s: raise ValueError(
         f"{who[0]} and {who[1]} have different vocabularies, so their predictions do not mean the same classes. "
-        f"{who[0]}: {_truncate(t)}, {who[1]}: {_truncate(s)}. class_map=match_classes(teacher, student) pairs the student's classes with the teacher's")
+        f"{who[0]}: {_truncate(t)}, {who[1]}: {_truncate(s)}. "
+        "class_map=match_classes(teacher, student) pairs the student's classes with the teacher's")
     t,s = normalization_stats(teacher),normalization_stats(student)
     if normalize and t!=s: raise ValueError(
-        f"Inputs are normalized differently. {who[0]}: {stats_repr(t)}, {who[1]}: {stats_repr(s)}. Give both the same Normalize, "
-        "or convert the student's inputs to the teacher's: teacher_tfm='auto', or teacher_tfm=lambda x: ...")
+        f"Inputs are normalized differently. {who[0]}: {stats_repr(t)}, {who[1]}: {stats_repr(s)}. "
+        "Give both the same Normalize, or convert the student's inputs to the teacher's: teacher_tfm='auto', or a function")
 
 def _truncate(v, n=200):
     text = repr(v)
@@ -48,13 +51,16 @@ def match_classes(
     teacher:Learner|list, # The teacher's `Learner`, or its vocabulary
     student:Learner|list  # The student's
 )->list: # For each class of the student the teacher's column, or -1
-    "Find the student's classes among the teacher's, by name. Raises `ValueError` for unknown vocabularies, and if fewer than two are shared"
+    """Find the student's classes among the teacher's, by name.
+
+    Raises `ValueError` for unknown vocabularies, and if fewer than two classes are shared."""
     t,s = (_vocab_of(o, who) for o,who in ((teacher,'teacher'), (student,'student')))
     return check_class_map([t.index(c) if c in t else -1 for c in s])
 
 def _vocab_of(source, who):
     vocab = plain_vocab(source.dls) if isinstance(source, Learner) else source
-    if not vocab: raise ValueError(f"The {who} has no vocabulary: give a list of its classes in the order of its columns")
+    if not vocab: raise ValueError(
+        f"The {who} has no vocabulary: give a list of its classes in the order of its columns")
     return [*vocab]
 
 # %% ../nbs/21_classes.ipynb #874ab080
@@ -62,13 +68,17 @@ def check_class_map(
     class_map:list,     # For each class of the student the teacher's column, or -1; also as a tensor
     labels:list=()      # Names of losses that read labels, for which the teacher must have all classes
 )->list: # The same as numbers
-    "Convert a class map to numbers. Raises `ValueError` if it pairs fewer than two classes or a column twice, or lacks classes that losses need"
+    """Convert a class map to numbers.
+
+    Raises `ValueError` if it pairs fewer than two classes or a column twice, or lacks classes that losses need."""
     cols = [int(o) for o in class_map]
     known = [c for c in cols if c>=0]
     if len(known)<2 or len({*known})<len(known): raise ValueError(
-        f"Expected at least two of the student's classes, each with another column of the teacher (-1 for none), got {_truncate(cols)}")
+        "Expected at least two of the student's classes, each with another column of the teacher (-1 for none), "
+        f"got {_truncate(cols)}")
     if len(known)<len(cols) and labels: raise ValueError(
-        f"{', '.join(labels)} reads labels, but the teacher lacks {len(cols)-len(known)} of the student's classes: take a loss without labels")
+        f"{', '.join(labels)} reads labels, but the teacher lacks {len(cols)-len(known)} of the student's classes: "
+        "take a loss without labels")
     return cols
 
 def shared_classes(
@@ -88,7 +98,7 @@ def in_student_order(
     teacher_pred:Tensor, # Teacher's predictions, `(B, C, ...)`
     class_map:list       # For each class of the student the teacher's column, or -1
 )->Tensor: # `(B, len(class_map), ...)`
-    "Return the teacher's predictions in the student's columns. A class that the teacher lacks gets `-inf`, a probability of 0"
+    "Return the teacher's predictions in the student's columns; a class that the teacher lacks gets `-inf`"
     res = teacher_pred.new_full((len(teacher_pred), len(class_map), *teacher_pred.shape[2:]), -torch.inf)
     known = [i for i,c in enumerate(class_map) if c>=0]
     res[:,known] = teacher_pred[:,[class_map[i] for i in known]]

@@ -1,4 +1,4 @@
-"""Inputs of student and teacher: which items of a batch they are, how they are normalized, and whether a model changes them
+"""Inputs of student and teacher: which items of a batch they are, their normalization, and changes in place
 
 Docs: https://kd-fastai.github.io/kd_fastai/inputs.html.md"""
 
@@ -28,7 +28,7 @@ def batch_inputs(
     dl,         # The `DataLoader` or `DataLoaders` that made the batch
     batch:tuple # Inputs and targets
 )->tuple: # The inputs, as plain tensors
-    "Return the items of a batch that fastai gives to the model: `n_inp` of them, or all but the last if `dl` has no `n_inp`"
+    "Return the items of a batch that fastai gives to the model: `n_inp` of them, or all but the last without `n_inp`"
     batch = tuplify(batch)
     n_inp = getattr(dl, 'n_inp', max(len(batch)-1, 1))
     return tuple(as_plain_tensor(o) for o in batch[:n_inp])
@@ -67,13 +67,15 @@ class InPlaceGuard:
         xb:tuple # Inputs, before the forward
     )->tuple: # Copies of them, or the same tensors if no copy is needed
         "Remember the inputs; the model may run on them or on the copies"
-        def copy(t): return t.clone() if isinstance(t, Tensor) else t
-        self._given,self._kept = tuple(xb),tuple(map(copy, xb)) if self.copying else tuple(xb)
+        def clone(t): return t.clone() if self.copying and isinstance(t, Tensor) else t
+        self._given,self._kept = tuple(xb),tuple(map(clone, xb))
         self._versions = self._all_versions()
         return self._kept
 
     def after(self)->tuple: # The inputs as they were before the forward
-        "Return unchanged inputs after the forward. Raises `RuntimeError` for a model that changes them now, but not in the first batch"
+        """Return the unchanged inputs, after the forward.
+
+        Raises `RuntimeError` for a model that changes them now, but did not in the first batch."""
         given_changed,kept_changed = (a!=b for a,b in zip(self._versions, self._all_versions()))
         changed = given_changed or kept_changed
         if changed and not self.copying: raise RuntimeError(
@@ -93,7 +95,8 @@ def normalization_stats(
 )->tuple|None: # `(mean, std)`, lists of numbers; None if unknown
     """Find the mean and standard deviation by which the inputs of a model are normalized.
 
-    They come from fastai's `Normalize`, as a batch transform or a tabular proc, from `pretrained_cfg` of timm, or from `image_mean` and `image_std`."""
+    They come from fastai's `Normalize`, as a batch transform or a tabular proc, from timm's `pretrained_cfg`, or from
+    `image_mean` and `image_std`."""
     if isinstance(source, (tuple,list)): values = source
     elif hasattr(source, 'image_mean'): values = source.image_mean,source.image_std
     elif isinstance(source, nn.Module): values = _timm_cfg(source, 'mean'),_timm_cfg(source, 'std')
@@ -118,11 +121,13 @@ def normalization_tfm(
 )->Callable: # `tfm(x, *rest)` returns the teacher's inputs, for `teacher_tfm`
     """Make a function that converts the first input from the student's normalization and size to the teacher's.
 
-    Inputs are `(B, C, H, W)`. Resizing is bilinear with antialiasing. Raises `ValueError` for a known source without statistics, and for unequal numbers of channels."""
+    Inputs are `(B, C, H, W)`. Resizing is bilinear with antialiasing. Raises `ValueError` for a source without
+    statistics, and for unequal numbers of channels."""
     stats = [_stats_or_identity(o, who) for o,who in ((student_stats,'student'), (teacher_stats,'teacher'))]
     (mean_s,std_s),(mean_t,std_t) = [[torch.tensor(v) for v in o] for o in stats]
     if len({len(o) for o in (mean_s, mean_t) if len(o)>1})>1: raise ValueError(
-        f"Expected statistics of equal numbers of channels, got {len(mean_s)} of the student and {len(mean_t)} of the teacher")
+        "Expected statistics of equal numbers of channels, "
+        f"got {len(mean_s)} of the student and {len(mean_t)} of the teacher")
     scale,shift = std_s/std_t,(mean_s-mean_t)/std_t
     same = torch.equal(scale, torch.ones_like(scale)) and not shift.any()
     size = (size,size) if isinstance(size, int) else size
@@ -137,7 +142,8 @@ def _stats_or_identity(source, who):
     if source is None: return [0.],[1.]
     stats = normalization_stats(source)
     if stats is None: raise ValueError(
-        f"The normalization of the {who} ({type(source).__name__}) is unknown: give (mean, std), or None if its inputs are not normalized")
+        f"The normalization of the {who} ({type(source).__name__}) is unknown: "
+        "give (mean, std), or None if its inputs are not normalized")
     return stats
 
 def _per_channel(v, x): return v.to(x).view(-1, *[1]*(x.ndim-2))
@@ -153,7 +159,8 @@ def auto_tfm(
     Raises `ValueError` for a teacher that does not say how its inputs are normalized."""
     student_stats,teacher_stats = normalization_stats(student),normalization_stats(teacher)
     if teacher_stats is None and not hasattr(teacher, 'dls'): raise ValueError(
-        f"teacher_tfm='auto' needs the normalization of the teacher, which {type(teacher).__name__} does not say (student: {stats_repr(student_stats)}): "
+        f"teacher_tfm='auto' needs the normalization of the teacher, which {type(teacher).__name__} does not say "
+        f"(student: {stats_repr(student_stats)}): "
         "give teacher_tfm=normalization_tfm(dls, (mean, std))")
     return normalization_tfm(student_stats, teacher_stats, input_size(teacher))
 

@@ -15,7 +15,7 @@ from fastai.basics import Learner
 
 # %% ../nbs/03_layers.ipynb #eb73bc36
 def unwrap_model(
-    model:nn.Module|Learner # A model, perhaps inside DistributedDataParallel, DataParallel or `torch.compile`, or its `Learner`
+    model:nn.Module|Learner # A model, perhaps inside DataParallel or `torch.compile`, or its `Learner`
 )->nn.Module:
     "Return the model itself, whose layers have the names that the user knows"
     if isinstance(model, Learner): model = model.model
@@ -42,15 +42,15 @@ def get_module_by_name(
 
     Raises `ValueError`, suggesting similar names, if there is none."""
     model = unwrap_model(module)
-    try:
-        if access_string: return model.get_submodule(access_string)
-    except AttributeError: pass
+    layers = dict(model.named_modules(remove_duplicate=False))
+    if access_string and access_string in layers: return layers[access_string]
     hint = _suggest_name(str(access_string), get_model_layers(model))
     raise ValueError(f"No layer {access_string!r} in {type(model).__name__}: {hint}")
 
 def _suggest_name(name, names):
     without_prefix = name.removeprefix('model.')
-    if without_prefix!=name and without_prefix in names: return f"names do not begin with 'model.' here, use {without_prefix!r}"
+    if without_prefix!=name and without_prefix in names:
+        return f"names do not begin with 'model.' here, use {without_prefix!r}"
     similar = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
     if similar: return f"did you mean {' or '.join(map(repr, similar))}?"
     more = ', ...' if len(names)>8 else ''
@@ -71,7 +71,8 @@ def parse_layer(
 )->LayerSpec:
     "Parse a layer specification. Raises `TypeError` for other types and `ValueError` for an unknown layer"
     if _has_picker(spec): return parse_layer(model, spec[0])._replace(spec=spec, item=spec[1])
-    if not isinstance(spec, str): raise TypeError(f"Expected the name of a layer, a string, got {spec!r} ({type(spec).__name__})")
+    if not isinstance(spec, str): raise TypeError(
+        f"Expected the name of a layer, a string, got {spec!r} ({type(spec).__name__})")
     names = get_model_layers(model)
     if spec in names: return LayerSpec(spec, spec)
     is_input,name,call,item = re.fullmatch(r'(>?)(.*?)(?:@(-?\d+))?(?::([^:@]+))?', spec, re.DOTALL).groups()
@@ -99,7 +100,8 @@ def parse_layer_pairs(
 
     Raises `ValueError` for lists of unequal length and `TypeError` for objects that are not names."""
     if student is None:
-        if teacher is not None: raise ValueError(f"Teacher layers {teacher!r} without student layers: give activations_student too")
+        if teacher is not None:
+            raise ValueError(f"Teacher layers {teacher!r} without student layers: give activations_student too")
         return [],[]
     if isinstance(student, dict): return _parse_layer_dict(student, teacher)
     student = _as_layer_list(student, pairs=True)
@@ -108,13 +110,15 @@ def parse_layer_pairs(
         raise ValueError(f"The tuples in {student} name the teacher's layers already: leave out activations_teacher")
     teacher = _as_layer_list(teacher)
     if len(student)!=len(teacher): raise ValueError(
-        f"Expected as many teacher layers as student layers, got {len(student)} ({student}) and {len(teacher)} ({teacher})")
+        f"Expected as many teacher layers as student layers, "
+        f"got {len(student)} ({student}) and {len(teacher)} ({teacher})")
     return student,teacher
 
 def _parse_layer_dict(layers, teacher):
     if {*layers}!={'student','teacher'}: raise ValueError(
         f"Expected a dict with 'student' and 'teacher', as from match_feature_layers, got keys {[*layers]}")
-    if teacher is not None: raise ValueError("The dict names the teacher's layers already: leave out activations_teacher")
+    if teacher is not None:
+        raise ValueError("The dict names the teacher's layers already: leave out activations_teacher")
     return _as_layer_list(layers['student']),_as_layer_list(layers['teacher'])
 
 def _is_layer(o): return isinstance(o, str) or _has_picker(o)
@@ -129,7 +133,8 @@ def _as_layer_list(layers, pairs=False):
         f"Expected a layer name or a list of names, got {layers!r} ({type(layers).__name__})")
     for o in layers:
         if _is_layer(o) or (pairs and _is_layer_pair(o)): continue
-        raise TypeError(f"Expected the name of a layer{', or a tuple (student, teacher) of names' if pairs else ''}, got {o!r}")
+        or_pair = ', or a tuple (student, teacher) of names' if pairs else ''
+        raise TypeError(f"Expected the name of a layer{or_pair}, got {o!r}")
     return layers
 
 # %% ../nbs/03_layers.ipynb #fcd8d78d

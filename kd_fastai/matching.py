@@ -35,8 +35,8 @@ def layer_outputs(
     model:nn.Module, # Model to run, in eval mode
     inputs:tuple,    # Its inputs
     who:str='model'  # Name of the model in messages
-)->list: # A `LayerOutput` for each call of a layer, in the order in which the calls end; the model's own comes last, with the name `''`
-    "Run a model once and return the outputs of all of its layers"
+)->list: # A `LayerOutput` for each call of a layer
+    "Run a model once and return the outputs of all layers, in the order in which they end. The model's own, `''`, is last"
     outputs,model = [],unwrap_model(model)
     def hook(name): return lambda m,i,o: outputs.append(LayerOutput(name, o, tensor_version(o)))
     handles = [m.register_forward_hook(hook(n)) for n,m in model.named_modules()]
@@ -58,7 +58,9 @@ def last_layer_per_size(
     model:nn.Module, # Model to run
     *inputs:Tensor   # Its inputs
 )->dict: # `{size: layer name}`
-    "For each size of feature in `model`, find the last layer that returns it and holds no other size. Leaves out 1x1 and the inputs' sizes"
+    """For each size of feature in `model`, find the last layer that returns it and holds no other size.
+
+    Leaves out 1x1 and the inputs' sizes."""
     return _last_per_size(model, inputs, layer_outputs(model, inputs)[:-1])
 
 def _last_per_size(model, inputs, outputs):
@@ -70,7 +72,9 @@ def _last_per_size(model, inputs, outputs):
     layers,best = dict(unwrap_model(model).named_modules()),{}
     for o,size in zip(outputs, sizes):
         usable = size and held[o.name]=={size} and calls[o.name]==1 and o.unchanged
-        if usable and (size not in best or _nesting(layers, o.name)<=_nesting(layers, best[size])): best[size] = o.name
+        if not usable: continue
+        deeper = size in best and _nesting(layers, o.name)>_nesting(layers, best[size])
+        if not deeper: best[size] = o.name
     return best
 
 def _parents(name):
@@ -100,12 +104,14 @@ def token_blocks(
     for o in outputs:
         parent = o.name.rpartition('.')[0]
         first = o.output[0] if isinstance(o.output, tuple) and o.output else o.output
-        is_block = isinstance(layers[parent], (nn.Sequential,nn.ModuleList)) and any(True for _ in layers[o.name].children())
-        if not o.name or not is_block or not isinstance(first, Tensor) or first.ndim!=3: continue
+        in_stack = isinstance(layers[parent], (nn.Sequential,nn.ModuleList))
+        has_parts = o.name and any(True for _ in layers[o.name].children())
+        if not in_stack or not has_parts or not isinstance(first, Tensor) or first.ndim!=3: continue
         name = f'{o.name}:0' if isinstance(o.output, tuple) else o.name
         stacks.setdefault((parent, type(layers[o.name]), feature_size(first)), []).append(name)
     res = {}
-    for (parent,_,size),names in sorted(stacks.items(), key=lambda o: o[0][0].count('.')):  # outermost first
+    def depth(item): return item[0][0].count('.')
+    for (_,_,size),names in sorted(stacks.items(), key=depth):  # outermost first
         if len({*names})==len(names)>1: res.setdefault(size, names)
     return res
 
@@ -114,12 +120,13 @@ def layers_per_size(
     inputs:tuple,     # Its inputs
     who:str='model'   # Name of the model in messages
 )->dict: # `{size: layer names}`
-    "For each size of feature in `model`, return its last layer; for tokens that go through a stack of blocks, all blocks"
+    "For each size of feature, return the last layer; for tokens that go through a stack of blocks, all blocks"
     outputs = layer_outputs(model, inputs, who)
     blocks = token_blocks(model, outputs)
     stacked = [n.partition(':')[0] for names in blocks.values() for n in names]
-    inside = [o for o in outputs[:-1] if not any(p in stacked for p in _parents(o.name))]  # parts of attention are no maps
-    return {**{size: [n] for size,n in _last_per_size(model, inputs, inside).items()}, **blocks}
+    outside = [o for o in outputs[:-1] if not any(p in stacked for p in _parents(o.name))]  # attention is no map
+    last = _last_per_size(model, inputs, outside)
+    return {**{size: [n] for size,n in last.items()}, **blocks}
 
 def evenly_spaced(
     layers:list, # Layers, in order
@@ -133,17 +140,19 @@ def match_feature_layers(
     student:nn.Module|Learner,  # Student
     teacher:nn.Module|Learner,  # Teacher
     sample_input:Tensor|tuple|DataLoaders, # A batch of inputs (a tuple if the models take several), or the data
-    teacher_tfm:Callable|str|None=None     # Converts the student's inputs to the teacher's, as in `KnowledgeDistillationCallback`
+    teacher_tfm:Callable|str|None=None     # Converts the student's inputs to the teacher's
 )->dict: # `{'student': [names], 'teacher': [names]}`, largest maps first
     """Pair the layers of two models whose outputs have equal sizes, leaving out 1x1 and the size of the input.
 
-    Tokens `(B, N, D)` are paired by their number N. Modes, batch norm statistics, the random state and the order of the data do not change.
+    Tokens `(B, N, D)` are paired by their number N. Modes, batch norm statistics, the random state and the order of the
+    data do not change.
     Raises `ValueError`, listing both models' sizes, if no size is in both."""
     xs = sample_inputs(sample_input)
     s = layers_per_size(student, xs, 'student')
     t = layers_per_size(teacher, teacher_inputs(xs, teacher_tfm, sample_input, teacher), 'teacher')
     both = sorted(s.keys() & t.keys(), key=math.prod, reverse=True)
-    if not both: raise ValueError(f"No feature size is in both models. Student: {_first_names(s)}. Teacher: {_first_names(t)}. "
+    if not both: raise ValueError(
+        f"No feature size is in both models. Student: {_first_names(s)}. Teacher: {_first_names(t)}. "
         "Name layers by hand, for a loss that compares any sizes (Similarity, PKT, RKD)")
     res = {'student': [], 'teacher': []}
     for size in both:
@@ -164,7 +173,8 @@ def teacher_inputs(
     "Convert the student's inputs to the teacher's. Raises `ValueError` for 'auto' without data"
     if teacher_tfm is None: return xs
     if teacher_tfm=='auto':
-        if isinstance(data, (Tensor,tuple,list)): raise ValueError("teacher_tfm='auto' reads the student's normalization from the data: give DataLoaders")
+        if isinstance(data, (Tensor,tuple,list)): raise ValueError(
+            "teacher_tfm='auto' reads the student's normalization from the data: give DataLoaders")
         teacher_tfm = auto_tfm(data, teacher)
     return tuple(map(as_plain_tensor, tuplify(teacher_tfm(*xs))))
 
@@ -173,7 +183,7 @@ def classifier_input(
     model:nn.Module|Learner, # A classifier
     sample_input:Tensor|tuple|DataLoaders # A batch of inputs (a tuple if the model takes several), or the data
 )->str: # A layer specification such as `'>fc'`
-    """Find the feature that the classifier of `model` reads: the input of the last linear layer, whose output has the shape of the predictions.
+    """Find the feature that the classifier of `model` reads: what goes into the last linear layer.
 
     Raises `ValueError` if the last linear layer does not make the predictions."""
     model = unwrap_model(model)
@@ -182,7 +192,8 @@ def classifier_input(
     layers = dict(model.named_modules())
     linear = [o for o in outputs if isinstance(layers[o.name], nn.Linear)]
     if not linear or linear[-1].output.shape!=pred.shape: raise ValueError(
-        f"No linear layer of {type(model).__name__} returns its predictions {tuple(pred.shape)}: name the layer whose input is the feature, '>name'")
+        f"No linear layer of {type(model).__name__} returns its predictions {tuple(pred.shape)}: "
+        "name the layer whose input is the feature, '>name'")
     return f'>{linear[-1].name}'
 
 # %% ../nbs/05_matching.ipynb #eea8b28c
@@ -206,9 +217,9 @@ def _inner_product(a, b): return (a*b).sum().item()
 def layer_similarity(
     student:nn.Module|Learner, # Student
     teacher:nn.Module|Learner, # Teacher
-    x:Tensor|tuple|DataLoaders,# A batch of a few hundred samples (a tuple if the models take several inputs), or the data
+    x:Tensor|tuple|DataLoaders,# A batch of a few hundred samples (a tuple if models take several inputs), or the data
     depth:int=1,               # Which layers: 1 for the models' own children, 2 for their children, and so on
-    teacher_tfm:Callable|str|None=None # Converts the student's inputs to the teacher's, as in `KnowledgeDistillationCallback`
+    teacher_tfm:Callable|str|None=None # Converts the student's inputs to the teacher's
 )->pd.DataFrame: # Student's layers in rows, teacher's in columns, in the order in which they run
     """Compute `linear_cka` of every layer of the student with every layer of the teacher.
 
@@ -224,6 +235,8 @@ def _layer_grams(model, xs, depth, who):
     "`{layer: Gram matrix}`"
     at_depth = [o for o in layer_outputs(model, xs, who)[:-1] if o.name.count('.')==depth-1]
     calls = Counter(o.name for o in at_depth)
-    usable = [o for o in at_depth if o.unchanged and calls[o.name]==1 and o.output.ndim>1 and len(o.output)==len(xs[0])]
-    if not usable: raise ValueError(f"The {who} has no layer of depth {depth} that returns a tensor (B, ...): try depth={depth+1 if depth==1 else 1}")
+    usable = [o for o in at_depth if o.unchanged and calls[o.name]==1]
+    usable = [o for o in usable if o.output.ndim>1 and len(o.output)==len(xs[0])]
+    if not usable: raise ValueError(
+        f"The {who} has no layer of depth {depth} that returns a tensor (B, ...): try depth={2 if depth==1 else 1}")
     return {o.name: _unit_gram(o.output) for o in usable}

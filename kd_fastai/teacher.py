@@ -25,7 +25,7 @@ from .layers import unwrap_model
 def find_logits(
     out # Output of a model
 )->Tensor|None: # The predictions, as a plain tensor; None if there are none
-    "Find the predictions in a model's output: a tensor, a tuple that begins with one, or a dict or `ModelOutput` with `logits`"
+    "Find the predictions in a model's output: a tensor, a tuple that begins with one, or a dict with `logits`"
     if hasattr(out, 'logits'): out = out.logits
     elif isinstance(out, dict) and 'logits' in out: out = out['logits']
     while is_listy(out) and len(out): out = out[0]
@@ -35,11 +35,13 @@ def find_logits(
 def get_logits(
     out # Output of a model
 )->Tensor:
-    "Return the predictions in a model's output, as a plain tensor. Raises `TypeError`, saying what the output holds, if there are none"
+    "Return the predictions in a model's output, as a plain tensor. Raises `TypeError`, listing the output, without them"
     pred = find_logits(out)
     if pred is not None: return pred
     keys = f" with {', '.join(out)}" if isinstance(out, Mapping) else ''
-    raise TypeError(f"Expected a tensor of predictions, a tuple that begins with one or a dict with 'logits', got {type(out).__name__}{keys}: "
+    raise TypeError(
+        "Expected a tensor of predictions, a tuple that begins with one or a dict with 'logits', "
+        f"got {type(out).__name__}{keys}: "
         "take a model with a classifier, or losses on features only")
 
 # %% ../nbs/20_teacher.ipynb #a588c7e2
@@ -48,15 +50,18 @@ def read_teacher(
 )->tuple: # The model, and its `Learner` or None
     """Return the model that a source stands for.
 
-    Files are read by fastai's `load_learner`, which warns: a pickle can run code, load only files that you trust. `'timm/resnet18'` is timm's pretrained `resnet18`.
+    Files are read by fastai's `load_learner`, which warns: a pickle can run code, load only files that you trust.
+    `'timm/resnet18'` is timm's pretrained `resnet18`.
     Raises `TypeError` for other sources."""
-    if isinstance(source, str) and source.startswith('timm/') and not Path(source).exists(): return timm_teacher(source[5:]),None
+    if str(source).startswith('timm/') and not Path(source).exists(): return timm_teacher(source[5:]),None
     if isinstance(source, (str,Path)):
         learn = load_learner(source)
-        if not isinstance(learn, Learner): raise TypeError(f"Expected an exported Learner in {str(source)!r}, got {type(learn).__name__}")
+        if not isinstance(learn, Learner): raise TypeError(
+            f"Expected an exported Learner in {str(source)!r}, got {type(learn).__name__}")
         return learn.model,learn
     if isinstance(source, Learner): return source.model,source
-    if isinstance(source, nn.Module): return source,getattr(source, 'learner', getattr(source, '_learner', None))  # an Ensemble of Learners has one
+    if isinstance(source, nn.Module):  # an Ensemble of Learners has one
+        return source,getattr(source, 'learner', getattr(source, '_learner', None))
     kind = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
     raise TypeError(f"A teacher is an nn.Module, a Learner or the path of an exported Learner, got {kind}")
 
@@ -67,7 +72,9 @@ def timm_teacher(
     pretrained:bool=True,   # Load the pretrained weights?
     **kwargs                # For `timm.create_model`; `num_classes=0` leaves out the classifier
 )->nn.Module:
-    "Create a timm model in eval mode, without gradients. `teacher_tfm='auto'` then converts inputs to its normalization and size"
+    """Create a timm model in eval mode, without gradients.
+
+    `teacher_tfm='auto'` converts inputs to its normalization and size."""
     try: import timm
     except ImportError: raise ImportError(f"The teacher 'timm/{name}' needs timm: pip install timm") from None
     return timm.create_model(name, pretrained=pretrained, **kwargs).to(dtype=dtype).eval().requires_grad_(False)
@@ -76,7 +83,8 @@ def find_teacher(
     learn:Learner # A Learner, perhaps with a distillation callback
 )->'Teacher|None':
     "Return the `Teacher` of the first distillation callback of a Learner; None if there is none"
-    return next((o for cb in learn.cbs for o in [vars(cb).get('teacher')] if isinstance(o, Teacher)), None)
+    teachers = [vars(cb).get('teacher') for cb in learn.cbs]
+    return next((o for o in teachers if isinstance(o, Teacher)), None)
 
 # %% ../nbs/20_teacher.ipynb #efe65986
 class Teacher:
@@ -85,7 +93,7 @@ class Teacher:
     def __init__(self,
         source:nn.Module|Learner|str|Path, # A model, a `Learner`, the file of an exported `Learner`, or `'timm/name'`
         layers:list=(),                    # Names of the layers to capture
-        tfm:Callable|str=None,             # Converts the student's inputs: `tfm(*xb)` returns a tensor or a tuple; or 'auto'
+        tfm:Callable|str=None,             # Converts inputs: `tfm(*xb)` returns a tensor or a tuple; or 'auto'
         early_exit:bool=True               # Stop the forward after the last of `layers` if no prediction is needed?
     ):
         self.model,self.learner = read_teacher(source)
@@ -93,7 +101,8 @@ class Teacher:
 
     def configure(self, layers=(), tfm=None, early_exit=True):
         "Set the layers to capture, the input transform and early exit; returns `self`"
-        if isinstance(tfm, str) and tfm!='auto': raise ValueError(f"Expected a function or 'auto' for teacher_tfm, got {tfm!r}")
+        if isinstance(tfm, str) and tfm!='auto': raise ValueError(
+            f"Expected a function or 'auto' for teacher_tfm, got {tfm!r}")
         self.capture,self.tfm = Capture(self.model, layers, who='teacher'),tfm
         self.early_exit,self._layer_order,self._auto_tfm = early_exit,[],None
         self._guard = InPlaceGuard('teacher')
@@ -102,14 +111,14 @@ class Teacher:
     def prepare(self,
         dl # Training data
     ):
-        "Called when a fit begins. Finds the conversion for `tfm='auto'`; raises `ValueError` if these data do not fit this teacher"
-        if self.tfm=='auto': self._auto_tfm = auto_tfm(dl, self.model if self.learner is None else self.learner)
+        "Called when a fit begins. Finds the conversion for `tfm='auto'`; raises `ValueError` if the data do not fit"
+        if self.tfm=='auto': self._auto_tfm = auto_tfm(dl, self.learner or self.model)
 
     @contextmanager
     def ready(self,
         device:torch.device=None # Device of the batches
     ):
-        """Prepare to run: eval mode, hooks on the layers, the model on `device`. Afterwards modes, hooks and device are as before.
+        """Prepare to run: eval mode, hooks on the layers, the model on `device`. Afterwards all is as before.
 
         Several teachers, also in several threads, can share one model: the last one restores it."""
         self._layer_order,self._guard = [],InPlaceGuard('teacher')
@@ -119,7 +128,7 @@ class Teacher:
 
     def __call__(self,
         *xb:Tensor,          # The student's inputs
-        need_pred:bool=True, # Is the prediction needed? If not, it is None where the forward stopped early or the output has none
+        need_pred:bool=True, # Is the prediction needed? If not, it may be None
         idx:Tensor=None      # Positions of the samples, for a teacher that needs them
     )->tuple: # Predictions, and `{layer: feature}`
         """Run the model on one batch, without gradients and without a change of `xb`.
@@ -136,7 +145,8 @@ class Teacher:
 
     def _convert(self, xb):
         "The teacher's inputs, in its own floating-point type"
-        if self.tfm=='auto' and self._auto_tfm is None: raise RuntimeError("teacher_tfm='auto' needs the training data: call prepare(dls.train) first")
+        if self.tfm=='auto' and self._auto_tfm is None: raise RuntimeError(
+            "teacher_tfm='auto' needs the training data: call prepare(dls.train) first")
         tfm = self._auto_tfm if self.tfm=='auto' else self.tfm
         if tfm is not None: xb = tuple(map(as_plain_tensor, tuplify(tfm(*xb))))
         dtype = _float_dtype(self.model)
@@ -154,7 +164,7 @@ class Teacher:
                 with self.capture.early_exit(self._layer_order): pred = find_logits(self.model(*xb))
             except self.capture.StopForward: return None
             self._layer_order = self.capture.execution_order()
-            self.early_exit = bool(self._layer_order) and before is not None and _same_snapshot(before, _snapshot(self.model))
+            self.early_exit = bool(self._layer_order) and _same_snapshot(before, _snapshot(self.model))
             return pred
 
 # %% ../nbs/20_teacher.ipynb #f2ca9fa5
@@ -164,7 +174,9 @@ _in_use,_lock = weakref.WeakKeyDictionary(),threading.Lock()  # model: number of
 def shared_eval_mode(
     model:nn.Module # Model to run in eval mode
 ):
-    "Eval mode until the last of several overlapping contexts of the same model ends, in whatever order and thread; then modes are as before"
+    """Eval mode in this context, which may overlap with others of the same model, also in other threads.
+
+    The modes are restored when the last of them ends."""
     with _lock:
         n,modes = _in_use.get(model, (0, ExitStack()))
         if not n: modes.enter_context(preserving_modes(model))
@@ -192,7 +204,7 @@ def reset_hidden_state(
     model:nn.Module,   # A model, perhaps recurrent
     learner:Learner=None # Its Learner, whose `ModelResetter` says that `reset` clears a hidden state
 ):
-    "Clear the hidden state of fastai's recurrent models. A method `reset` of another class is called only if the Learner calls it too"
+    "Clear the hidden state of fastai's recurrent models, and of a model whose Learner has a `ModelResetter`"
     if learner is not None and any(isinstance(cb, ModelResetter) for cb in learner.cbs): return model.reset()
     for m in model.modules():
         if type(m).__module__.startswith('fastai.') and hasattr(m, 'reset'): m.reset()
@@ -214,20 +226,21 @@ def _snapshot(model):
     """All that a forward may change: what layers hold, versions of tensors, the random state.
 
     None for a wrapped or compiled model, whose forward does more than its layers'."""
-    if any(unwrap_model(m) is not m or getattr(m, '_compiled_call_impl', None) for m in model.modules()): return None
+    def is_wrapped(m): return unwrap_model(m) is not m or getattr(m, '_compiled_call_impl', None)
+    if any(map(is_wrapped, model.modules())): return None
     held = [o for m in model.modules() for v in vars(m).values() for o in _items(v)]
     return held,[tensor_version(o) for o in held],torch.get_rng_state().tolist()
 
 def _items(value):
     "What a container holds, the containers in it included; another object with its attributes"
+    if isinstance(value, (nn.Module,Tensor,type)): return [value]
     if isinstance(value, Mapping): items = [*value.keys(), *value.values()]
     elif is_listy(value) or isinstance(value, (Set,deque)): items = [*value]
-    elif hasattr(value, '__dict__') and not isinstance(value, (nn.Module,Tensor,type)): return [value, *vars(value).values()]
-    else: return [value]
-    return [o for item in items for o in ([item] if isinstance(item, (nn.Module,Tensor)) else _items(item))]
+    else: return [value, *getattr(value, '__dict__', {}).values()]
+    return [o for item in items for o in _items(item)]
 
 def _same_snapshot(before, after):
-    if after is None: return False
+    if before is None or after is None: return False
     (held,*rest),(held_after,*rest_after) = before,after
     return len(held)==len(held_after) and all(map(operator.is_, held, held_after)) and rest==rest_after
 

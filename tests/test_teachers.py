@@ -278,3 +278,154 @@ def test_names_with_signs_of_ours(name):
     assert parse_layer(net, name).name==name
     with Capture(net, [name]) as c: y = net(x); assert c.pop()[name] is y
     assert parse_layer(net, f'{name}@0:1')[1:4]==(name, 0, '1')
+
+# ---- teachers without a classifier ----
+
+images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+def vision_config(cls, **kwargs):
+    return cls(image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, **kwargs)
+
+def dino():
+    import transformers as hf
+    return hf.Dinov2Model(vision_config(hf.Dinov2Config)),images,'encoder.layer.1'
+
+def clip():
+    import transformers as hf
+    return hf.CLIPVisionModel(vision_config(hf.CLIPVisionConfig, intermediate_size=16)),images,None
+
+def bert_config(hf): return hf.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+
+def bert():
+    import transformers as hf
+    return hf.BertModel(bert_config(hf)),torch.randint(0, 50, (2,7)),'encoder.layer.1'
+
+@pytest.mark.parametrize('make', [dino, clip, bert])
+def test_predictions_are_missing_only_if_they_are_needed(make):
+    pytest.importorskip('transformers')
+    from kd_fastai.layers import get_model_layers
+    model,inputs,layer = make()
+    layer = layer or next(n for n in get_model_layers(model) if n.endswith('layers.1'))
+    teacher = Teacher(model, [layer])
+    with teacher.ready():
+        for _ in range(2):
+            pred,features = teacher(inputs, need_pred=False)
+            assert pred is None and features[layer].shape==(2, 17 if inputs.ndim==4 else 7, 16)
+        with pytest.raises(TypeError, match='with last_hidden_state, pooler_output.*raised by the teacher'): teacher(inputs)
+
+def test_timm_backbone():
+    timm = pytest.importorskip('timm')
+    teacher = Teacher(timm.create_model('resnet18', num_classes=0), ['layer4'])
+    with teacher.ready():
+        pred,features = teacher(images)
+    assert pred.shape==(2,512) and features['layer4'].shape==(2,512,1,1)
+
+# ---- inputs of layers, and the feature that a classifier reads ----
+
+def classifiers():
+    import timm, torchvision.models as tv, transformers as hf
+    yield tv.resnet18(num_classes=5),'>fc',images
+    yield tv.densenet121(num_classes=5),'>classifier',images
+    yield tv.mobilenet_v2(num_classes=5),'>classifier.1',images
+    yield tv.mobilenet_v3_small(num_classes=5),'>classifier.3',images
+    yield timm.create_model('convnext_atto', num_classes=5),'>head.fc',images
+    yield timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=2, num_classes=5),'>head',images
+    yield hf.ViTForImageClassification(vision_config(hf.ViTConfig, num_labels=5)),'>classifier',images
+    yield hf.BertForSequenceClassification(bert_config(hf)),'>classifier',torch.randint(0, 50, (2,7))
+
+def test_classifier_input_is_what_the_last_linear_layer_receives():
+    pytest.importorskip('timm'); pytest.importorskip('transformers')
+    from kd_fastai.matching import classifier_input
+    for model,layer,inputs in classifiers():
+        assert classifier_input(model, inputs)==layer
+        received = []
+        handle = get_module_by_name(model, layer[1:]).register_forward_pre_hook(lambda m,args: received.append(args[0]))
+        with Capture(model.eval(), [layer]) as c, torch.no_grad():
+            model(inputs)
+            assert c.pop()[layer] is received[-1]
+        handle.remove()
+
+def test_input_of_a_layer_given_by_keyword():
+    class Scale(nn.Module):
+        def forward(self, x, by): return x*by
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.scale = Scale()
+        def forward(self, x): return self.scale(x, by=x+1)
+    net = Net()
+    with Capture(net, ['>scale', '>scale:by', '>scale:0']) as c:
+        net(x)
+        first,by,zero = c.pop().values()
+    assert first is x and zero is x and torch.equal(by, x+1)
+
+def test_early_exit_before_a_layer():
+    net,ran = mlp(2),[]
+    net[2].register_forward_hook(lambda *args: ran.append(1))
+    teacher = Teacher(net, ['>2'])
+    with teacher.ready(): features = [teacher(x, need_pred=False)[1]['>2'] for _ in range(3)]
+    assert len(ran)==1
+    for f in features: assert torch.equal(f, net[:2](x))
+
+# ---- layers of transformers ----
+
+def test_blocks_of_vision_transformers_are_matched():
+    timm = pytest.importorskip('timm')
+    from kd_fastai.matching import match_feature_layers
+    def vit(depth): return timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=depth, num_classes=5)
+    layers = match_feature_layers(vit(2), vit(4), images)
+    assert layers['student'][-2:]==['blocks.0','blocks.1'] and layers['teacher'][-2:]==['blocks.1','blocks.3']
+    assert not any('attn' in n for names in layers.values() for n in names)
+
+def test_blocks_of_hugging_face_models_are_matched():
+    hf = pytest.importorskip('transformers')
+    from kd_fastai.matching import match_feature_layers
+    small,large = bert_config(hf),bert_config(hf)
+    large.num_hidden_layers = 4
+    layers = match_feature_layers(hf.BertModel(small), hf.BertModel(large), torch.randint(0, 50, (2,7)))
+    assert layers=={'student': ['encoder.layer.0','encoder.layer.1'], 'teacher': ['encoder.layer.1','encoder.layer.3']}
+
+def test_matching_reads_learners_data_and_conversions():
+    from kd_fastai.demo import digits, small_net
+    from kd_fastai.matching import layer_similarity, match_feature_layers
+    dls = digits(100)
+    learn = Learner(dls, small_net(4), loss_func=CrossEntropyLossFlat())
+    rng = dls.train.rng.getstate()
+    assert match_feature_layers(learn, small_net(8), dls)=={'student': ['1','2'], 'teacher': ['1','2']}
+    assert dls.train.rng.getstate()==rng
+    def larger(x): return nn.functional.interpolate(x, size=16)
+    assert match_feature_layers(learn, small_net(8), dls, teacher_tfm=larger)=={'student': ['1'], 'teacher': ['2']}
+    colored = nn.Sequential(nn.Conv2d(3,4,3), nn.ReLU())
+    with pytest.raises(RuntimeError, match=r'raised by the teacher, Sequential, for inputs \(20, 1, 8, 8\)'): layer_similarity(learn, colored, dls)
+    assert layer_similarity(learn, colored, dls, teacher_tfm=lambda x: x.expand(-1,3,-1,-1)).shape==(6,2)
+
+# ---- normalization ----
+
+def test_auto_conversion_to_a_timm_teacher():
+    timm = pytest.importorskip('timm')
+    from fastai.basics import Normalize
+    teacher_model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=1, num_classes=5, pretrained_cfg_overlay=dict(input_size=(3,32,32)))
+    rows = [(torch.rand(3,16,16), i%5) for i in range(8)]
+    norm = Normalize.from_stats([0.2]*3, [0.4]*3, cuda=False)
+    dls = DataLoaders(*(DataLoader(rows, bs=4, num_workers=0) for _ in range(2)))
+    dls.train.after_batch = type('Pipe', (), dict(fs=[norm], __call__=lambda self, b: b))()
+    teacher = Teacher(teacher_model, tfm='auto')
+    with pytest.raises(RuntimeError, match='call prepare'), teacher.ready(): teacher(rows[0][0][None])
+    teacher.prepare(dls.train)
+    raw = torch.rand(2,3,16,16)
+    with teacher.ready(): pred = teacher((raw-0.2)/0.4)[0]
+    want = nn.functional.interpolate((raw-0.5)/0.5, size=(32,32), mode='bilinear', antialias=True)
+    with torch.no_grad(): torch.testing.assert_close(pred, teacher_model.eval()(want), atol=1e-4, rtol=1e-4)
+
+def test_auto_conversion_needs_to_know_the_teacher():
+    teacher = Teacher(mlp(2), tfm='auto')
+    with pytest.raises(ValueError, match="needs the normalization of the teacher, which Sequential does not say"): teacher.prepare(data().train)
+    with pytest.raises(ValueError, match="Expected a function or 'auto'"): Teacher(mlp(2), tfm='imagenet')
+
+def test_name_of_a_timm_model_as_teacher(monkeypatch):
+    timm = pytest.importorskip('timm')
+    from kd_fastai.teacher import timm_teacher
+    asked,create = [],timm.create_model
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained, **kwargs: asked.append((name, pretrained)) or create(name, **kwargs))
+    teacher = Teacher('timm/resnet18')
+    assert asked==[('resnet18',True)] and not any(p.requires_grad for p in teacher.model.parameters())
+    half = Teacher(timm_teacher('resnet18', dtype=torch.bfloat16, num_classes=5))
+    with half.ready(): assert half(images)[0].dtype==torch.float32
