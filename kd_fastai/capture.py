@@ -163,7 +163,7 @@ def preserving_modes(
 ):
     """Restore the train or eval mode of every layer when the context ends.
 
-    Layers whose `train` does more than to set a flag, such as LoRA layers that merge weights, are switched back by it."""
+    Layers whose `train` has another effect, such as LoRA layers that merge weights, are switched back by it."""
     modes = [(m, m.training) for o in models for m in o.modules()]
     try: yield
     finally:

@@ -40,7 +40,7 @@ def check_compatible_data(
     t,s = normalization_stats(teacher),normalization_stats(student)
     if normalize and t!=s: raise ValueError(
         f"Inputs are normalized differently. {who[0]}: {stats_repr(t)}, {who[1]}: {stats_repr(s)}. "
-        "Give both the same Normalize, or convert the student's inputs to the teacher's: teacher_tfm='auto', or a function")
+        "Give both the same Normalize, or convert the student's inputs: teacher_tfm='auto', or a function")
 
 def _truncate(v, n=200):
     text = repr(v)

@@ -41,7 +41,9 @@ def digits(
     seed:int=0,           # Which of them
     bs:int=20             # Batch size
 )->DataLoaders: # Images `(B, 1, 8, 8)` and classes 0 to 9
-    "Load scikit-learn's digits: up to 1000 to train on, always the same 797 to test on. Raises `ValueError` for other numbers"
+    """Load scikit-learn's digits: up to 1000 to train on, always the same 797 to test on.
+
+    Raises `ValueError` for fewer than 10 or more than 990 labels."""
     x,y = load_digits(return_X_y=True)
     x,y = tensor(x).float().div(8).sub(1).view(-1,1,8,8),tensor(y)
     train,test = train_test_split(range(len(y)), train_size=1000, stratify=y, random_state=0)
@@ -197,7 +199,7 @@ def plot_curves(
         for o in runs: ax.plot(epochs, o, f'C{i+1}', lw=0.5, alpha=0.4)
         ax.plot(epochs, torch.tensor(runs).mean(0), f'C{i+1}', lw=2, label=n)
     ends = [o[-1] for runs in curves.values() for o in runs]
-    ax.set(xlabel='epoch', ylabel='% of test digits right', ylim=(max(0, min(ends)-10), 100))  # leaves out the first epochs
+    ax.set(xlabel='epoch', ylabel='% of test digits right', ylim=(max(0, min(ends)-10), 100))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(loc='lower right', fontsize=8)
     return ax

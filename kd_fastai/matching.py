@@ -36,7 +36,7 @@ def layer_outputs(
     inputs:tuple,    # Its inputs
     who:str='model'  # Name of the model in messages
 )->list: # A `LayerOutput` for each call of a layer
-    "Run a model once and return the outputs of all layers, in the order in which they end. The model's own, `''`, is last"
+    "Run a model once and return the outputs of all layers, in the order in which they end; the model's own is last"
     outputs,model = [],unwrap_model(model)
     def hook(name): return lambda m,i,o: outputs.append(LayerOutput(name, o, tensor_version(o)))
     handles = [m.register_forward_hook(hook(n)) for n,m in model.named_modules()]

@@ -35,7 +35,7 @@ def find_logits(
 def get_logits(
     out # Output of a model
 )->Tensor:
-    "Return the predictions in a model's output, as a plain tensor. Raises `TypeError`, listing the output, without them"
+    "Return the predictions in a model's output, as a plain tensor. Raises `TypeError` if there are none"
     pred = find_logits(out)
     if pred is not None: return pred
     keys = f" with {', '.join(out)}" if isinstance(out, Mapping) else ''
@@ -205,7 +205,8 @@ def reset_hidden_state(
     learner:Learner=None # Its Learner, whose `ModelResetter` says that `reset` clears a hidden state
 ):
     "Clear the hidden state of fastai's recurrent models, and of a model whose Learner has a `ModelResetter`"
-    if learner is not None and any(isinstance(cb, ModelResetter) for cb in learner.cbs): return model.reset()
+    has_resetter = learner is not None and any(isinstance(cb, ModelResetter) for cb in learner.cbs)
+    if has_resetter and hasattr(model, 'reset'): return model.reset()
     for m in model.modules():
         if type(m).__module__.startswith('fastai.') and hasattr(m, 'reset'): m.reset()
 

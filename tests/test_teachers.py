@@ -294,7 +294,8 @@ def clip():
     import transformers as hf
     return hf.CLIPVisionModel(vision_config(hf.CLIPVisionConfig, intermediate_size=16)),images,None
 
-def bert_config(hf): return hf.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+def bert_config(hf):
+    return hf.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
 
 def bert():
     import transformers as hf
@@ -311,7 +312,7 @@ def test_predictions_are_missing_only_if_they_are_needed(make):
         for _ in range(2):
             pred,features = teacher(inputs, need_pred=False)
             assert pred is None and features[layer].shape==(2, 17 if inputs.ndim==4 else 7, 16)
-        with pytest.raises(TypeError, match='with last_hidden_state, pooler_output.*raised by the teacher'): teacher(inputs)
+        with pytest.raises(TypeError, match='with last_hidden_state, pooler_output.*by the teacher'): teacher(inputs)
 
 def test_timm_backbone():
     timm = pytest.importorskip('timm')
@@ -370,9 +371,10 @@ def test_early_exit_before_a_layer():
 def test_blocks_of_vision_transformers_are_matched():
     timm = pytest.importorskip('timm')
     from kd_fastai.matching import match_feature_layers
-    def vit(depth): return timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=depth, num_classes=5)
+    def vit(depth): return timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=depth)
     layers = match_feature_layers(vit(2), vit(4), images)
-    assert layers['student'][-2:]==['blocks.0','blocks.1'] and layers['teacher'][-2:]==['blocks.1','blocks.3']
+    pairs = [*zip(layers['student'], layers['teacher'])]
+    assert ('blocks.0','blocks.1') in pairs and ('blocks.1','blocks.3') in pairs
     assert not any('attn' in n for names in layers.values() for n in names)
 
 def test_blocks_of_hugging_face_models_are_matched():
@@ -394,7 +396,8 @@ def test_matching_reads_learners_data_and_conversions():
     def larger(x): return nn.functional.interpolate(x, size=16)
     assert match_feature_layers(learn, small_net(8), dls, teacher_tfm=larger)=={'student': ['1'], 'teacher': ['2']}
     colored = nn.Sequential(nn.Conv2d(3,4,3), nn.ReLU())
-    with pytest.raises(RuntimeError, match=r'raised by the teacher, Sequential, for inputs \(20, 1, 8, 8\)'): layer_similarity(learn, colored, dls)
+    with pytest.raises(RuntimeError, match=r'by the teacher, Sequential, for inputs \(20, 1, 8, 8\)'):
+        layer_similarity(learn, colored, dls)
     assert layer_similarity(learn, colored, dls, teacher_tfm=lambda x: x.expand(-1,3,-1,-1)).shape==(6,2)
 
 # ---- normalization ----
@@ -402,7 +405,8 @@ def test_matching_reads_learners_data_and_conversions():
 def test_auto_conversion_to_a_timm_teacher():
     timm = pytest.importorskip('timm')
     from fastai.basics import Normalize
-    teacher_model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=1, num_classes=5, pretrained_cfg_overlay=dict(input_size=(3,32,32)))
+    teacher_model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=1, num_classes=5,
+                                      pretrained_cfg_overlay=dict(input_size=(3,32,32)))
     rows = [(torch.rand(3,16,16), i%5) for i in range(8)]
     norm = Normalize.from_stats([0.2]*3, [0.4]*3, cuda=False)
     dls = DataLoaders(*(DataLoader(rows, bs=4, num_workers=0) for _ in range(2)))
@@ -417,14 +421,18 @@ def test_auto_conversion_to_a_timm_teacher():
 
 def test_auto_conversion_needs_to_know_the_teacher():
     teacher = Teacher(mlp(2), tfm='auto')
-    with pytest.raises(ValueError, match="needs the normalization of the teacher, which Sequential does not say"): teacher.prepare(data().train)
+    with pytest.raises(ValueError, match='needs the normalization of the teacher, which Sequential does not say'):
+        teacher.prepare(data().train)
     with pytest.raises(ValueError, match="Expected a function or 'auto'"): Teacher(mlp(2), tfm='imagenet')
 
 def test_name_of_a_timm_model_as_teacher(monkeypatch):
     timm = pytest.importorskip('timm')
     from kd_fastai.teacher import timm_teacher
     asked,create = [],timm.create_model
-    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained, **kwargs: asked.append((name, pretrained)) or create(name, **kwargs))
+    def without_weights(name, pretrained, **kwargs):
+        asked.append((name, pretrained))
+        return create(name, **kwargs)
+    monkeypatch.setattr(timm, 'create_model', without_weights)
     teacher = Teacher('timm/resnet18')
     assert asked==[('resnet18',True)] and not any(p.requires_grad for p in teacher.model.parameters())
     half = Teacher(timm_teacher('resnet18', dtype=torch.bfloat16, num_classes=5))
