@@ -4,6 +4,7 @@ from .cache import CachedTeacher
 from .callback import KnowledgeDistillationCallback
 from .classes import *
 from .hooks import *
+from .inputs import *
 from .losses import *
 from .objective import Objective, Term
 from .plots import *

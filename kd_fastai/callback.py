@@ -32,9 +32,10 @@ from .losses import Attention, SoftTarget
 from .objective import Objective, Term, check_number, check_schedule, check_weight
 from .owned import OwnedWeights, load_sidecar, save_sidecar, sidecar_path
 from .signature import loss_name
-from .teacher import Teacher, as_plain_tensor, get_logits
+from .inputs import as_plain_tensor
+from .teacher import Teacher, get_logits
 
-# %% ../nbs/26_callback.ipynb #d2170dde
+# %% ../nbs/26_callback.ipynb #1f77cfe6
 class FitState:
     "What exists only during a fit"
     def __init__(self,
@@ -63,7 +64,7 @@ class FirstForward:
     @torch.compiler.disable
     def before(self, module, inputs):
         "Forward pre-hook"
-        self.state.capture.active = self.state.awaits_forward
+        self.state.capture.enabled = self.state.awaits_forward
         if not self.state.awaits_forward: return
         self.state.awaits_forward = False
         self.state.answer = self.ask(*inputs)
@@ -71,18 +72,18 @@ class FirstForward:
     @torch.compiler.disable
     def after(self, module, inputs, output):
         "Forward hook"
-        self.state.capture.active = False
+        self.state.capture.enabled = False
 
     @contextmanager
     def watching(self, model:nn.Module):
         "Hooks on `model` inside this context"
-        self.state.capture.active = False
+        self.state.capture.enabled = False
         handles = [model.register_forward_pre_hook(self.before), model.register_forward_hook(self.after)]
         try: yield
         finally:
             for h in handles: h.remove()
 
-# %% ../nbs/26_callback.ipynb #b509d3f6
+# %% ../nbs/26_callback.ipynb #ba92a318
 def loss_layout(
     loss_func:Callable # The loss function of a Learner
 )->tuple: # `(class axis, ignore_index)`, None for what is not known
@@ -462,7 +463,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
             try: yield
             finally: self.learn.metrics = metrics
 
-# %% ../nbs/26_callback.ipynb #55e9b55c
+# %% ../nbs/26_callback.ipynb #85db3980
 def stateful_modules(
     model:nn.Module # Any model
 )->set:
@@ -478,7 +479,7 @@ def is_elementwise(
     functions = (F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
     return isinstance(loss_func, modules) or loss_func in functions
 
-# %% ../nbs/26_callback.ipynb #672d7069
+# %% ../nbs/26_callback.ipynb #0d57fe93
 @patch
 def distill(self:Learner,
     teacher:nn.Module|Learner|str|Path|Teacher, # As in `KnowledgeDistillationCallback`
@@ -498,7 +499,7 @@ def distill(self:Learner,
     self.remove_cbs(L(kd_callbacks(self)))
     return self.add_cb(kd)
 
-# %% ../nbs/26_callback.ipynb #592f1a00
+# %% ../nbs/26_callback.ipynb #577fd3a3
 def recorder_table(
     learn:Learner # A Learner that has trained
 )->pd.DataFrame|None: # None if the recorder has no values

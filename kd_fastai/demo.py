@@ -1,4 +1,4 @@
-"""Does distillation help? Measured on real digits in under a minute: the `kd-demo` command
+"""The `kd-demo` command measures in under a minute, on real digits, whether distillation helps
 
 Docs: https://kd-fastai.github.io/kd_fastai/demo.html.md"""
 
@@ -12,6 +12,7 @@ __all__ = ['digits', 'small_net', 'train', 'score', 'curve', 'size_kb', 'ms_per_
 import os, sys, tempfile, time
 from functools import partial
 from pathlib import Path
+from statistics import median
 import pandas as pd
 import torch
 from torch import nn, tensor
@@ -27,28 +28,32 @@ from .losses import Attention, SoftTarget
 
 # %% ../nbs/34_demo.ipynb #b0c3312b
 class _Digits(TensorDataset):
-    "Pictures and classes"
+    "Images and classes"
     def new_empty(self): return _Digits(*(t[:0].clone() for t in self.tensors))  # what `learn.export` keeps of the data
 
-class _Rows(DataLoader):
-    "Batches by one look-up in a `TensorDataset`: item by item, data this small would take longer than the networks"
+class _WholeBatchLoader(DataLoader):
+    "Indexes a `TensorDataset` once for each batch: item by item, data this small would take longer than the networks"
     def create_batches(self, samps):
         for b in self.chunkify(samps): yield self.dataset[[*b]]
 
 def digits(
-    labels:int|None=None, # How many labelled training digits, of 1000; all, if not given
+    labels:int|None=None, # Number of labeled training digits, of 1000; defaults to all
     seed:int=0,           # Which of them
     bs:int=20             # Batch size
 )->DataLoaders: # Images `(B, 1, 8, 8)` and classes 0 to 9
-    "scikit-learn's digits: up to 1000 to train on, always the same 797 to test on. Raises `ValueError` for an impossible number of labels"
+    """Load scikit-learn's digits: up to 1000 to train on, always the same 797 to test on.
+
+    Raises `ValueError` for fewer than 10 or more than 990 labels."""
     x,y = load_digits(return_X_y=True)
     x,y = tensor(x).float().div(8).sub(1).view(-1,1,8,8),tensor(y)
     train,test = train_test_split(range(len(y)), train_size=1000, stratify=y, random_state=0)
     if labels is not None:
-        if not 10<=labels<=990: raise ValueError(f"Expected 10 to 990 labels (of 1000, at least one a class), got {labels}")
+        if not 10<=labels<=990: raise ValueError(
+            f"Expected 10 to 990 labels (of 1000, at least one a class), got {labels}")
         train,_ = train_test_split(train, train_size=labels, stratify=y[train], random_state=seed)
     train,test = _Digits(x[train], y[train]),_Digits(x[test], y[test])
-    dls = DataLoaders(_Rows(train, bs=min(bs, len(train)), shuffle=True, drop_last=True), _Rows(test, bs=len(test)))
+    dls = DataLoaders(_WholeBatchLoader(train, bs=min(bs, len(train)), shuffle=True, drop_last=True),
+                      _WholeBatchLoader(test, bs=len(test)))
     dls.train.rng.seed(seed)  # the order of batches
     return dls
 
@@ -57,34 +62,36 @@ def small_net(
     width:int # Channels of the first stage
 )->nn.Module:
     "A convolutional network for 8x8 digits: stages of 8x8, 4x4 and 2x2, and a linear head"
-    def conv(ni, nf, stride): return nn.Sequential(nn.Conv2d(ni, nf, 3, stride, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU())
-    return nn.Sequential(conv(1, width, 1), conv(width, 2*width, 2), conv(2*width, 4*width, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, 10))
+    def stage(ni, nf, stride):
+        return nn.Sequential(nn.Conv2d(ni, nf, 3, stride, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU())
+    stages = stage(1, width, 1),stage(width, 2*width, 2),stage(2*width, 4*width, 2)
+    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, 10))
 
 # %% ../nbs/34_demo.ipynb #f172ec7f
 def train(
     dls:DataLoaders, # Data
-    width:int,       # Of the network
-    epochs:int,      # How long
-    seed:int,        # Of the network's weights and the order of the data
+    width:int,       # Width of the network
+    epochs:int,      # Number of epochs
+    seed:int,        # Seed of the network's weights and the order of the data
     kd=None          # A function from the untrained network to a distillation callback, or None
 )->Learner:
-    "Train one network, the same way whether or not it has a teacher"
+    "Train one network, in the same way with and without a teacher"
     set_seed(seed, reproducible=True)
     learn = Learner(dls, small_net(width), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2, cbs=kd and kd(learn.model))
     return learn
 
 def score(learn:Learner)->float: # Percent
-    "Accuracy on the test digits"
+    "Compute the accuracy on the test digits"
     with learn.no_bar(): return 100*learn.validate()[1]
 
 def curve(learn:Learner)->list: # Percent
-    "Accuracy on the test digits after each epoch of the last fit"
+    "Return the accuracy on the test digits after each epoch of the last fit"
     i = list(learn.recorder.metric_names).index('accuracy')-1
     return [100*o[i] for o in learn.recorder.values]
 
 def size_kb(model:nn.Module)->float: # In kB
-    "What the weights take on disk"
+    "Return the size of the saved weights"
     with tempfile.TemporaryDirectory() as d:
         torch.save(model.state_dict(), Path(d)/'m')
         return os.path.getsize(Path(d)/'m')/1000
@@ -92,16 +99,21 @@ def size_kb(model:nn.Module)->float: # In kB
 def ms_per_batch(
     models:list,  # Models to compare
     x,            # A batch
-    rounds:int=30 # Measurements of each, taken in turns
-)->list: # Milliseconds, the median of each
-    "Time of one inference"
-    times = [[] for _ in models]
+    rounds:int=30 # Number of measurements of each architecture
+)->list: # Milliseconds of each model
+    """Measure the time of one forward: the median of interleaved rounds, one measurement of each architecture a round.
+
+    Models of the same architecture get the same time."""
+    architectures = {repr(m): m.eval() for m in models}
+    times = {k: [] for k in architectures}
     with torch.no_grad():
-        for m in models: m.eval()(x)
+        for m in architectures.values(): m(x)
         for _ in range(rounds):
-            for m,ts in zip(models, times):
-                start = time.perf_counter(); m(x); ts.append(time.perf_counter()-start)
-    return [1000*sorted(ts)[rounds//2] for ts in times]
+            for k,m in architectures.items():
+                start = time.perf_counter()
+                m(x)
+                times[k].append(time.perf_counter()-start)
+    return [1000*median(times[repr(m)]) for m in models]
 
 # %% ../nbs/34_demo.ipynb #1e7f84a5
 def recipes(
@@ -109,24 +121,25 @@ def recipes(
     x,                 # A batch, to find layers with
     T:float=4.         # Temperature
 )->dict: # Name to a function from student to callback, or None
-    "Ways to train a student"
+    "Return the ways to train a student"
+    def distill(losses): return KnowledgeDistillationCallback(teacher, losses, task_weight=0.1)
     soft = Term(partial(SoftTarget, T=T), weight=0.9)
-    def attention(student): return [soft, Term(Attention, weight=10., layers=match_feature_layers(student, teacher, x))]
+    def attention(student): return Term(Attention, weight=10., layers=match_feature_layers(student, teacher, x))
     return {'student alone': None,
-            'with SoftTarget': lambda student: KnowledgeDistillationCallback(teacher, soft, task_weight=0.1),
-            'with SoftTarget + Attention': lambda student: KnowledgeDistillationCallback(teacher, attention(student), task_weight=0.1)}
+            'with SoftTarget': lambda student: distill(soft),
+            'with SoftTarget + Attention': lambda student: distill([soft, attention(student)])}
 
 def compare(
-    seeds:int=5,   # How many students of each kind
-    labels:int=200,# Labelled digits that a student gets
-    epochs:int=20, # Of a student's training
+    seeds:int=5,   # Number of students of each kind
+    labels:int=200,# Number of labeled digits for a student
+    epochs:int=20, # Number of epochs of a student's training
     T:float=4.,    # Temperature of `SoftTarget`
-    say=print      # Where progress goes
+    say=print      # Function that prints progress
 )->tuple: # By name: accuracies (one a seed), models, and accuracies after each epoch (a list for each seed)
     "Train a teacher, and then students in every way, over several seeds"
-    teacher = train(digits(), 32, 10, seed=0)
-    scores,models,curves = {'teacher, all 1000 labels': [score(teacher)]},{'teacher, all 1000 labels': teacher.model},{}
-    say(f"teacher: {scores['teacher, all 1000 labels'][0]:.1f}% of 797 test digits")
+    teacher,name = train(digits(), 32, 10, seed=0),'teacher, all 1000 labels'
+    scores,models,curves = {name: [score(teacher)]},{name: teacher.model},{}
+    say(f"teacher: {scores[name][0]:.1f}% of 797 test digits")
     for seed in range(seeds):
         dls = digits(labels, seed)
         for name,kd in recipes(teacher.model, dls.one_batch()[0], T).items():
@@ -134,7 +147,8 @@ def compare(
             curves.setdefault(name, []).append(curve(learn))
             scores.setdefault(name, []).append(score(learn))
             models[name] = learn.model
-        say(f"seed {seed+1} of {seeds}: " + ', '.join(f"{n} {s[-1]:.1f}%" for n,s in list(scores.items())[1:]))
+        students = [f"{n} {s[-1]:.1f}%" for n,s in list(scores.items())[1:]]
+        say(f"seed {seed+1} of {seeds}: {', '.join(students)}")
     return scores,models,curves
 
 # %% ../nbs/34_demo.ipynb #c6851f47
@@ -142,23 +156,32 @@ def table(
     scores:dict, # Accuracies by name
     models:dict  # Models by name
 )->pd.DataFrame:
-    "Accuracy (mean and standard deviation over seeds), parameters, size and time of each"
+    """Tabulate accuracy (mean and standard deviation over seeds), parameters, size and time of each.
+
+    Size and time are those of the architecture."""
     x = digits(50).valid.one_batch()[0][:64]
-    times = dict(zip(models, ms_per_batch([*models.values()], x)))
-    return pd.DataFrame([{'': n, 'accuracy %': f"{(s:=pd.Series(v)).mean():.1f}" + (f" ± {s.std():.1f}" if len(v)>1 else ''), 'runs': len(v), 'parameters': sum(p.numel() for p in models[n].parameters()),
-        'kB on disk': round(size_kb(models[n]), 1), 'ms a batch of 64': round(times[n], 2)} for n,v in scores.items()]).set_index('')
+    return pd.DataFrame({
+        'accuracy %': [_mean_and_std(pd.Series(v)) for v in scores.values()],
+        'runs': [len(v) for v in scores.values()],
+        'parameters': [sum(p.numel() for p in models[n].parameters()) for n in scores],
+        'kB on disk': [round(size_kb(models[n]), 1) for n in scores],
+        'ms a batch of 64': [round(t, 2) for t in ms_per_batch([models[n] for n in scores], x)],
+    }, index=pd.Index(scores, name=''))
+
+def _mean_and_std(runs): return f"{runs.mean():.1f} ± {runs.std():.1f}" if len(runs)>1 else f"{runs.mean():.1f}"
 
 def plot(
     scores:dict, # Accuracies by name
     ax=None      # Axes to draw on
 ):
-    "Every run as a dot, the mean as a line"
+    "Plot every run as a dot, and the mean as a line"
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(7,2.6), layout='constrained')[1]
     for i,(n,v) in enumerate(scores.items()):
         ax.plot(v, [i]*len(v), 'o', alpha=0.6)
         ax.plot([sum(v)/len(v)]*2, [i-0.25,i+0.25], 'k-')
-    ax.set(yticks=range(len(scores)), yticklabels=[o.replace(', ', '\n').replace(' + ', '\n+ ') for o in scores], xlabel='% of test digits right')
+    names = [n.replace(', ', '\n').replace(' + ', '\n+ ') for n in scores]
+    ax.set(yticks=range(len(scores)), yticklabels=names, xlabel='% of test digits right')
     ax.invert_yaxis()
     return ax
 
@@ -167,7 +190,7 @@ def plot_curves(
     teacher:float,# Accuracy of the teacher
     ax=None       # Axes to draw on
 ):
-    "Students catching up with their teacher: every run as a thin line, the mean as a thick one"
+    "Plot the students' accuracy by epoch, with the teacher's: every run as a thin line, the mean as a thick one"
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(6,3), layout='constrained')[1]
     ax.axhline(teacher, color='k', ls='--', label='teacher')
@@ -176,7 +199,7 @@ def plot_curves(
         for o in runs: ax.plot(epochs, o, f'C{i+1}', lw=0.5, alpha=0.4)
         ax.plot(epochs, torch.tensor(runs).mean(0), f'C{i+1}', lw=2, label=n)
     ends = [o[-1] for runs in curves.values() for o in runs]
-    ax.set(xlabel='epoch', ylabel='% of test digits right', ylim=(max(0, min(ends)-10), 100))  # what sets in below is nobody's question
+    ax.set(xlabel='epoch', ylabel='% of test digits right', ylim=(max(0, min(ends)-10), 100))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(loc='lower right', fontsize=8)
     return ax
@@ -185,7 +208,7 @@ def picture(
     scores:dict, # Accuracies by name; the first is the teacher's
     curves:dict  # Accuracies after each epoch by name, a list for each run
 ):
-    "The students' way above, where it ended below"
+    "Plot the curves above, and the final scores below"
     import matplotlib.pyplot as plt
     fig,axs = plt.subplots(2, 1, figsize=(6,4.2), height_ratios=(3,2), layout='constrained')
     plot_curves(curves, next(iter(scores.values()))[0], axs[0])
@@ -196,34 +219,38 @@ def picture(
 def verdict(
     scores:dict # Accuracies by name; the first is the teacher's, the second the student's alone
 )->str:
-    "What distillation changed, run by run against the student alone, whichever way it went"
+    "Describe the change by distillation, run by run, against the student alone"
     _,(base,alone),*ways = scores.items()
     def line(n, v):
         gain = pd.Series(v)-pd.Series(alone)
-        return f"{n}: {gain.mean():+.1f} points against the {base}, better in {(gain>0).sum()} of {len(gain)} runs, worse in {(gain<0).sum()}"
+        counts = f"better in {(gain>0).sum()} of {len(gain)} runs, worse in {(gain<0).sum()}"
+        return f"{n}: {gain.mean():+.1f} points against the {base}, {counts}"
     return '\n'.join(line(n,v) for n,v in ways)
 
 # %% ../nbs/34_demo.ipynb #72585c5b
-def _at_least(x, low, what):
-    if not x>=low: sys.exit(f"kd-demo: {what} must be at least {low}, got {x}")
+def _check(ok, message):
+    if not ok: sys.exit(f"kd-demo: {message}")
 
 @call_parse
 def kd_demo(
     seeds:int=5,           # Students of each kind
-    labels:int=200,        # Labelled digits a student gets, 10 to 990
-    epochs:int=20,         # Length of a student's training
+    labels:int=200,        # Labeled digits for a student, 10 to 990
+    epochs:int=20,         # Epochs of a student's training
     temperature:float=4.,  # Temperature of SoftTarget
     out:str='kd_demo.png'  # File for the plot
 ):
     "Train a teacher, and small students without and with it, on scikit-learn's digits; print a table and draw a plot"
-    for x,low,what in ((seeds,1,'--seeds'), (epochs,1,'--epochs'), (temperature,0.01,'--temperature')): _at_least(x, low, what)
-    if not 10<=labels<=990: sys.exit(f"kd-demo: --labels must be 10 to 990, got {labels}")
-    if not (out:=Path(out)).parent.is_dir(): sys.exit(f"kd-demo: --out: there is no folder {str(out.parent)!r}")
-    if out.suffix not in ('.png','.svg','.pdf','.jpg'): sys.exit(f"kd-demo: --out must end in .png, .svg, .pdf or .jpg, got {out.name!r}")
+    out,formats = Path(out),('.png','.svg','.pdf','.jpg')
+    _check(seeds>=1, f"--seeds must be at least 1, got {seeds}")
+    _check(epochs>=1, f"--epochs must be at least 1, got {epochs}")
+    _check(temperature>=0.01, f"--temperature must be at least 0.01, got {temperature}")
+    _check(10<=labels<=990, f"--labels must be 10 to 990, got {labels}")
+    _check(out.parent.is_dir(), f"--out: there is no folder {str(out.parent)!r}")
+    _check(out.suffix in formats, f"--out must end in .png, .svg, .pdf or .jpg, got {out.name!r}")
     import matplotlib; matplotlib.use('agg')
-    torch.set_num_threads(1)  # networks this small only wait for a second thread
+    torch.set_num_threads(1)  # a second thread slows down networks this small
     start = time.perf_counter()
     scores,models,curves = compare(seeds, labels, epochs, temperature, say=partial(print, flush=True))
     print('\n'+table(scores, models).to_string())
-    print(f"\n{verdict(scores)}\nPlot: {out}. All of it took {time.perf_counter()-start:.0f} s.")
+    print(f"\n{verdict(scores)}\nPlot: {out}. Total time: {time.perf_counter()-start:.0f} s.")
     picture(scores, curves).savefig(out, dpi=120)

@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/objective.html.md"""
 __all__ = ['AUTO_RATIO', 'Batch', 'check_number', 'check_schedule', 'check_weight', 'Term', 'as_float32', 'autocast_off',
            'find_class_axis', 'Objective']
 
-# %% ../nbs/22_objective.ipynb #32b62142
+# %% ../nbs/22_objective.ipynb #85a8d7e6
 import copy, math, operator
 from contextlib import nullcontext
 from functools import partial, reduce
@@ -23,9 +23,9 @@ from .features import channels_first
 from .info import get_loss_info
 from .layers import layer_name, parse_layer_pairs, unique_names
 from .signature import loss_args, loss_name, unwrap_loss
-from .teacher import as_plain_tensor
+from .inputs import as_plain_tensor
 
-# %% ../nbs/22_objective.ipynb #3900fbdc
+# %% ../nbs/22_objective.ipynb #0eb8cb2e
 class Batch(NamedTuple):
     "The inputs of all losses for one batch: see `Objective.prepare`"
     pred:Tensor                   # Predictions of the student, `(B, C)` or `(B, C, *spatial)`
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
         "Whether any position has a label"
         return self.mask is None or bool(self.mask.any())
 
-# %% ../nbs/22_objective.ipynb #b8b85fbc
+# %% ../nbs/22_objective.ipynb #7c16ec92
 def check_number(
     x,        # A number
     what:str  # How the error calls it
@@ -85,7 +85,7 @@ def check_weight(
     if isinstance(weight, str): raise TypeError(f"{what} must be a number or 'auto', got {weight!r} (str)")
     return check_number(weight, what)
 
-# %% ../nbs/22_objective.ipynb #520df8e6
+# %% ../nbs/22_objective.ipynb #89b31f15
 class Term:
     """One part of the objective: `weight * schedule(progress) * loss`.
 
@@ -197,7 +197,7 @@ class Term:
         if pairs: res += f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in pairs)}"
         return res if self.adapt is None else res+', adapted'
 
-# %% ../nbs/22_objective.ipynb #edb99ab5
+# %% ../nbs/22_objective.ipynb #91442995
 def as_float32(
     t # A tensor, or anything else
 ):
@@ -220,7 +220,7 @@ def find_class_axis(
     shape = getattr(target, 'shape', None)
     return -1 if shape==pred.shape[:-1]!=pred[:,0].shape else 1
 
-# %% ../nbs/22_objective.ipynb #8205d8f8
+# %% ../nbs/22_objective.ipynb #4d6489f5
 AUTO_RATIO = 1.  # norm of a term's gradient in units of the task loss's, for weight='auto'
 
 class Objective:

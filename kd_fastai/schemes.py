@@ -28,7 +28,8 @@ from .losses import HardTarget, Mutual, SoftTarget
 from .objective import Term, as_float32
 from .owned import OwnedWeights
 from .signature import loss_args, loss_name
-from .teacher import Teacher, as_plain_tensor, get_logits, read_teacher
+from .inputs import as_plain_tensor
+from .teacher import Teacher, get_logits, read_teacher
 
 # %% ../nbs/31_schemes.ipynb #4f51efe5
 class Ensemble(nn.ModuleList):

@@ -337,7 +337,7 @@ def test_other_vocabulary_or_normalization_is_an_error():
         fit(learner_with(['a','b']), cbs=KD(learner_with(['b','a']), SoftTarget))
     # features do not depend on the order of classes
     fit(learner_with(['a','b']), cbs=KD(learner_with(['b','a']), FitNet, '1'))
-    with pytest.raises(ValueError, match=r"normalised differently. Teacher: mean \[0.5\].*student: not at all"):
+    with pytest.raises(ValueError, match=r"normalized differently. Teacher: mean \[0.5\].*student: not at all"):
         fit(learner_with(), cbs=KD(learner_with(norm=0.5), FitNet, '1'))
     fit(learner_with(), cbs=KD(learner_with(norm=0.5), FitNet, '1', teacher_tfm=lambda x: x-0.5))
 
@@ -617,7 +617,7 @@ BAD_TRAININGS = {
     'adapter of the wrong shape': (kd(FitNet, '1', adapt=nn.Conv2d(8,3,1)), ValueError,
         "'1' (20, 3, 4, 4) of the student"),
     'layer of a tuple':      ('tuple', TypeError, "pick an item, for example 'rnn:0'"),
-    'layer not reached':     ('unreached', RuntimeError, "'spare' put nothing out"),
+    'layer not reached':     ('unreached', RuntimeError, "'spare' did not run"),
     'layer twice':           ('twice', RuntimeError, 'ran 2 times'),
     'in place':              ('inplace', RuntimeError, 'changed in place'),
     'data parallel':         ('parallel', ValueError, 'over 2 devices'),

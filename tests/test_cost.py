@@ -84,7 +84,7 @@ def test_early_exit_changes_no_number(name):
 
 def test_early_exit_keeps_the_errors():
     "A layer that is called twice, not at all or overwritten is refused all the same"
-    for f,layer,text in ((twice, 'act', 'ran 2 times'), (straight, 'inplace', 'put nothing out'), (lambda m,x: m.inplace(m.a(x)), 'a', 'changed in place')):
+    for f,layer,text in ((twice, 'act', 'ran 2 times'), (straight, 'inplace', 'did not run'), (lambda m,x: m.inplace(m.a(x)), 'a', 'changed in place')):
         with pytest.raises(RuntimeError, match=text): watched(f, True, [layer])
 
 def test_no_exit_where_predictions_are_wanted():

@@ -4,9 +4,11 @@ import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt
 import numpy as np, pytest, torch, torchvision
 from torch import nn
-from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock
+from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
+from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, accuracy, set_seed
 from kd_fastai.all import *
-from kd_fastai.demo import digits, train
+from kd_fastai.demo import digits, small_net, train
+from kd_fastai.matching import layer_similarity, linear_cka
 from kd_fastai.plots import *
 from support import KD, history, hooks
 
@@ -72,17 +74,10 @@ def test_softened():
 def test_agreement():
     s,t = torch.eye(3)[[0,0,1,2,2]],torch.eye(3)[[0,1,1,2,0]]
     table = class_agreement(s, t, ['a','b','c'])
-    assert table.loc['b','a']==1
-    assert table.loc['a','c']==1
-    assert table.loc['a','a']==1
-    assert table.values.sum()==5
-    assert (table.index.name, table.columns.name)==('teacher','student')
-    ax = plot_agreement(s, t, ['a','b','c'])
-    assert np.array_equal(shown(ax), table.values)
-    assert '60.0%' in ax.get_title()
-    assert words(ax).count('1')==5
-    assert (ax.get_ylabel(), ax.get_xlabel())==('teacher','student')
-    assert [o.get_text() for o in ax.get_yticklabels()]==['a','b','c']
+    assert table.loc['b','a']==1 and table.loc['a','c']==1 and table.loc['a','a']==1 and table.values.sum()==5 and (table.index.name, table.columns.name)==('teacher','student')
+    ax = plot_class_agreement(s, t, ['a','b','c'])
+    assert np.array_equal(shown(ax), table.values) and '60.0%' in ax.get_title() and words(ax).count('1')==5
+    assert (ax.get_ylabel(), ax.get_xlabel())==('teacher','student') and [o.get_text() for o in ax.get_yticklabels()]==['a','b','c']
     with pytest.raises(ValueError, match=r'\(5, 3\) and \(5, 2\)'): class_agreement(s, t[:,:2])
 
 def test_agreement_of_dense_predictions():
@@ -100,15 +95,30 @@ def test_learner_agreement(student, teacher):
 def test_learner_agreement_names_classes():
     "The axes have the vocabulary of the data."
     ims = [np.full((8,8), v, np.uint8) for v in (0,255)]
-    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: [0,1]*4, get_x=lambda i: ims[i],
-        get_y=lambda i: ['dark','light'][i])
-    d = block.dataloaders(None, bs=2)
-    from fastai.basics import Learner, CrossEntropyLossFlat
+    d = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: [0,1]*4, get_x=lambda i: ims[i], get_y=lambda i: 'dark light'.split()[i]).dataloaders(None, bs=2)
     learn = Learner(d, nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), loss_func=CrossEntropyLossFlat())
     learn.model(d.one_batch()[0])
     ax = learn.plot_agreement(copy.deepcopy(learn.model))
     assert [o.get_text() for o in ax.get_xticklabels()]==['dark','light']
     assert '100.0%' in ax.get_title()
+
+class Two(nn.Module):
+    "A model of two inputs"
+    def __init__(self): super().__init__(); self.lin = nn.Linear(4,3)
+    def forward(self, a, b): return self.lin(a+b)
+
+def test_learner_agreement_of_models_with_two_inputs():
+    "DataLoaders without n_inp: all items but the last are inputs, as in fastai"
+    rows = [(torch.randn(4), torch.randn(4), i%3) for i in range(12)]
+    two_inputs = DataLoaders(*(DataLoader(rows, bs=4, num_workers=0) for _ in range(2)))
+    learn = Learner(two_inputs, Two(), loss_func=CrossEntropyLossFlat())
+    assert '100.0%' in learn.plot_agreement(copy.deepcopy(learn.model)).get_title()
+
+def test_learner_agreement_finds_the_teacher_of_the_learner(student, teacher):
+    learn = Learner(dls, student.model, loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match='There is no teacher: give one'): learn.plot_agreement()
+    learn.distill(teacher, teacher_tfm=lambda x: x*0)
+    assert np.array_equal(shown(learn.plot_agreement()), shown(student.plot_agreement(teacher, teacher_tfm=lambda x: x*0)))
 
 def by_definition(a, b):
     "CKA from HSIC of linear kernels, centered by the matrix H"
