@@ -8,13 +8,13 @@ Docs: https://kd-fastai.github.io/kd_fastai/losses.ops.html.md"""
 __all__ = ['rows', 'labels_per_row', 'batch_per_position', 'kl', 'unit', 'z_scores', 'gram', 'gram_error', 'pairwise_distances',
            'centered_rows', 'pool_to_smaller_pair']
 
-# %% ../../nbs/10_losses.ops.ipynb #cd1ad00a
+# %% ../../nbs/10_losses.ops.ipynb #52bff49b
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..features import pool_to
 
-# %% ../../nbs/10_losses.ops.ipynb #2a5a8b65
+# %% ../../nbs/10_losses.ops.ipynb #c5c14f8a
 def rows(
     x:Tensor # Predictions, `(B, C)` or `(B, C, *spatial)`
 )->Tensor: # `(N, C)`, where N is the number of samples times the number of positions
@@ -38,7 +38,7 @@ def batch_per_position(
     "Return one batch of predictions per position"
     return x.flatten(2).movedim(2, 0) if x.ndim>2 else x[None]
 
-# %% ../../nbs/10_losses.ops.ipynb #7b3bd47b
+# %% ../../nbs/10_losses.ops.ipynb #f19b2ad7
 def kl(
     s:Tensor, # Log-probabilities of the student, `(N, C)`
     t:Tensor  # Log-probabilities of the teacher, `(N, C)`
@@ -46,7 +46,7 @@ def kl(
     "Return the Kullback-Leibler divergence KL(t || s), the mean over rows"
     return F.kl_div(s, t, reduction='batchmean', log_target=True)
 
-# %% ../../nbs/10_losses.ops.ipynb #ffecd43f
+# %% ../../nbs/10_losses.ops.ipynb #7580f0d9
 def unit(
     x:Tensor,    # Any shape
     dim:int=1,   # Dimension of the vectors
@@ -72,7 +72,7 @@ def z_scores(
     std = torch.linalg.vector_norm(z, dim=dim, keepdim=True)/(n-1).clamp_min(1)**0.5
     return z/torch.where(std>1e-6*mean.abs(), std+eps, 1)
 
-# %% ../../nbs/10_losses.ops.ipynb #3bdc9b4b
+# %% ../../nbs/10_losses.ops.ipynb #a771bdbe
 def gram(
     x:Tensor # `(..., n, d)`
 )->Tensor: # `(..., n, n)`
@@ -103,7 +103,7 @@ def centered_rows(
     f = f.flatten(1)
     return f-f.mean(0, keepdim=True)
 
-# %% ../../nbs/10_losses.ops.ipynb #2e661763
+# %% ../../nbs/10_losses.ops.ipynb #3f8af7e0
 def pool_to_smaller_pair(
     a:Tensor, # A map, channels first
     b:Tensor  # Another one, of the same number of dimensions
