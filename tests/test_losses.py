@@ -100,7 +100,7 @@ def inputs(name, B=4, C=5, dtype=torch.float32, seed=0, same=False, grids=None):
     x = dict(pred=2*rand(B,C), teacher_pred=2*rand(B,C), fm_t=fm_t, fm_s={f's{i}': rand(B,*o) for i,o in enumerate(s)},
              target=torch.randint(C, (B,), generator=g) if kind!='numbers' else rand(B,C))
     if same: x.update(pred=x['teacher_pred'].clone(), fm_s={k.replace('t','s'): v.clone() for k,v in fm_t.items()})
-    return {k: x[k] for k in inspect.signature(f).parameters if k in loss_args(f).accepted}
+    return {k: x[k] for k in inspect.signature(f).parameters if k in loss_args(f).accepted and k in x}
 
 def changed(x, f, who=('pred','teacher_pred','fm_s','fm_t')):
     def on(v): return {k: f(t) for k,t in v.items()} if isinstance(v, dict) else f(v)
@@ -176,7 +176,7 @@ def test_signature(name):
     "Uniform: data without defaults, parameters with defaults, `**kwargs`; wrappers and partials keep names and facts"
     f = ALL[name][0]
     params = inspect.signature(f).parameters
-    assert all((p.default is p.empty)==(k in ('pred','teacher_pred','fm_s','fm_t','target')) for k,p in params.items() if k!='kwargs')
+    assert all((p.default is p.empty)==(k in ('pred','teacher_pred','fm_s','fm_t','target') ) for k,p in params.items() if k!='kwargs')
     assert 'kwargs' in params and loss_name(f) in LOSSES and get_loss_info(f) is get_loss_info(LOSSES[loss_name(f)][0])
 
 # --- the menu

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..features import at_least_float32, check_predictions
 from ..info import loss_info
 from ._ops import (batch_per_position, check_between_0_and_1, gram, gram_error, kl, labels_per_row,
-    rows, soften, unit, z_scores)
+    masked_z_scores, rows, soften, unit)
 from ..signature import map_inputs
 
 # %% ../../nbs/11_losses.output.ipynb #171e1f02
@@ -152,7 +152,7 @@ def DIST(
 def _standard_logits(x):
     "Z-scores over the classes that are not masked by -inf"
     kept = x>-torch.inf
-    return z_scores(at_least_float32(x), 1, eps=1e-7, kept=kept).masked_fill(~kept, -torch.inf)
+    return masked_z_scores(at_least_float32(x), kept, 1, eps=1e-7).masked_fill(~kept, -torch.inf)
 
 def standardize(
     loss:Callable # A loss on `pred` and `teacher_pred`
