@@ -6,12 +6,16 @@ Docs: https://kd-fastai.github.io/kd_fastai/features.html.md"""
 
 # %% auto #0
 __all__ = ['shape_to_match', 'channels_first', 'at_least_float32', 'pair_features', 'check_predictions', 'pool_to',
-           'interpolate_to', 'resize_to']
+           'interpolate_to', 'resize_to', 'per_sample']
 
 # %% ../nbs/02_features.ipynb #e7211dd3
 import torch
 import torch.nn.functional as F
+from functools import wraps
+from typing import Callable
 from torch import Tensor
+from .info import get_loss_info
+from .signature import loss_name
 
 # %% ../nbs/02_features.ipynb #f236dda0
 def _shape(t): return '('+', '.join(map(str, t.shape))+')'
@@ -21,7 +25,8 @@ def shape_to_match(
     must_match:str # 'batch', 'channels', 'size' or 'shape'
 )->tuple: # Part of `t.shape`
     "Return the part of a feature's shape that must be equal in student and teacher"
-    return {'batch': t.shape[:1], 'channels': t.shape[:2], 'size': (t.shape[0], *t.shape[2:]), 'shape': t.shape}[must_match]
+    size = t.shape[0],*t.shape[2:]
+    return {'batch': t.shape[:1], 'channels': t.shape[:2], 'size': size, 'shape': t.shape}[must_match]
 
 def _adapter_hint(s, t, must_match):
     "Say how `adapt='auto'` would make two features comparable; empty if no adapter can"
@@ -44,12 +49,14 @@ def at_least_float32(
     "Convert half precision to float32: squares and products of half precision overflow"
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
-_EQUAL_PARTS = dict(batch='batch sizes', channels='batch sizes and channels', size='batch and spatial sizes', shape='shapes')
+_EQUAL_PARTS = {'batch': 'batch sizes', 'channels': 'batch sizes and channels', 'size': 'batch and spatial sizes',
+                'shape': 'shapes'}
 
 def _check_layers(fm_s, fm_t):
     "Raise an error unless both are dicts of the same length, at least 1"
     for who,fm in (('fm_s', fm_s), ('fm_t', fm_t)):
-        if not isinstance(fm, dict): raise TypeError(f"{who} must be a dict {{layer name: tensor}}, got {type(fm).__name__}")
+        if not isinstance(fm, dict):
+            raise TypeError(f"{who} must be a dict {{layer name: tensor}}, got {type(fm).__name__}")
     if not fm_s or len(fm_s)!=len(fm_t): raise ValueError(
         f"Expected the same number of student and teacher layers, at least one of each, "
         f"got {len(fm_s)} and {len(fm_t)}: {[*fm_s]} and {[*fm_t]}")
@@ -71,8 +78,8 @@ def pair_features(
 )->list: # Pairs of tensors, channels first, at least float32, the teacher's detached
     """Pair features by order, and check that they can be compared.
 
-    Raises `TypeError` if an argument is not a dict of tensors. Raises `ValueError` for unequal numbers of layers, for no layer and for shapes
-    that do not match; the message names layers and shapes."""
+    Raises `TypeError` if an argument is not a dict of tensors. Raises `ValueError` for unequal numbers of layers, for
+    no layer and for shapes that do not match; the message names layers and shapes."""
     _check_layers(fm_s, fm_t)
     pairs = []
     for (name_s,s),(name_t,t) in zip(fm_s.items(), fm_t.items()):
@@ -89,14 +96,14 @@ def check_predictions(
 )->Tensor: # The teacher's predictions, detached
     "Check that both predictions have the same shape, and detach the teacher's. Raises `ValueError` with both shapes"
     if pred.shape!=teacher_pred.shape: raise ValueError(
-        f"Expected predictions of one shape, got {_shape(pred)} of the student and {_shape(teacher_pred)} of the teacher: "
-        "do both models predict the same classes?")
+        f"Expected predictions of one shape, got {_shape(pred)} of the student "
+        f"and {_shape(teacher_pred)} of the teacher: do both models predict the same classes?")
     if softmax and (pred.ndim<2 or pred.shape[1]<2): raise ValueError(
-        f"Expected logits (B, C, ...) of at least two classes, got {_shape(pred)}: a softmax over one column is constant. "
-        "Logits compares any predictions")
+        f"Expected logits (B, C, ...) of at least two classes, got {_shape(pred)}: "
+        "a softmax over one column is constant. Logits compares any predictions")
     return teacher_pred.detach()
 
-# %% ../nbs/02_features.ipynb #9359bdd8
+# %% ../nbs/02_features.ipynb #c5cb8ad5
 def pool_to(
     f:Tensor,  # A map, channels first
     size:tuple # Size of the result, without batch and channels
@@ -121,3 +128,19 @@ def resize_to(
     "Change the size of a map: average-pool if every dimension shrinks or stays, interpolate otherwise"
     shrinks = all(a>=b for a,b in zip(f.shape[2:], size))
     return pool_to(f, size) if shrinks else interpolate_to(f, size)
+
+# %% ../nbs/02_features.ipynb #13880583
+def per_sample(
+    loss:Callable # A loss that is a mean over samples: with the fact `per_sample`
+)->Callable: # A function of the same arguments, by keyword, that returns a tensor `(B,)`
+    "Return a function that computes the loss of each sample. Raises `ValueError` if the loss is not a mean over samples"
+    if not getattr(get_loss_info(loss), 'per_sample', False): raise ValueError(
+        f"{loss_name(loss)} is not a mean over samples: per_sample needs a loss with loss_info(..., per_sample=True)")
+    def of_one(inputs):
+        "The loss of a batch of one, from tensors without the batch dimension"
+        def unsqueeze(x): return {k: unsqueeze(v) for k,v in x.items()} if isinstance(x, dict) else x[None]
+        return loss(**unsqueeze(inputs))
+    @wraps(loss)
+    def _(**inputs):
+        return torch.func.vmap(of_one)({k: v for k,v in inputs.items() if v is not None})
+    return _

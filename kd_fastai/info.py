@@ -24,13 +24,14 @@ def loss_info(
     cost:str,               # Cost of one batch, in B samples, C channels or classes, H and W
     weight:float=1.,        # A weight to start with, for a task weight of 1
     softmax:bool=False,     # Applies a softmax to the predictions
-    must_match:str='shape', # What must be equal in student and teacher: 'shape', 'size' (height and width), 'channels' or 'batch'
+    must_match:str='shape', # What must be equal in student and teacher: 'shape', 'size', 'channels' or 'batch'
     trains:str='',          # Weights of its own that the loss trains, if any
     at_equality:str='zero', # Where the minimum is: see below
     per_sample:bool=False,  # Is the loss a mean of values of single samples?
 )->Callable:                # A decorator
     "Return a decorator that attaches facts to a loss. Raises `ValueError` for an unknown `at_equality`"
-    if at_equality not in AT_EQUALITY: raise ValueError(f"Expected at_equality to be one of {AT_EQUALITY}, got {at_equality!r}")
+    if at_equality not in AT_EQUALITY:
+        raise ValueError(f"Expected at_equality to be one of {AT_EQUALITY}, got {at_equality!r}")
     info = SimpleNamespace(paper=paper, url=url, best_for=best_for, complexity=complexity, cost=cost, weight=weight,
         softmax=softmax, must_match=must_match, trains=trains, at_equality=at_equality, per_sample=per_sample)
     def _(loss):

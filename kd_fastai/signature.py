@@ -28,7 +28,7 @@ def unwrap_chain(
 def unwrap_loss(
     loss:Callable # A loss, possibly inside `functools.partial` or `torch.compile`
 )->tuple: # The innermost loss, and the keywords that the partials set
-    "Return the innermost loss and the keywords set by partials. Raises `TypeError` for positional arguments in a partial"
+    "Return the innermost loss and the keywords set by partials. Raises `TypeError` for positional arguments in one"
     *wrappers,f = unwrap_chain(loss)
     given = {}
     for o in reversed(wrappers):
@@ -41,8 +41,8 @@ def unwrap_loss(
 def _is_anonymous(f):
     "Is this a wrapper without a name of its own?"
     wrapped = getattr(f, '__wrapped__', None)
-    wraps_module = isinstance(f, nn.Module) and wrapped is not None
-    return isinstance(f, partial) or isinstance(wrapped, partial) or wraps_module or hasattr(f, '_torchdynamo_orig_callable')
+    if isinstance(f, partial) or isinstance(wrapped, partial) or hasattr(f, '_torchdynamo_orig_callable'): return True
+    return isinstance(f, nn.Module) and wrapped is not None
 
 def loss_name(
     loss:Callable # A loss, possibly wrapped
@@ -69,8 +69,8 @@ def loss_args(
 )->LossArgs:
     """Return the arguments that `loss` takes, read from its signature.
 
-    Raises `TypeError` for a class instead of an instance, for a keyword in a `partial` that is not a parameter of the loss, and for a parameter
-    without default that the callback cannot supply."""
+    Raises `TypeError` for a class instead of an instance, for a keyword in a `partial` that is not a parameter of the
+    loss, and for a parameter without default that the callback cannot supply."""
     if isinstance(loss, type): raise TypeError(f"{loss.__name__} is a class: pass an instance, {loss.__name__}(...)")
     if not callable(loss): raise TypeError(
         f"Expected a function or an nn.Module instance as loss, got {loss!r} ({type(loss).__name__})")
@@ -84,8 +84,8 @@ def loss_args(
                                 f"its parameters are {', '.join(named)}")
     required = {k for k,p in named.items() if p.default is p.empty and k not in given}
     missing = sorted(required.difference(LOSS_ARGS))
-    if missing: raise TypeError(f"{loss_name(f)} requires {', '.join(missing)}, which is not one of {', '.join(LOSS_ARGS)}: "
-                                "set it with functools.partial")
+    if missing: raise TypeError(f"{loss_name(f)} requires {', '.join(missing)}, which is not one of "
+                                f"{', '.join(LOSS_ARGS)}: set it with functools.partial")
     accepted = LOSS_ARGS if only_kwargs else [k for k in LOSS_ARGS if k in named and k not in given]
     return LossArgs(frozenset(required), frozenset(accepted), has_var_kwargs)
 
