@@ -103,7 +103,7 @@ def check_predictions(
         "a softmax over one column is constant. Logits compares any predictions")
     return teacher_pred.detach()
 
-# %% ../nbs/02_features.ipynb #c5cb8ad5
+# %% ../nbs/02_features.ipynb #c0342661
 def pool_to(
     f:Tensor,  # A map, channels first
     size:tuple # Size of the result, without batch and channels
@@ -129,11 +129,11 @@ def resize_to(
     shrinks = all(a>=b for a,b in zip(f.shape[2:], size))
     return pool_to(f, size) if shrinks else interpolate_to(f, size)
 
-# %% ../nbs/02_features.ipynb #13880583
+# %% ../nbs/02_features.ipynb #c524590e
 def per_sample(
     loss:Callable # A loss that is a mean over samples: with the fact `per_sample`
 )->Callable: # A function of the same arguments, by keyword, that returns a tensor `(B,)`
-    "Return a function that computes the loss of each sample. Raises `ValueError` if the loss is not a mean over samples"
+    "Return a function of the loss of each sample. Raises `ValueError` if the loss is not a mean over samples"
     if not getattr(get_loss_info(loss), 'per_sample', False): raise ValueError(
         f"{loss_name(loss)} is not a mean over samples: per_sample needs a loss with loss_info(..., per_sample=True)")
     def of_one(inputs):
