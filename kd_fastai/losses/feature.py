@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from ..features import channels_first, interpolate_to, pair_features, pool_to
 from ..info import loss_info
-from ._ops import gram, pool_to_smaller_pair, unit, z_scores
+from ._ops import gram, kl_terms, pool_to_smaller_pair, unit, z_scores
 from .output import SoftTarget
 from ..signature import map_inputs
 
@@ -219,7 +219,7 @@ def CWD(
     Raises `ValueError` for unequal shapes."""
     def divergence(s, t):
         s,t = ((f/T).flatten(2).log_softmax(2) for f in (s,t))
-        return F.kl_div(s, t, reduction='none', log_target=True).sum(2).mean()
+        return kl_terms(s, t).sum(2).mean()
     return sum(T**2*divergence(s, t) for s,t in pair_features(fm_s, fm_t, min_ndim=3))
 
 # %% ../../nbs/12_losses.feature.ipynb #b7f50926

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from ..features import at_least_float32, check_predictions
 from ..info import loss_info
-from ._ops import (batch_per_position, check_between_0_and_1, gram, gram_error, kl, labels_per_row,
+from ._ops import (batch_per_position, check_between_0_and_1, gram, gram_error, kl, kl_terms, labels_per_row,
     masked_z_scores, rows, soften, unit)
 from ..signature import map_inputs
 
@@ -35,7 +35,7 @@ def SoftTarget(
     if not T>0: raise ValueError(f"Expected a temperature above 0, got T={T}")
     t = check_predictions(pred, teacher_pred, softmax=True)
     s,t = soften(pred, T).log_softmax(1),soften(t, T).log_softmax(1)
-    return F.kl_div(s, t, reduction='sum', log_target=True) * T**2 * (pred.shape[1]/pred.numel())
+    return kl_terms(s, t).sum() * T**2 * (pred.shape[1]/pred.numel())
 
 # %% ../../nbs/11_losses.output.ipynb #acbfa0c6
 @loss_info('Ba & Caruana, Do Deep Nets Really Need to be Deep?, NeurIPS 2014', 'https://arxiv.org/abs/1312.6184',
@@ -168,7 +168,7 @@ def _valid_per_position(x, valid):
 
 def _instance_kl(s, t, valid, T):
     "Divergence of softened logits `(P, B, C)`, mean over the samples and positions that count"
-    loss = F.kl_div((s/T).log_softmax(2), (t/T).log_softmax(2), reduction='none', log_target=True)
+    loss = kl_terms((s/T).log_softmax(2), (t/T).log_softmax(2))
     return (loss.sum(2, keepdim=True)*valid).sum()/valid.sum().clamp_min(1)
 
 def _relation_error(s, t, valid, T, levels):
@@ -242,7 +242,7 @@ def TTM(
     Raises `ValueError` for unequal shapes or fewer than two classes."""
     t = check_predictions(pred, teacher_pred, softmax=True)
     s,t = rows(soften(pred)),rows(soften(t))
-    loss = F.kl_div(s.log_softmax(1), (t/T).log_softmax(1), reduction='none', log_target=True).sum(1)
+    loss = kl_terms(s.log_softmax(1), (t/T).log_softmax(1)).sum(1)
     if weighted: loss = loss*(t.log_softmax(1)/T).logsumexp(1).exp()
     return loss.mean()
 
@@ -272,7 +272,8 @@ def MFT(
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
     t = check_predictions(pred, teacher_pred, softmax=True)
     q = _correct_teacher(rows(soften(t, T)).softmax(1), labels_per_row(pred, target), threshold)
-    return T**2 * F.kl_div(rows(soften(pred, T)).log_softmax(1), q, reduction='batchmean')
+    s = rows(soften(pred, T)).log_softmax(1)
+    return T**2 * (torch.xlogy(q, q)-q*s).sum()/len(s)
 
 # %% ../../nbs/11_losses.output.ipynb #ada9fa3c
 def _gram_mahalanobis(s, t, valid, tikhonov):
@@ -417,7 +418,7 @@ def MultiLabel(
 
     Raises `ValueError` for unequal shapes."""
     s,t = soften(pred, T),soften(check_predictions(pred, teacher_pred), T)
-    def divergence(s, t): return F.kl_div(F.logsigmoid(s), F.logsigmoid(t), reduction='none', log_target=True)
+    def divergence(s, t): return kl_terms(F.logsigmoid(s), F.logsigmoid(t))
     return T**2 * (divergence(s, t) + divergence(-s, -t)).mean()
 
 # %% ../../nbs/11_losses.output.ipynb #324e22ab
