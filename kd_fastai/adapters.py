@@ -14,22 +14,17 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .features import shape_to_match, channels_first
+from .features import channels_first, resize_to, shape_to_match
 from .info import get_loss_info
 
 # %% ../nbs/06_adapters.ipynb #6b580c6b
-def _side(n):
-    "Side of the square on which `n` tokens lie, and how many class tokens stand before them"
+def _square_grid(n):
+    "Side of the square grid of `n` tokens, and the number of class tokens before them (0 or 1)"
     for extra in (0,1):
         side = math.isqrt(n-extra)
         if side>0 and side**2==n-extra: return side,extra
-    raise ValueError(f"Expected a number of tokens that is a square, or one more (a class token), got {n}: they cannot be laid out as a map")
-
-def _resize(x, size):
-    "Average where every dimension shrinks, interpolate otherwise"
-    if x.shape[2:]==size: return x
-    if all(a>=b for a,b in zip(x.shape[2:], size)): return getattr(F, f'adaptive_avg_pool{len(size)}d')(x, size)
-    return F.interpolate(x, size=size, mode={1:'linear', 2:'bilinear', 3:'trilinear'}[len(size)], align_corners=False)
+    raise ValueError(f"Expected a number of tokens that is a square, or one more (a class token), got {n}: "
+                     "they cannot be laid out as a map")
 
 class ResizeFeature(nn.Module):
     "Bring a feature to a size, without weights. Raises `ValueError` for tokens that make no square, where one is needed"
@@ -45,35 +40,35 @@ class ResizeFeature(nn.Module):
         if x.shape[2:]==self.size: return x
         if not self.size: return x.flatten(2).mean(-1)
         if x.ndim==3 and len(self.size)>1:  # tokens become a map
-            side,extra = _side(x.shape[2])
+            side,extra = _square_grid(x.shape[2])
             x = x[...,extra:].unflatten(2, (side,side))
         if x.ndim>3 and len(self.size)==1:  # a map becomes tokens
-            side,extra = _side(*self.size)
-            x = _resize(x, (side,side)).flatten(2)
+            side,extra = _square_grid(*self.size)
+            x = resize_to(x, (side,side)).flatten(2)
             return torch.cat([x.mean(-1, keepdim=True)]*extra + [x], -1)
         if len(self.size)!=x.ndim-2: raise ValueError(f"Expected a feature that can be brought to size {self.size}, got one of size {tuple(x.shape[2:])}")
-        return _resize(x, self.size)
+        return resize_to(x, self.size)
 
     def extra_repr(self): return f'size={self.size}'
 
 # %% ../nbs/06_adapters.ipynb #63ace805
-class _LastLinear(nn.Linear):
+class _ChannelLinear(nn.Linear):
     "A linear layer over dimension 1"
     def forward(self, x): return super().forward(x.movedim(1,-1)).movedim(-1,1)
 
-def _channels(n_in, n_out, ndim, kernel, bn, orthogonal):
+def _channel_projection(n_in, n_out, ndim, kernel, bn, orthogonal):
     "Layers from `n_in` to `n_out` channels of a tensor of `ndim` dimensions, channels first"
     if kernel%2==0 or kernel<1: raise ValueError(f"Expected an odd kernel size, got {kernel}")
     if orthogonal:
         if kernel!=1: raise ValueError(f"An orthogonal projection is of one position, kernel=1, got {kernel}")
-        conv = nn.utils.parametrizations.orthogonal(_LastLinear(n_in, n_out, bias=False))
+        conv = nn.utils.parametrizations.orthogonal(_ChannelLinear(n_in, n_out, bias=False))
     elif ndim==2: conv = nn.Linear(n_in, n_out, bias=not bn)
     else: conv = [nn.Conv1d,nn.Conv2d,nn.Conv3d][ndim-3](n_in, n_out, kernel, padding=kernel//2, bias=not bn)
     return nn.Sequential(conv, [nn.BatchNorm1d,nn.BatchNorm1d,nn.BatchNorm2d,nn.BatchNorm3d][ndim-2](n_out)) if bn else conv
 
 # %% ../nbs/06_adapters.ipynb #2199e92d
 class FeatureAdapter(nn.Module):
-    "From a student's feature to the teacher's size, channels and form: see `adapter`"
+    "From a student's feature to the teacher's size, channels and form: see `make_adapter`"
     def __init__(self,
         size:nn.Module,     # Changes the size, channels first
         channels:nn.Module, # Changes the channels, in dimension 1
@@ -105,24 +100,26 @@ def make_adapter(
         "an embedding has no positions, take a layer before the pooling, or the teacher's after it")
     a,b = channels_first(s),channels_first(t)
     size = ResizeFeature(b.shape[2:]) if must_match!='channels' else nn.Identity()
-    channels = _channels(a.shape[1], b.shape[1], (b if must_match!='channels' else a).ndim, kernel, bn, orthogonal) if must_match!='size' else nn.Identity()
+    channels = _channel_projection(a.shape[1], b.shape[1], (b if must_match!='channels' else a).ndim, kernel, bn, orthogonal) if must_match!='size' else nn.Identity()
     with torch.no_grad(): size(a[:1])  # says at once what cannot be resized
     return FeatureAdapter(size, channels, tokens=(t if must_match!='channels' else s).ndim==3)
 
 # %% ../nbs/06_adapters.ipynb #fd776e06
 def check_adapt(
-    adapt # 'auto', a function `(s, t) -> nn.Module` such as `adapter`, an `nn.Module`, or a list of such, one a pair of layers
+    adapt # 'auto', a function `(s, t) -> nn.Module` such as `make_adapter`, an `nn.Module`, or a list of such, one a pair of layers
 ):
-    "Raise `TypeError` for what is no way to adapt features"
-    if isinstance(adapt, list): return [check_adapt(o) for o in adapt] and None
-    if adapt is None or adapt=='auto' or callable(adapt) and not isinstance(adapt, type): return
-    raise TypeError(f"adapt is 'auto', a function of two features such as partial(adapter, kernel=3), an nn.Module, or a list of these, got {adapt!r}")
+    "Raise `TypeError` if `adapt` is not a valid adapter specification"
+    for o in adapt if isinstance(adapt, list) else [adapt]:
+        is_function = callable(o) and not isinstance(o, type)
+        if not (o is None or o=='auto' or is_function): raise TypeError(
+            "adapt is 'auto', a function of two features such as partial(make_adapter, kernel=3), an nn.Module, "
+            f"or a list of these, got {o!r}")
 
 class LossWithAdapters(nn.Module):
-    "A loss that sees the student's features through adapters, which `build` makes to the measure of a first batch"
+    "A loss on adapted features of the student. `build` creates the adapters from the shapes of a first batch"
     def __init__(self,
         loss:Callable,            # A loss on features
-        adapt:str|Callable|list='auto' # 'auto', a function `(s, t) -> nn.Module` such as `adapter`, an `nn.Module`, or a list of such, one a pair of layers
+        adapt:str|Callable|list='auto' # 'auto', a function `(s, t) -> nn.Module` such as `make_adapter`, an `nn.Module`, or a list of such, one a pair of layers
     ):
         super().__init__()
         check_adapt(adapt)

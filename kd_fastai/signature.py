@@ -1,4 +1,4 @@
-"""What a loss asks for, read from its signature
+"""Read from the signature of a loss which arguments it takes
 
 Docs: https://kd-fastai.github.io/kd_fastai/signature.html.md"""
 
@@ -14,76 +14,88 @@ from typing import Callable, NamedTuple
 from torch import nn
 
 # %% ../nbs/00_signature.ipynb #bce7d6a8
-LOSS_ARGS = 'pred','teacher_pred','fm_s','fm_t','target','idx'  # what the callback can hand to a loss
+LOSS_ARGS = 'pred','teacher_pred','fm_s','fm_t','target','idx','valid'  # what the callback can pass to a loss
 
-def unwrap_chain(loss):
-    "A loss, what it wraps, what that wraps, and so on: partials, compiled functions and modules, `functools.wraps`"
+def unwrap_chain(
+    loss:Callable # A loss, possibly wrapped
+): # Generator
+    "Yield a loss, the function it wraps, and so on: partials, compiled functions and modules, `functools.wraps`"
     while loss is not None:
         yield loss
-        loss = loss.func if isinstance(loss, partial) else getattr(loss, '_orig_mod', None) or getattr(loss, '__wrapped__', None)
+        if isinstance(loss, partial): loss = loss.func
+        else: loss = getattr(loss, '_orig_mod', None) or getattr(loss, '__wrapped__', None)
 
 def unwrap_loss(
-    loss:Callable # A loss, perhaps inside `functools.partial` or `torch.compile`
-)->tuple: # The loss itself, and the keywords that the partials give it
-    "Look through what wraps a loss"
-    *wraps,f = unwrap_chain(loss)
+    loss:Callable # A loss, possibly inside `functools.partial` or `torch.compile`
+)->tuple: # The innermost loss, and the keywords that the partials set
+    "Return the innermost loss and the keywords set by partials. Raises `TypeError` for positional arguments in one"
+    *wrappers,f = unwrap_chain(loss)
     given = {}
-    for o in reversed(wraps):
+    for o in reversed(wrappers):
         if not isinstance(o, partial): continue
-        if o.args: raise TypeError(f"Parameters of {loss_name(f)} are given by keyword, partial({loss_name(f)}, name=value), got {o.args}")
+        if o.args: raise TypeError(f"Expected the parameters of {loss_name(f)} by keyword, "
+                                   f"partial({loss_name(f)}, name=value), got {o.args}")
         given.update(o.keywords)
     return f,given
 
+def _is_anonymous(f):
+    "Is this a wrapper without a name of its own?"
+    wrapped = getattr(f, '__wrapped__', None)
+    if isinstance(f, partial) or isinstance(wrapped, partial) or hasattr(f, '_torchdynamo_orig_callable'): return True
+    return isinstance(f, nn.Module) and wrapped is not None
+
 def loss_name(
-    loss:Callable # A loss, perhaps wrapped
+    loss:Callable # A loss, possibly wrapped
 )->str:
-    "The name under which a loss appears in messages and columns"
-    def anonymous(o): return (isinstance(o, partial) or hasattr(o, '_torchdynamo_orig_callable') or hasattr(o, '__wrapped__') and isinstance(o, nn.Module)
-        or isinstance(getattr(o, '__wrapped__', None), partial))
-    f = next(o for o in unwrap_chain(loss) if not anonymous(o))
+    "Return the name of a loss, as it appears in messages and columns"
+    f = next(o for o in unwrap_chain(loss) if not _is_anonymous(o))
     return getattr(f, '__name__', type(f).__name__)
 
 # %% ../nbs/00_signature.ipynb #0edb3a43
 class LossArgs(NamedTuple):
-    "What a loss asks for: see `needs`"
-    required:frozenset # Names without a default: it cannot be computed without them
-    accepted:frozenset # Names it has a use for
-    has_var_kwargs:bool # Has `**kwargs`, so that everything there is may be handed over
+    "Arguments that a loss takes, as returned by `loss_args`"
+    required:frozenset  # Names without a default
+    accepted:frozenset  # All names that the callback can supply
+    has_var_kwargs:bool # Has `**kwargs`, so that all available arguments may be passed
     def select(self,
-        available:dict # Name to value, for every thing there is
+        available:dict # Available arguments, by name
     )->dict: # Those that the loss takes
-        "The arguments for one call of the loss"
+        "Return the arguments for one call of the loss"
         return available if self.has_var_kwargs else {k:v for k,v in available.items() if k in self.accepted}
 
 # %% ../nbs/00_signature.ipynb #f753e92f
 def loss_args(
     loss:Callable # A loss: a function, a partial of one, or an `nn.Module` instance
 )->LossArgs:
-    """Read from its signature what `loss` needs.
+    """Return the arguments that `loss` takes, read from its signature.
 
-    Raises `TypeError` for a class instead of an instance, for a keyword in a `partial` that no parameter takes, and for a parameter without
-    default that nobody supplies."""
+    Raises `TypeError` for a class instead of an instance, for a keyword in a `partial` that is not a parameter of the
+    loss, and for a parameter without default that the callback cannot supply."""
     if isinstance(loss, type): raise TypeError(f"{loss.__name__} is a class: pass an instance, {loss.__name__}(...)")
-    if not callable(loss): raise TypeError(f"A loss is a function or an nn.Module instance, got {loss!r} ({type(loss).__name__})")
+    if not callable(loss): raise TypeError(
+        f"Expected a function or an nn.Module instance as loss, got {loss!r} ({type(loss).__name__})")
     f,given = unwrap_loss(loss)
     params = inspect.signature(f.forward if isinstance(f, nn.Module) else f).parameters.values()
     named = {p.name:p for p in params if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     has_var_kwargs = any(p.kind is p.VAR_KEYWORD for p in params)
-    unknown = [k for k in given if k not in named and (named or not has_var_kwargs)]
-    if unknown: raise TypeError(f"{loss_name(f)} has no parameter {', '.join(map(repr, unknown))}: its parameters are {', '.join(named)}")
+    only_kwargs = has_var_kwargs and not named
+    unknown = [k for k in given if k not in named and not only_kwargs]
+    if unknown: raise TypeError(f"{loss_name(f)} has no parameter {', '.join(map(repr, unknown))}: "
+                                f"its parameters are {', '.join(named)}")
     required = {k for k,p in named.items() if p.default is p.empty and k not in given}
-    if required.difference(LOSS_ARGS): raise TypeError(
-        f"{loss_name(f)} requires {', '.join(sorted(required.difference(LOSS_ARGS)))}, which is none of {', '.join(LOSS_ARGS)}: give it with functools.partial")
-    accepted = LOSS_ARGS if has_var_kwargs and not named else [k for k in LOSS_ARGS if k in named and k not in given]
+    missing = sorted(required.difference(LOSS_ARGS))
+    if missing: raise TypeError(f"{loss_name(f)} requires {', '.join(missing)}, which is not one of "
+                                f"{', '.join(LOSS_ARGS)}: set it with functools.partial")
+    accepted = LOSS_ARGS if only_kwargs else [k for k in LOSS_ARGS if k in named and k not in given]
     return LossArgs(frozenset(required), frozenset(accepted), has_var_kwargs)
 
 # %% ../nbs/00_signature.ipynb #9c59d4ce
 def map_inputs(
     loss:Callable,   # A loss
     names:tuple,     # Two of its arguments, the student's and the teacher's
-    prepare:Callable # A function from these two to what the loss shall get
-)->Callable: # The loss on what `prepare` gives, with the same parameters
-    "Wrap a loss so that two of its arguments are prepared first"
+    prepare:Callable # A function of these two that returns their new values
+)->Callable: # A loss with the same signature
+    "Return a loss that calls `loss` with two of its arguments changed by `prepare`"
     order = [*inspect.signature(loss).parameters]
     @wraps(loss)
     def _(*args, **kwargs):

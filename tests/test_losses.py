@@ -1,4 +1,4 @@
-"One menu of tests for every loss without weights. What a loss promises at equality, and where its minimum is, stands in `LOSSES`."
+"The same tests for every loss without weights. What a loss reads and its value at equality are facts of the loss (`loss_info`): a new loss needs no line here."
 import inspect, io, json, math, re, shutil, sys
 from functools import partial
 from pathlib import Path
@@ -6,6 +6,7 @@ import numpy as np, pytest, scipy.spatial.distance, scipy.special, torch, torch.
 from fastcore.docments import docments
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from kd_fastai.features import per_sample
 from kd_fastai.info import get_loss_info
 from kd_fastai.signature import loss_name, loss_args
 from kd_fastai.losses import *
@@ -15,7 +16,7 @@ root = Path(__file__).resolve().parent.parent
 golden = root/'tests'/'golden'
 sys.path.insert(0, str(golden))
 from check import check, load_index
-from impls import IMPLS
+from impls import IMPLS, NO_CASES, OUTPUT, FEATURE, RELATION
 
 # --- what is known of each loss
 
@@ -39,42 +40,48 @@ def others_entropy(x, gamma=1.5):
 
 def ladder(x): return at(**{k: lambda x: {n: torch.tensor([0.,3.,10.,30.]).to(f)[:,None] for n,f in x[k].items()} for k in ('fm_s','fm_t')})(x)
 
-ZERO,STATIONARY,UNBOUNDED = 'zero','stationary','unbounded below'   # zero at equality, its minimum; a gradient of zero there; no minimum
-LOSSES = {   # name: (inputs, at equality: one of these, or where the minimum is instead and its value)
-    'SoftTarget': ('predictions', ZERO), 'Logits': ('predictions', ZERO), 'Mutual': ('predictions', ZERO),
-    'DecoupledKD': ('labels', ZERO), 'DIST': ('predictions', ZERO), 'MultiLevel': ('predictions', ZERO), 'StreamlinedKD': ('predictions', ZERO),
-    'NormalizedKD': ('labels', (at(pred=lambda x: certain(x, lambda x: x['target'])), others_entropy)),
-    'WSLD': ('labels', STATIONARY),
-    'TTM': ('predictions', (at(pred=lambda x: x['teacher_pred']/4), 0)),
-    'MFT': ('labels', (at(pred=corrected), 0)),
-    'HardTarget': ('predictions', (at(pred=lambda x: certain(x, lambda x: x['teacher_pred'].argmax(1))), 0)),
-    'JSD': ('predictions', ZERO), 'SkewKL': ('predictions', ZERO), 'AlphaBeta': ('predictions', ZERO), 'MultiLabel': ('predictions', ZERO),
-    'BoundedRegression': ('numbers', ZERO),
-    'Attention': ('features', ZERO), 'FitNet': ('features', ZERO), 'Similarity': ('features', ZERO), 'AttentionNorm': ('features', ZERO), 'NST': ('features', ZERO),
-    'ActivationBoundaries': ('features', (maps_at(lambda t: 3*torch.where(t>0, 1., -1.).to(t)), 0)),
-    'FSP': ('features', ZERO), 'FactorTransfer': ('features', ZERO), 'CWD': ('features', ZERO), 'PKD': ('features', ZERO), 'CATKD': ('features', ZERO), 'HCL': ('features', ZERO),
-    'KTA': ('features', ZERO), 'Affinity': ('features', ZERO), 'PartialL2': ('features', ZERO),
-    'SRD': ('both', UNBOUNDED),
-    'PKT': ('features', ZERO), 'RKD': ('features', ZERO), 'CorrelationCongruence': ('features', ZERO), 'ICKD': ('features', ZERO), 'IRG': ('both', ZERO),
-    'DarkRank': ('features', (ladder, 0)),
+ZERO,STATIONARY,UNBOUNDED = 'zero','stationary','unbounded'  # see `loss_info(at_equality=)`
+
+MINIMA = {   # of losses with at_equality='elsewhere': inputs at the minimum, and its value
+    'NormalizedKD': (at(pred=lambda x: certain(x, lambda x: x['target'])), others_entropy),
+    'TTM': (at(pred=lambda x: x['teacher_pred']/4), 0),
+    'MFT': (at(pred=corrected), 0),
+    'HardTarget': (at(pred=lambda x: certain(x, lambda x: x['teacher_pred'].argmax(1))), 0),
+    'ActivationBoundaries': (maps_at(lambda t: 3*torch.where(t>0, 1., -1.).to(t)), 0),
+    'DarkRank': (ladder, 0),
 }
-LOSSES = {k: (globals()[k], *v) for k,v in LOSSES.items()}
-VARIANTS = { # the same tests for what parameters and wrappers make of them
-    'DecoupledKD, soft': (partial(DecoupledKD, T=1.), 'labels', ZERO),
-    'DIST, soft': (partial(DIST, T=4., beta=2.), 'predictions', ZERO),
-    'JSD, forward': (partial(JSD, beta=0), 'predictions', ZERO), 'JSD, reverse': (partial(JSD, beta=1, T=2.), 'predictions', ZERO),
-    'SkewKL, reverse': (partial(SkewKL, reverse=True), 'predictions', ZERO),
-    **{f'AlphaBeta {a} {b}': (partial(AlphaBeta, alpha=a, beta=b), 'predictions', ZERO) for a,b in ((1,0),(0,1),(0,0),(.2,.7))},
-    'TTM, weighted': (partial(TTM, weighted=True), 'predictions', (at(pred=lambda x: x['teacher_pred']/4), 0)),
-    'standardize(SoftTarget)': (standardize(SoftTarget), 'predictions', ZERO), 'standardize(DecoupledKD)': (standardize(DecoupledKD), 'labels', ZERO),
-    'pooled(Attention)': (pool_to_smaller(Attention), 'features', ZERO), 'pooled(NST)': (pool_to_smaller(NST), 'features', ZERO),
-    'halving(FitNet)': (weighted_sum_over_layers(FitNet), 'features', ZERO),
-    'FactorTransfer, attention': (partial(FactorTransfer, p1=2, p2=2), 'features', ZERO),
-    'KTA, p=2': (partial(KTA, p=2, q=1), 'features', ZERO),
-    'CATKD, raw': (partial(CATKD, normalize=False), 'features', ZERO), 'PKD, teacher resized': (partial(PKD, resize_stu=False), 'features', ZERO),
-    'normalized(RKD)': (unit_length(RKD), 'features', ZERO),
-    'CorrelationCongruence, bilinear': (partial(CorrelationCongruence, kernel='bilinear', normalize=False, squared=False), 'features', ZERO),
+
+def kind(loss):
+    "What a loss reads: 'both' predictions and features, 'features', 'predictions', these with 'labels', or 'numbers' of a regression"
+    names = loss_args(loss).required
+    if 'fm_s' in names: return 'both' if 'teacher_pred' in names else 'features'
+    if 'target' not in names: return 'predictions'
+    return 'labels' if get_loss_info(loss).softmax else 'numbers'
+
+def row(loss):
+    "Loss, what it reads, and what is true at equality: a name, or the minimum and its value"
+    at_equality = get_loss_info(loss).at_equality
+    return loss,kind(loss),MINIMA[loss_name(loss)] if at_equality=='elsewhere' else at_equality
+
+PUBLIC = {n: getattr(m, n) for m in (output, feature, relation) for n in m.__all__}
+LOSSES = {n: row(f) for n,f in PUBLIC.items() if hasattr(f, 'info')}
+VARIANTS = { # the same tests for other parameters, and for wrappers
+    'DecoupledKD, soft': partial(DecoupledKD, T=1.),
+    'DIST, soft': partial(DIST, T=4., beta=2.),
+    'JSD, forward': partial(JSD, beta=0), 'JSD, reverse': partial(JSD, beta=1, T=2.),
+    'SkewKL, reverse': partial(SkewKL, reverse=True),
+    **{f'AlphaBeta {a} {b}': partial(AlphaBeta, alpha=a, beta=b) for a,b in ((1,0),(0,1),(0,0),(.2,.7))},
+    'TTM, weighted': partial(TTM, weighted=True),
+    'standardize(SoftTarget)': standardize(SoftTarget), 'standardize(DecoupledKD)': standardize(DecoupledKD),
+    'pooled(Attention)': pool_to_smaller(Attention), 'pooled(NST)': pool_to_smaller(NST),
+    'halving(FitNet)': weighted_sum_over_layers(FitNet),
+    'FactorTransfer, attention': partial(FactorTransfer, p1=2, p2=2),
+    'KTA, p=2': partial(KTA, p=2, q=1),
+    'CATKD, raw': partial(CATKD, normalize=False), 'PKD, teacher resized': partial(PKD, resize_stu=False),
+    'normalized(RKD)': unit_length(RKD),
+    'CorrelationCongruence, bilinear': partial(CorrelationCongruence, kernel='bilinear', normalize=False, squared=False),
 }
+VARIANTS = {n: row(f) for n,f in VARIANTS.items()}
 ALL = {**LOSSES, **VARIANTS}
 every = pytest.mark.parametrize('name', ALL)
 each  = pytest.mark.parametrize('name', LOSSES)
@@ -100,7 +107,7 @@ def inputs(name, B=4, C=5, dtype=torch.float32, seed=0, same=False, grids=None):
     x = dict(pred=2*rand(B,C), teacher_pred=2*rand(B,C), fm_t=fm_t, fm_s={f's{i}': rand(B,*o) for i,o in enumerate(s)},
              target=torch.randint(C, (B,), generator=g) if kind!='numbers' else rand(B,C))
     if same: x.update(pred=x['teacher_pred'].clone(), fm_s={k.replace('t','s'): v.clone() for k,v in fm_t.items()})
-    return {k: x[k] for k in inspect.signature(f).parameters if k in loss_args(f).accepted}
+    return {k: x[k] for k in inspect.signature(f).parameters if k in loss_args(f).accepted and k in x}
 
 def changed(x, f, who=('pred','teacher_pred','fm_s','fm_t')):
     def on(v): return {k: f(t) for k,t in v.items()} if isinstance(v, dict) else f(v)
@@ -130,29 +137,66 @@ STATELESS = [k for k,m in load_index(golden)['methods'].items() if not m['parame
 @pytest.mark.parametrize('method', STATELESS)
 def test_golden(method):
     res = check(golden, {method: IMPLS[method]}, methods=[method], out=(said := io.StringIO()))[method]
-    assert res['PASS']>0 and res['FAIL']==res['ERROR']==0, said.getvalue()
+    assert res['PASS']>0, said.getvalue()
+    assert res['FAIL']==res['ERROR']==0, said.getvalue()
+
+def covered_by_golden():
+    "Losses that a golden method calls"
+    called = set()
+    def calls(f, seen=()):
+        "Names of the losses inside closures, partials and wrappers"
+        if isinstance(f, partial): f = [f.func, *f.keywords.values()]
+        if isinstance(f, (list, tuple)): return set().union(*[calls(o, seen) for o in f])
+        if not callable(f) or id(f) in seen: return set()
+        names = {f.__name__} if hasattr(f, 'info') and hasattr(f, '__name__') else set()
+        inner = [c.cell_contents for c in getattr(f, '__closure__', None) or ()]
+        globs = [PUBLIC[n] for n in getattr(getattr(f, '__code__', None), 'co_names', ()) if n in PUBLIC]
+        return names | calls([*inner, *globs] if not names else [], (*seen, id(f)))
+    for f in {**OUTPUT, **FEATURE, **RELATION}.values(): called |= calls(f)
+    return called
+
+def test_every_loss_has_a_golden_case_or_a_reason():
+    missing = set(LOSSES)-covered_by_golden()
+    assert missing==set(NO_CASES)
+    assert all(len(reason)>10 for reason in NO_CASES.values())
+
+def test_cases_left_to_their_value_give_a_reason():
+    cases = [(n, c) for n,m in load_index(golden)['methods'].items() for c in m['cases'] if 'compare_reason' in c]
+    said = (golden/'README.md').read_text()
+    assert len(cases)==8
+    for name,case in cases:
+        assert case['compare']=='value'
+        assert f"{name}/{case['key']}" in said
+
+def test_counts_of_golden_readme():
+    methods = load_index(golden)['methods']
+    assert f"{len(methods)} methods, {sum(len(m['cases']) for m in methods.values())} cases" in (golden/'README.md').read_text()
 
 # --- the table, names and docs
 
-def test_table():
-    "Every public loss is in the table, and says what it needs as the table does"
-    public = {n for m in (output, feature, relation) for n in m.__all__ if hasattr(getattr(m, n), 'info')}
-    assert public==set(LOSSES)
-    for name,(f,kind,_) in ALL.items():
-        n = loss_args(f).accepted
-        assert kind==('both' if {'fm_s','teacher_pred'}<=n else 'features' if 'fm_s' in n else 'predictions' if 'target' not in n else kind) and kind in ('both','features','predictions','labels','numbers')
+@every
+def test_kind(name):
+    assert ALL[name][1] in ('both','features','predictions','labels','numbers')
 
 @each
 def test_documented(name):
     f = LOSSES[name][0]
-    assert len(f.__doc__)>30 and all(v for k,v in docments(f).items() if k not in ('kwargs','self'))
+    assert len(f.__doc__)>30
+    assert [k for k,v in docments(f).items() if not v and k not in ('kwargs','self')]==[]
     a = get_loss_info(f)
-    assert a.url.startswith('https://') and re.search(r'\b(19|20)\d\d$', a.paper) and a.best_for and a.complexity in ('low','medium','high') and a.cost and a.weight>0
+    assert a.url.startswith('https://')
+    assert 'github.com' not in a.url
+    assert re.search(r'\b(19|20)\d\d$', a.paper)
+    assert a.best_for
+    assert a.complexity in ('low','medium','high')
+    assert a.cost
+    assert a.weight>0
     page = next(p for m,p in ((output,'11_losses.output'),(feature,'12_losses.feature'),(relation,'13_losses.relation')) if name in m.__all__)
     prose = [''.join(c['source']) for c in json.loads((root/'nbs'/f'{page}.ipynb').read_text())['cells'] if c['cell_type']=='markdown']
     entry, = [c for c in prose if c.startswith(f'## {name}\n')]
     marks = ['$$', '**Paper**', '**Reduction**', '**Range**', '**Default weight**', '**At equality**', '**Differs from the paper in**']
-    assert [m for m in marks if m not in entry]==[] and [entry.index(m) for m in marks]==sorted(entry.index(m) for m in marks)
+    assert [m for m in marks if m not in entry]==[]
+    assert marks==sorted(marks, key=entry.index)
     assert re.search(r'\*\*Paper\*\*: .+\]\(https://', entry)
     weight = re.search(r'\*\*Default weight\*\*: ([\d.]+)', entry)[1]
     assert float(weight)==a.weight
@@ -177,7 +221,9 @@ def test_signature(name):
     f = ALL[name][0]
     params = inspect.signature(f).parameters
     assert all((p.default is p.empty)==(k in ('pred','teacher_pred','fm_s','fm_t','target')) for k,p in params.items() if k!='kwargs')
-    assert 'kwargs' in params and loss_name(f) in LOSSES and get_loss_info(f) is get_loss_info(LOSSES[loss_name(f)][0])
+    assert 'kwargs' in params
+    assert loss_name(f) in LOSSES
+    assert get_loss_info(f) is get_loss_info(LOSSES[loss_name(f)][0])
 
 # --- the menu
 
@@ -364,7 +410,7 @@ def test_bad_features(name):
 @pytest.mark.parametrize('f', [partial(SoftTarget, T=0), partial(JSD, beta=1.5), partial(SkewKL, alpha=-1), partial(AlphaBeta, alpha=-1), partial(MultiLevel, levels=()),
     partial(StreamlinedKD, instance=0, direction=0)], ids=loss_name)
 def test_bad_parameters(f):
-    with pytest.raises(ValueError): f(torch.rand(2,3), torch.rand(2,3))
+    with pytest.raises(ValueError, match='Expected|compares nothing'): f(torch.rand(2,3), torch.rand(2,3))
 
 # --- against independent computations
 
@@ -447,3 +493,39 @@ def test_both_forms_of_nst():
         a,b = (F.normalize(f.flatten(2), dim=2) for f in (s,t))
         def k(a, b): return np.mean([(u@v).item()**2 for i in range(2) for u in a[i] for v in b[i]])
         assert math.isclose(NST({'a':s}, {'a':t}), k(b,b)+k(a,a)-2*k(a,b), rel_tol=1e-9)
+
+# --- one value per sample
+
+SAMPLES = [n for n,(f,*_) in ALL.items() if get_loss_info(f).per_sample]
+per_sample_losses = pytest.mark.parametrize('name', SAMPLES)
+
+def sample(x, i): return {k: {n: t[i:i+1] for n,t in v.items()} if isinstance(v, dict) else v[i:i+1] for k,v in x.items()}
+
+@per_sample_losses
+def test_per_sample_equals_loop(name):
+    f,x = ALL[name][0],inputs(name, dtype=torch.float64)
+    values = per_sample(f)(**x)
+    close(values, torch.stack([f(**sample(x, i)) for i in range(4)]), 1e-9)
+    close(values.mean(), f(**x), 1e-9)
+
+@per_sample_losses
+def test_gradients_of_per_sample_values(name):
+    f,x = ALL[name][0],changed(inputs(name, dtype=torch.float64), lambda t: t.requires_grad_(), ('pred','fm_s'))
+    student = tensors(x, 'pred', 'fm_s')
+    close(torch.autograd.grad(per_sample(f)(**x).mean(), student), torch.autograd.grad(f(**x), student), 1e-8)
+
+@every
+def test_per_sample_is_a_fact(name):
+    "A loss without the fact is not a mean over samples, and is refused"
+    f,x = ALL[name][0],inputs(name, dtype=torch.float64)
+    if name in SAMPLES: return
+    loop = torch.stack([f(**sample(x, i)) for i in range(4)]).mean()
+    assert not torch.isclose(loop, f(**x), rtol=1e-6)
+    with pytest.raises(ValueError, match='not a mean over samples'): per_sample(f)
+
+@with_preds
+def test_per_sample_of_dense_predictions(name):
+    if name not in SAMPLES: return
+    f,x = ALL[name][0],inputs(name, dtype=torch.float64)
+    def wide(t): return t[...,None,None].expand(*t.shape, 2, 3).clone()
+    close(per_sample(f)(**changed(x, wide, ('pred','teacher_pred','target'))), per_sample(f)(**x), 1e-6)

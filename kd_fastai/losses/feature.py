@@ -1,4 +1,4 @@
-"""Losses on feature maps: the student sees what the teacher sees
+"""Losses on feature maps: match the intermediate representations of student and teacher
 
 Docs: https://kd-fastai.github.io/kd_fastai/losses.feature.html.md"""
 
@@ -14,294 +14,353 @@ from functools import wraps
 from typing import Callable
 import torch
 import torch.nn.functional as F
-from ..features import channels_first, pair_features
+from ..features import channels_first, interpolate_to, pair_features, pool_to
 from ..info import loss_info
-from ..signature import map_inputs
+from ._ops import gram, kl_terms, pool_to_smaller_pair, unit, z_scores
 from .output import SoftTarget
+from ..signature import map_inputs
 
 # %% ../../nbs/12_losses.feature.ipynb #378a2cbf
-def _attention(f, p, over=torch.mean):
-    "Energy over channels at each position, in units of its norm"
-    return F.normalize(over(f.pow(p), 1).flatten(1), dim=1)
+def _attention_map(f, p, over=torch.mean):
+    "Mean (or sum) of powers over channels, flattened over positions and scaled to unit length"
+    return unit(over(f.pow(p), 1).flatten(1))
 
 @loss_info('Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017', 'https://arxiv.org/abs/1612.03928',
-       'where attention patterns matter', 'low', 'BCHW', weight=1000., must_match='size')
+           'spatial attention maps, any number of channels', 'low', 'BCHW', weight=1000., must_match='size',
+           per_sample=True)
 def Attention(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
-    p:int=2,                      # Power to which activations are raised
+    p:int=2,                      # Power of the activations
     **kwargs
 )->torch.Tensor: # Scalar
-    "Difference of normalised attention maps (Zagoruyko & Komodakis, 2017). Raises `ValueError` for unequal sizes, and for maps of one position"
+    """Return the mean squared difference of normalized attention maps (Zagoruyko & Komodakis, 2017).
+
+    Raises `ValueError` for unequal sizes, and for maps of one position."""
     pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
     for (s,_),name in zip(pairs, fm_s):
-        if s[0,0].numel()==1: raise ValueError(f"Layer {name!r} has one position, {tuple(s.shape)}: its attention map is always 1. Take an earlier layer")
-    return sum((_attention(s, p)-_attention(t, p)).pow(2).mean() for s,t in pairs)
+        if s[0,0].numel()==1: raise ValueError(
+            f"Layer {name!r} has one position, {tuple(s.shape)}: its attention map is always 1. Take an earlier layer")
+    return sum(F.mse_loss(_attention_map(s, p), _attention_map(t, p)) for s,t in pairs)
 
 # %% ../../nbs/12_losses.feature.ipynb #732ad618
-@loss_info('Heo et al., Knowledge Transfer via Distillation of Activation Boundaries, AAAI 2019', 'https://arxiv.org/abs/1811.03233',
-       'which neurons fire, before a ReLU', 'low', 'BCHW', weight=1.)
+@loss_info('Heo et al., Knowledge Transfer via Distillation of Activation Boundaries, AAAI 2019',
+           'https://arxiv.org/abs/1811.03233',
+           'activation boundaries before a ReLU', 'low', 'BCHW', at_equality='elsewhere', per_sample=True)
 def ActivationBoundaries(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, before the ReLU
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
-    m:float=2,                    # Margin that activations should keep from zero
+    m:float=2,                    # Margin between activations and zero
     **kwargs
 )->torch.Tensor: # Scalar
-    "Activations on the wrong side of zero, or too near to it (Heo et al., 2019). Raises `ValueError` for unequal shapes"
-    def boundary(s, t): return (m+s*(1-2*(t>0).to(s))).relu().pow(2)  # the margin, and how far s is on the wrong side
-    return sum(boundary(s,t).mean() for s,t in pair_features(fm_s, fm_t))
+    """Return the squared violation of the activation boundaries of the teacher (Heo et al., 2019).
+
+    Raises `ValueError` for unequal shapes."""
+    def violation(s, t):
+        sign = 2*(t>0).to(s)-1
+        return (m-s*sign).relu().pow(2).mean()
+    return sum(violation(s, t) for s,t in pair_features(fm_s, fm_t))
 
 # %% ../../nbs/12_losses.feature.ipynb #4e8a6ce5
 @loss_info('Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015', 'https://arxiv.org/abs/1412.6550',
-       'matching intermediate features', 'medium', 'BCHW', weight=1.)
+           'matching intermediate features (mean squared error)', 'medium', 'BCHW', per_sample=True)
 def FitNet(
     fm_s:dict[str, torch.Tensor], # Student's features by layer
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
     **kwargs
 )->torch.Tensor: # Scalar
-    "Mean squared difference of features (Romero et al., 2015). Raises `ValueError` for unequal shapes"
+    "Return the mean squared difference of features (Romero et al., 2015). Raises `ValueError` for unequal shapes"
     return sum(F.mse_loss(s, t) for s,t in pair_features(fm_s, fm_t))
 
 # %% ../../nbs/12_losses.feature.ipynb #1c4c3f1c
 @loss_info('Tung & Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019', 'https://arxiv.org/abs/1907.09682',
-       'which samples are alike, layers of any shape', 'medium', 'B²CHW', weight=3000., must_match='batch')
+           'pairwise similarity of samples, layers of any shape', 'medium', 'B²CHW', weight=3000., must_match='batch')
 def Similarity(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, any shape
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same samples
     pred:torch.Tensor,            # Student's predictions; not used
-    p:int=2,                      # Norm by which rows are normalised
+    p:int=2,                      # Order of the norm of rows
     **kwargs
 )->torch.Tensor: # Scalar
-    "Difference of normalised similarities between samples (Tung & Mori, 2019). Raises `ValueError` for unequal batch sizes"
-    def similarity(f): f = f.flatten(1); return F.normalize(f@f.T, p=p, dim=1)
-    return sum(F.mse_loss(similarity(s), similarity(t)) for s,t in pair_features(fm_s, fm_t, must_match='batch'))
+    """Return the difference of normalized similarities between samples (Tung & Mori, 2019).
+
+    Raises `ValueError` for unequal batch sizes."""
+    def similarity(f): return unit(gram(f.flatten(1)), p=p)
+    pairs = pair_features(fm_s, fm_t, must_match='batch')
+    return sum(F.mse_loss(similarity(s), similarity(t)) for s,t in pairs)
 
 # %% ../../nbs/12_losses.feature.ipynb #f3cbef84
-def _pool(f, size):
-    "Average-pool maps to `size`, if they have another"
-    if f.shape[2:]==size: return f
-    pool = {3: F.adaptive_avg_pool1d, 4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}[f.ndim]
-    return pool(f, size[0] if f.ndim==3 else size)
-
-def _alike(a, b):
-    "Both maps at the smaller of their sizes"
-    size = torch.Size(map(min, a.shape[2:], b.shape[2:]))
-    return _pool(a, size),_pool(b, size)
-
 def pool_to_smaller(
     loss:Callable # A loss on `fm_s` and `fm_t`
-)->Callable: # The loss on maps of equal size, with the same parameters
-    "Average-pool the larger map of each pair to the size of the smaller. Raises `ValueError` for unequal numbers of layers or dimensions"
+)->Callable: # A loss with the same signature
+    """Return a loss that average-pools the larger map of each pair to the size of the smaller.
+
+    Raises `ValueError` for unequal numbers of layers or dimensions."""
     def prepare(fm_s, fm_t):
-        s,t = zip(*[map(channels_first, _alike(*o)) for o in pair_features(fm_s, fm_t, must_match='batch', min_ndim=3)])  # `maps` again: tokens go back to where they came from
+        pairs = [pool_to_smaller_pair(*o) for o in pair_features(fm_s, fm_t, must_match='batch', min_ndim=3)]
+        s,t = zip(*[(channels_first(s), channels_first(t)) for s,t in pairs])  # once more: tokens return to (B, N, D)
         return dict(zip(fm_s, s)),dict(zip(fm_t, t))
     return map_inputs(loss, ('fm_s','fm_t'), prepare)
+
+# Earlier name, until all modules import from _ops
+_alike = pool_to_smaller_pair
 
 # %% ../../nbs/12_losses.feature.ipynb #ae29dba2
 def weighted_sum_over_layers(
     loss:Callable # A loss on `fm_s` and `fm_t` that is a mean over elements
-)->Callable: # The loss as a sum over elements of a sample, earlier layers weighted less, with the same parameters
-    "Sum over a sample's elements instead of their mean, each layer half as much as the next. Raises `ValueError` for unequal numbers of layers"
+)->Callable: # A loss with the same signature
+    """Return a loss that sums over the elements of a sample, and halves the weight from each layer to the one before.
+
+    Raises `ValueError` for unequal numbers of layers."""
     @wraps(loss)
     def _(fm_s, fm_t, **kwargs):
-        last = len(pair_features(fm_s, fm_t, must_match='batch'))-1
-        pairs = enumerate(zip(fm_s.items(), fm_t.items()))
-        return sum(loss(fm_s=dict([s]), fm_t=dict([t]), **kwargs)*(s[1][0].numel()/2**(last-k)) for k,(s,t) in pairs)
+        pair_features(fm_s, fm_t, must_match='batch')
+        total = 0.
+        for layer_s,layer_t in zip(fm_s.items(), fm_t.items()):  # from the first layer to the last
+            value = loss(fm_s=dict([layer_s]), fm_t=dict([layer_t]), **kwargs)
+            total = total/2 + value*layer_s[1][0].numel()
+        return total
     return _
 
 # %% ../../nbs/12_losses.feature.ipynb #8e7e3752
 @loss_info('Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017', 'https://arxiv.org/abs/1612.03928',
-       'attention, when it is nearly right already', 'low', 'BCHW', weight=1., must_match='size')
+           'attention maps, unsquared norm', 'low', 'BCHW', must_match='size', per_sample=True)
 def AttentionNorm(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
-    p:int=2,                      # Power to which activations are raised
+    p:int=2,                      # Power of the activations
     **kwargs
 )->torch.Tensor: # Scalar
-    "Distance of normalised attention maps, not squared (Zagoruyko & Komodakis, 2017). Raises `ValueError` for unequal sizes"
-    return sum(torch.linalg.vector_norm(_attention(s, p, torch.sum)-_attention(t, p, torch.sum), dim=1).mean() for s,t in pair_features(fm_s, fm_t, must_match='size', min_ndim=3))
+    """Return the distance of normalized attention maps, not squared (Zagoruyko & Komodakis, 2017).
+
+    Raises `ValueError` for unequal sizes."""
+    def distance(s, t):
+        difference = _attention_map(s, p, torch.sum)-_attention_map(t, p, torch.sum)
+        return torch.linalg.vector_norm(difference, dim=1).mean()
+    return sum(distance(s, t) for s,t in pair_features(fm_s, fm_t, must_match='size', min_ndim=3))
 
 # %% ../../nbs/12_losses.feature.ipynb #c6029c6b
 def _mmd(s, t):
-    "Squared discrepancy of the rows of two matrices under the squared product, `(B, C, N)`, mean over the batch"
-    if s.shape[2]<=max(s.shape[1], t.shape[1]): return (s.mT@s/s.shape[1]-t.mT@t/t.shape[1]).pow(2).sum((1,2)).mean()
+    "Squared MMD of the rows of `(B, C, N)` with the kernel <a,b>², mean over the batch"
+    if s.shape[2]<=max(s.shape[1], t.shape[1]):
+        difference = gram(s.mT)/s.shape[1]-gram(t.mT)/t.shape[1]
+        return difference.pow(2).sum((1,2)).mean()
     def k(a, b): return (a@b.mT).pow(2).mean()
     return k(t, t) + k(s, s) - 2*k(s, t)
 
-@loss_info('Huang & Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017', 'https://arxiv.org/abs/1707.01219',
-       'what channels select, any number of them', 'medium', 'BCHW·min(C, HW)', weight=50., must_match='size')
+@loss_info('Huang & Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017',
+           'https://arxiv.org/abs/1707.01219',
+           'channel activation patterns (MMD), any width', 'medium', 'BCHW·min(C, HW)', weight=50., must_match='size',
+           per_sample=True)
 def NST(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
     **kwargs
 )->torch.Tensor: # Scalar
-    "Discrepancy of the distributions of channels (Huang & Wang, 2017). Raises `ValueError` for unequal sizes"
-    def unit(f): return F.normalize(f.flatten(2), dim=2)
-    return sum(_mmd(unit(s), unit(t)) for s,t in pair_features(fm_s, fm_t, must_match='size', min_ndim=3))
+    """Return the maximum mean discrepancy of normalized channels (Huang & Wang, 2017).
+
+    Raises `ValueError` for unequal sizes."""
+    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
+    return sum(_mmd(unit(s.flatten(2), 2), unit(t.flatten(2), 2)) for s,t in pairs)
 
 # %% ../../nbs/12_losses.feature.ipynb #05ac1c21
-def _flow(a, b):
-    "Products of the channels of two layers, mean over positions"
-    a,b = (x.flatten(2) for x in _alike(a, b))
+def _fsp_matrix(a, b):
+    "Inner products of the channels of two layers, mean over positions"
+    a,b = (x.flatten(2) for x in pool_to_smaller_pair(a, b))
     return b@a.mT/a.shape[2]
 
-@loss_info('Yim et al., A Gift from Knowledge Distillation, CVPR 2017', 'https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html',
-       'how layers follow from each other', 'medium', 'BC²HW', weight=50., must_match='channels')
+@loss_info('Yim et al., A Gift from Knowledge Distillation, CVPR 2017',
+           'https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html',
+           'Gram matrix between consecutive layers', 'medium', 'BC²HW', weight=50., must_match='channels',
+           per_sample=True)
 def FSP(
-    fm_s:dict[str, torch.Tensor], # Student's features by layer, two layers or more: `(B, C, *size)`, or tokens `(B, N, D)`
+    fm_s:dict[str, torch.Tensor], # Student's features of two layers or more: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same channels
     **kwargs
 )->torch.Tensor: # Scalar
-    "Difference of the flow from layer to layer (Yim et al., 2017). Raises `ValueError` for unequal channels and for a single layer"
+    """Return the mean squared difference of the FSP matrices of consecutive layers (Yim et al., 2017).
+
+    Raises `ValueError` for unequal channels and for a single layer."""
     pairs = pair_features(fm_s, fm_t, must_match='channels', min_ndim=3)
-    if len(pairs)<2: raise ValueError(f"FSP compares neighbouring layers: expected two or more, got {[*fm_s]}")
-    return sum(F.mse_loss(_flow(s1, s2), _flow(t1, t2)) for (s1,t1),(s2,t2) in zip(pairs, pairs[1:]))
+    if len(pairs)<2: raise ValueError(f"FSP compares consecutive layers: expected two or more, got {[*fm_s]}")
+    consecutive = zip(pairs, pairs[1:])
+    return sum(F.mse_loss(_fsp_matrix(s1, s2), _fsp_matrix(t1, t2)) for (s1,t1),(s2,t2) in consecutive)
 
 # %% ../../nbs/12_losses.feature.ipynb #7c2f68a8
-@loss_info('Kim et al., Paraphrasing Complex Network: Network Compression via Factor Transfer, NeurIPS 2018', 'https://arxiv.org/abs/1802.04977',
-       'features up to scale', 'low', 'BCHW', weight=200.)
+@loss_info('Kim et al., Paraphrasing Complex Network: Network Compression via Factor Transfer, NeurIPS 2018',
+           'https://arxiv.org/abs/1802.04977',
+           'normalized features (invariant to scale)', 'low', 'BCHW', weight=200., per_sample=True)
 def FactorTransfer(
     fm_s:dict[str, torch.Tensor], # Student's factors by layer
     fm_t:dict[str, torch.Tensor], # Teacher's factors by layer, of the same shapes; with `p1`, of the same sizes
-    p1:int|None=None,             # Power of attention maps, to be compared in place of factors
+    p1:int|None=None,             # Power of attention maps; if given, these are compared instead of factors
     p2:int=1,                     # Power of the differences
     **kwargs
 )->torch.Tensor: # Scalar
-    "Difference of factors of unit length (Kim et al., 2018). Raises `ValueError` for unequal shapes"
-    def factor(f): return F.normalize(f.flatten(1), dim=1) if p1 is None else _attention(f, p1)
-    pairs = pair_features(fm_s, fm_t) if p1 is None else pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
+    "Return the difference of factors of unit length (Kim et al., 2018). Raises `ValueError` for unequal shapes"
+    def factor(f): return unit(f.flatten(1)) if p1 is None else _attention_map(f, p1)
     def power(d): return d.abs() if p2==1 else d.abs().pow(p2)
+    if p1 is None: pairs = pair_features(fm_s, fm_t)
+    else: pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
     return sum(power(factor(s)-factor(t)).mean() for s,t in pairs)
 
 # %% ../../nbs/12_losses.feature.ipynb #a96bf0ff
-@loss_info('Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021', 'https://arxiv.org/abs/2011.13256',
-       'segmentation and detection', 'low', 'BCHW', weight=3.)
+@loss_info('Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021',
+           'https://arxiv.org/abs/2011.13256',
+           'segmentation and detection: channel-wise spatial distributions', 'low', 'BCHW', weight=3., per_sample=True)
 def CWD(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
     T:float=1.,                   # Temperature
     **kwargs
 )->torch.Tensor: # Scalar
-    "Divergence of each channel's distribution over positions (Shu et al., 2021). Raises `ValueError` for unequal shapes"
-    def kl(s, t): return F.kl_div((s/T).flatten(2).log_softmax(2), (t/T).flatten(2).log_softmax(2), reduction='none', log_target=True).sum(2).mean()
-    return sum(T**2*kl(s, t) for s,t in pair_features(fm_s, fm_t, min_ndim=3))
+    """Return the divergence of the distributions of channels over positions (Shu et al., 2021).
+
+    Raises `ValueError` for unequal shapes."""
+    def divergence(s, t):
+        s,t = ((f/T).flatten(2).log_softmax(2) for f in (s,t))
+        return kl_terms(s, t).sum(2).mean()
+    return sum(T**2*divergence(s, t) for s,t in pair_features(fm_s, fm_t, min_ndim=3))
 
 # %% ../../nbs/12_losses.feature.ipynb #b7f50926
-def _standard(f):
-    "Mean 0 and deviation 1 of every channel, over the batch and positions"
-    f = f.transpose(0,1).flatten(1)
-    f = f-f.mean(1, keepdim=True)
-    return f/(torch.linalg.vector_norm(f, dim=1, keepdim=True)/max(f.shape[1]-1, 1)**0.5+1e-6)
+def _standardize_channels(f):
+    "Scale each channel to mean 0 and standard deviation 1 over the batch and positions"
+    return z_scores(f, (0, *range(2, f.ndim)), eps=1e-6)
 
-def _resized(f, like):
-    "Maps interpolated to the size of others"
-    if f.shape[2:]==like.shape[2:]: return f
-    return F.interpolate(f, like.shape[2:], mode={3:'linear', 4:'bilinear', 5:'trilinear'}[f.ndim])
-
-@loss_info('Cao et al., PKD: Distillation for Object Detectors via Pearson Correlation, NeurIPS 2022', 'https://arxiv.org/abs/2207.02039',
-       'detectors of different design', 'low', 'BCHW', weight=6., must_match='channels')
+@loss_info('Cao et al., PKD: Distillation for Object Detectors via Pearson Correlation, NeurIPS 2022',
+           'https://arxiv.org/abs/2207.02039',
+           'detectors of different architectures (Pearson correlation)', 'low', 'BCHW', weight=6.,
+           must_match='channels')
 def PKD(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same channels
-    resize_stu:bool=True,         # Where sizes differ, interpolate the student's map, rather than the teacher's?
+    resize_stu:bool=True,         # If sizes differ, interpolate the student's map (or the teacher's)?
     **kwargs
 )->torch.Tensor: # Scalar
-    "Difference of channels standardised over the batch (Cao et al., 2022). Raises `ValueError` for unequal channels"
-    pairs = pair_features(fm_s, fm_t, must_match='channels', min_ndim=3)
-    pairs = [(_resized(s, t),t) if resize_stu else (s,_resized(t, s)) for s,t in pairs]
-    return sum(F.mse_loss(_standard(s), _standard(t))/2 for s,t in pairs)
+    """Return half the mean squared difference of channels standardized over the batch (Cao et al., 2022).
+
+    Raises `ValueError` for unequal channels."""
+    loss = 0.
+    for s,t in pair_features(fm_s, fm_t, must_match='channels', min_ndim=3):
+        if resize_stu: s = interpolate_to(s, t.shape[2:])
+        else: t = interpolate_to(t, s.shape[2:])
+        loss = loss + F.mse_loss(_standardize_channels(s), _standardize_channels(t))/2
+    return loss
 
 # %% ../../nbs/12_losses.feature.ipynb #ef01dea5
-@loss_info('Guo et al., Class Attention Transfer Based Knowledge Distillation, CVPR 2023', 'https://arxiv.org/abs/2304.12777',
-       'class activation maps', 'low', 'BCHW', weight=10., must_match='channels')
+@loss_info('Guo et al., Class Attention Transfer Based Knowledge Distillation, CVPR 2023',
+           'https://arxiv.org/abs/2304.12777',
+           'class activation maps', 'low', 'BCHW', weight=10., must_match='channels', per_sample=True)
 def CATKD(
     fm_s:dict[str, torch.Tensor], # Student's class activation maps by layer, `(B, classes, *size)`
     fm_t:dict[str, torch.Tensor], # Teacher's class activation maps by layer, of the same classes
     r:int=2,                      # Side of the grid to which maps are pooled
-    normalize:bool=True,          # Bring each map to unit length?
+    normalize:bool=True,          # Scale each map to unit length?
     **kwargs
 )->torch.Tensor: # Scalar
-    "Difference of class activation maps on a coarse grid (Guo et al., 2023). Raises `ValueError` for unequal channels"
+    """Return the mean squared difference of class activation maps on a coarse grid (Guo et al., 2023).
+
+    Raises `ValueError` for unequal channels."""
     def grid(f):
-        f = _pool(f, torch.Size([r]*(f.ndim-2))).flatten(2)
-        return F.normalize(f, dim=2) if normalize else f
-    return sum(F.mse_loss(grid(s), grid(t)) for s,t in pair_features(fm_s, fm_t, must_match='channels', min_ndim=3))
+        f = pool_to(f, [r]*(f.ndim-2)).flatten(2)
+        return unit(f, 2) if normalize else f
+    pairs = pair_features(fm_s, fm_t, must_match='channels', min_ndim=3)
+    return sum(F.mse_loss(grid(s), grid(t)) for s,t in pairs)
 
 # %% ../../nbs/12_losses.feature.ipynb #751a816d
-def _coarser(s, t):
-    "Mean squared difference at several sizes"
-    levels = [s.shape[2:]]+[torch.Size([l]*(s.ndim-2)) for l in (4,2,1) if l<s.shape[2]]
-    return sum(F.mse_loss(_pool(s, l), _pool(t, l))/2**k for k,l in enumerate(levels))/sum(1/2**k for k in range(len(levels)))
+def _pyramid_mse(s, t):
+    "Weighted mean of the mean squared differences at several sizes"
+    coarser = [(side,)*(s.ndim-2) for side in (4,2,1) if side<s.shape[2]]
+    loss,total,weight = 0.,0.,1.
+    for size in [s.shape[2:], *coarser]:
+        loss = loss + weight*F.mse_loss(pool_to(s, size), pool_to(t, size))
+        total,weight = total+weight,weight/2
+    return loss/total
 
 @loss_info('Chen et al., Distilling Knowledge via Knowledge Review, CVPR 2021', 'https://arxiv.org/abs/2104.09044',
-       'features at several scales', 'medium', 'BCHW', weight=1.)
+           'multi-scale features (spatial pyramid)', 'medium', 'BCHW', per_sample=True)
 def HCL(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
     **kwargs
 )->torch.Tensor: # Scalar
-    "Mean squared difference of features at several sizes (Chen et al., 2021). Raises `ValueError` for unequal shapes"
-    return sum(_coarser(s, t) for s,t in pair_features(fm_s, fm_t, min_ndim=3))
+    """Return the weighted mean squared difference of features at several sizes (Chen et al., 2021).
+
+    Raises `ValueError` for unequal shapes."""
+    return sum(_pyramid_mse(s, t) for s,t in pair_features(fm_s, fm_t, min_ndim=3))
 
 # %% ../../nbs/12_losses.feature.ipynb #e83b5ddc
-@loss_info('He et al., Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019', 'https://arxiv.org/abs/1903.04688',
-       'features up to scale, in any norm', 'low', 'BCHW', weight=200.)
+@loss_info('He et al., Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019',
+           'https://arxiv.org/abs/1903.04688',
+           'normalized features, in any norm', 'low', 'BCHW', weight=200., per_sample=True)
 def KTA(
     fm_s:dict[str, torch.Tensor], # Student's features by layer
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
-    p:float=1,                    # Norm of the difference
-    q:float=2,                    # Norm that becomes 1 in each sample
+    p:float=1,                    # Order of the norm of the difference
+    q:float=2,                    # Order of the norm that is scaled to 1 in each sample
     **kwargs
 )->torch.Tensor: # Scalar
-    "Distance of features of unit length (He et al., 2019). Raises `ValueError` for unequal shapes"
+    "Return the distance of normalized features (He et al., 2019). Raises `ValueError` for unequal shapes"
     if p==1 and q==2: return FactorTransfer(fm_s, fm_t)
-    def unit(f): return F.normalize(f.flatten(1), p=q, dim=1)
-    def norm(d): return d.abs().mean() if p==1 else torch.linalg.vector_norm(d, p, dim=1).mean()
-    return sum(norm(unit(s)-unit(t)) for s,t in pair_features(fm_s, fm_t))
+    def distance(s, t):
+        d = unit(s.flatten(1), p=q)-unit(t.flatten(1), p=q)
+        return d.abs().mean() if p==1 else torch.linalg.vector_norm(d, p, dim=1).mean()
+    return sum(distance(s, t) for s,t in pair_features(fm_s, fm_t))
 
 # %% ../../nbs/12_losses.feature.ipynb #967fd230
-def _product_distance(u, v):
-    "Distance of the outer products of vectors with themselves"
+def _outer_product_distance(u, v):
+    "Distance of the outer products u u^T and v v^T, along the last dimension"
     d,m = u-v,u+v
     norms = torch.linalg.vector_norm(d, dim=-1)*torch.linalg.vector_norm(m, dim=-1)
     return torch.linalg.vector_norm(torch.stack([norms, (d*m).sum(-1)]), dim=0)/2**0.5
 
-@loss_info('He et al., Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019', 'https://arxiv.org/abs/1903.04688',
-       'which positions belong together', 'low', 'BCHW', weight=1.)
+@loss_info('He et al., Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019',
+           'https://arxiv.org/abs/1903.04688',
+           'segmentation: affinity of positions within a channel', 'low', 'BCHW', per_sample=True)
 def Affinity(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
     **kwargs
 )->torch.Tensor: # Scalar
-    "Distance of the products of all positions, by channel (He et al., 2019). Raises `ValueError` for unequal shapes"
-    def unit(f): return F.normalize(f.flatten(2), dim=2)
-    return sum(_product_distance(unit(s), unit(t)).sum(1).mean()/s[0,0].numel() for s,t in pair_features(fm_s, fm_t, min_ndim=3))
+    """Return the distance of the products of all positions, per channel (He et al., 2019).
+
+    Raises `ValueError` for unequal shapes."""
+    def distance(s, t):
+        s,t = unit(s.flatten(2), 2),unit(t.flatten(2), 2)
+        return _outer_product_distance(s, t).sum(1).mean()/s.shape[2]
+    return sum(distance(s, t) for s,t in pair_features(fm_s, fm_t, min_ndim=3))
 
 # %% ../../nbs/12_losses.feature.ipynb #c5705644
-def _margins(t):
-    "Mean of the negative activations of every channel"
-    off,over = (t<0).to(t.dtype),[0,*range(2, t.ndim)]
-    return (t*off).sum(over, keepdim=True)/(off.sum(over, keepdim=True)+1e-6)
+def _negative_means(t):
+    "Mean of the negative activations of each channel, `(1, C, 1, ...)`"
+    negative,dims = (t<0).to(t.dtype),[0, *range(2, t.ndim)]
+    return (t*negative).sum(dims, keepdim=True)/(negative.sum(dims, keepdim=True)+1e-6)
 
-def _partial(s, t, margin):
-    t = torch.maximum(t, _margins(t) if margin is None else margin)
+def _partial_l2(s, t, margin):
+    "Mean squared difference where the student exceeds the teacher or the teacher is positive"
+    t = torch.maximum(t, _negative_means(t) if margin is None else margin)
     return ((s-t).pow(2)*((s>t)|(t>0))).mean()
 
-@loss_info('Heo et al., A Comprehensive Overhaul of Feature Distillation, ICCV 2019', 'https://arxiv.org/abs/1904.01866',
-       'features before a ReLU', 'low', 'BCHW', weight=1.)
+@loss_info('Heo et al., A Comprehensive Overhaul of Feature Distillation, ICCV 2019',
+           'https://arxiv.org/abs/1904.01866',
+           'features before a ReLU (partial L2)', 'low', 'BCHW')
 def PartialL2(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, before the ReLU
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
-    margin:dict|None=None,        # Margins by teacher layer, `(1, C, 1, 1)`; from the batch, if not given
+    margin:dict|None=None,        # Margins by teacher layer, `(1, C, 1, 1)`; computed from the batch if None
     **kwargs
 )->torch.Tensor: # Scalar
-    "Squared difference, not where both are off (Heo et al., 2019). Raises `ValueError` for unequal shapes"
-    margins = [None if margin is None else margin[n] for n in fm_t]
-    return sum(_partial(s, t, m) for (s,t),m in zip(pair_features(fm_s, fm_t), margins))
+    """Return the squared difference of features, except where both are inactive (Heo et al., 2019).
+
+    Raises `ValueError` for unequal shapes."""
+    margins = [None if margin is None else margin[name] for name in fm_t]
+    return sum(_partial_l2(s, t, m) for (s,t),m in zip(pair_features(fm_s, fm_t), margins))
 
 # %% ../../nbs/12_losses.feature.ipynb #49da50e4
-@loss_info('Miles & Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024', 'https://arxiv.org/abs/2303.11098',
-       'projected embeddings and predictions', 'low', 'BD', weight=1., softmax=True)
+@loss_info('Miles & Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024',
+           'https://arxiv.org/abs/2303.11098',
+           'projected embeddings (log-sum distance) and predictions', 'low', 'BD', softmax=True,
+           at_equality='unbounded')
 def SRD(
     pred:torch.Tensor,            # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor,    # Logits of the teacher, the same shape
@@ -311,7 +370,9 @@ def SRD(
     alpha:float=4.,               # Power of the differences
     **kwargs
 )->torch.Tensor: # Scalar
-    "Logarithm of the distance of features, and divergence of predictions (Miles & Mikolajczyk, 2024). Raises `ValueError` for unequal shapes or one class"
+    """Return the log-sum distance of features plus the divergence of predictions (Miles & Mikolajczyk, 2024).
+
+    Raises `ValueError` for unequal shapes or fewer than two classes."""
     def power(d): return d.pow(alpha) if alpha%2==0 else d.abs().pow(alpha)
-    logsum = sum(power(s-t).sum().clamp_min(1e-20).log() for s,t in pair_features(fm_s, fm_t))
-    return 2*logsum + SoftTarget(pred, teacher_pred, T=T)/T**2
+    log_distance = sum(power(s-t).sum().clamp_min(1e-20).log() for s,t in pair_features(fm_s, fm_t))
+    return 2*log_distance + SoftTarget(pred, teacher_pred, T=T)/T**2

@@ -1,4 +1,4 @@
-"""Losses on predictions: the student answers what the teacher answers
+"""Losses on predictions: match the outputs of student and teacher
 
 Docs: https://kd-fastai.github.io/kd_fastai/losses.output.html.md"""
 
@@ -13,76 +13,70 @@ import math
 from typing import Callable
 import torch
 import torch.nn.functional as F
-from ..features import check_predictions
+from ..features import at_least_float32, check_predictions
 from ..info import loss_info
+from ._ops import (batch_per_position, check_between_0_and_1, gram, gram_error, kl, kl_terms, labels_per_row,
+    masked_z_scores, rows, soften, unit)
 from ..signature import map_inputs
 
 # %% ../../nbs/11_losses.output.ipynb #171e1f02
-@loss_info('Hinton et al., Distilling the Knowledge in a Neural Network, NIPS workshop 2014', 'https://arxiv.org/abs/1503.02531',
-       'general distillation, matching logits', 'low', 'BC', weight=1., softmax=True)
+@loss_info('Hinton et al., Distilling the Knowledge in a Neural Network, NIPS workshop 2014',
+           'https://arxiv.org/abs/1503.02531',
+           'general distillation, matching logits', 'low', 'BC', softmax=True, per_sample=True)
 def SoftTarget(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     T:float=5,                 # Temperature that softens both distributions, above 0
     **kwargs
 )->torch.Tensor: # Scalar
-    "Divergence of softened class probabilities (Hinton et al., 2014). Raises `ValueError` for unequal shapes, one class or a temperature of 0"
+    """Return the Kullback-Leibler divergence of softened class probabilities (Hinton et al., 2014).
+
+    Raises `ValueError` for unequal shapes, fewer than two classes or a temperature that is not positive."""
     if not T>0: raise ValueError(f"Expected a temperature above 0, got T={T}")
     t = check_predictions(pred, teacher_pred, softmax=True)
-    kl = F.kl_div(F.log_softmax(pred/T, 1), F.log_softmax(t/T, 1), reduction='sum', log_target=True)
-    return kl * T**2 * (pred.shape[1]/pred.numel())
+    s,t = soften(pred, T).log_softmax(1),soften(t, T).log_softmax(1)
+    return kl_terms(s, t).sum() * T**2 * (pred.shape[1]/pred.numel())
 
 # %% ../../nbs/11_losses.output.ipynb #acbfa0c6
 @loss_info('Ba & Caruana, Do Deep Nets Really Need to be Deep?, NeurIPS 2014', 'https://arxiv.org/abs/1312.6184',
-       'any head, also regression and multi-label', 'low', 'BC', weight=1.)
+           'regression and multi-label heads; any prediction', 'low', 'BC', per_sample=True)
 def Logits(
     pred:torch.Tensor,         # Predictions of the student, any shape
     teacher_pred:torch.Tensor, # Predictions of the teacher, the same shape
     **kwargs
 )->torch.Tensor: # Scalar
-    "Mean squared difference of raw predictions (Ba & Caruana, 2014). Raises `ValueError` for unequal shapes"
+    "Return the mean squared difference of predictions (Ba & Caruana, 2014). Raises `ValueError` for unequal shapes"
     return F.mse_loss(pred, check_predictions(pred, teacher_pred))
 
 # %% ../../nbs/11_losses.output.ipynb #0213d9f3
 @loss_info('Zhang et al., Deep Mutual Learning, CVPR 2018', 'https://arxiv.org/abs/1706.00384',
-       'networks that teach each other', 'low', 'BC', weight=1., softmax=True)
+           'mutual learning: networks that train together', 'low', 'BC', softmax=True, per_sample=True)
 def Mutual(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the other network, the same shape
     **kwargs
 )->torch.Tensor: # Scalar
-    "Divergence of class probabilities (Zhang et al., 2018). Raises `ValueError` for unequal shapes or one class"
+    """Return the Kullback-Leibler divergence of class probabilities (Zhang et al., 2018).
+
+    Raises `ValueError` for unequal shapes or fewer than two classes."""
     return SoftTarget(pred, teacher_pred, T=1)
 
 # %% ../../nbs/11_losses.output.ipynb #262903c3
-def _rows(x):
-    "One row of logits for every sample and position"
-    return x.movedim(1, -1).flatten(0, -2)
+def _label_mask(x, y): return F.one_hot(y, x.shape[1]).bool()
 
-def _labels(pred, target):
-    "One label for each row"
-    expected,got = (pred.shape[0], *pred.shape[2:]),tuple(getattr(target, 'shape', ()))
-    if got!=expected or target.is_floating_point(): raise ValueError(
-        f"Expected integer labels of shape {expected} for predictions of shape {tuple(pred.shape)}, got {got} of {getattr(target, 'dtype', type(target).__name__)}")
-    return target.flatten().long()
+def _log_softmax_without(x, y):
+    "Log-softmax over all classes but `y`; 0 at `y`"
+    label = _label_mask(x, y)
+    return x.masked_fill(label, -torch.inf).log_softmax(1).masked_fill(label, 0)
 
-def _but(x, y):
-    "Log-softmax over all classes but `y`, where it is 0"
-    y = F.one_hot(y, x.shape[1]).bool()
-    return x.masked_fill(y, -torch.inf).log_softmax(1).masked_fill(y, 0)
-
-def _yes_no(x, y):
-    "Log-probabilities of class `y` and of all others together"
-    others = x.masked_fill(F.one_hot(y, x.shape[1]).bool(), -torch.inf).logsumexp(1)
-    return torch.stack([x.gather(1, y[:,None])[:,0], others], 1) - x.logsumexp(1, keepdim=True)
-
-def _kl(t, s):
-    "Divergence of log-probabilities, mean over rows"
-    return F.kl_div(s, t, reduction='batchmean', log_target=True)
+def _label_vs_rest(x, y):
+    "Log-probabilities of class `y` and of all other classes together, `(N, 2)`"
+    rest = x.masked_fill(_label_mask(x, y), -torch.inf).logsumexp(1)
+    return torch.stack([x.gather(1, y[:,None])[:,0], rest], 1) - x.logsumexp(1, keepdim=True)
 
 # %% ../../nbs/11_losses.output.ipynb #9933fe42
 @loss_info('Zhao et al., Decoupled Knowledge Distillation, CVPR 2022', 'https://arxiv.org/abs/2203.08679',
-       'a teacher that is nearly always right', 'low', 'BC', weight=1., softmax=True)
+           'accurate, confident teachers', 'low', 'BC', softmax=True, per_sample=True)
 def DecoupledKD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -92,14 +86,20 @@ def DecoupledKD(
     beta:float=8.,             # Weight of the other classes
     **kwargs
 )->torch.Tensor: # Scalar
-    "Divergence in two parts, of the label and of the other classes (Zhao et al., 2022). Raises `ValueError` for unequal shapes or one class"
+    """Return the divergence of the label's probability plus the one of all other classes (Zhao et al., 2022).
+
+    Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
     t = check_predictions(pred, teacher_pred, softmax=True)
-    y,s,t = _labels(pred, target),_rows(pred)/T,_rows(t)/T
-    return T**2 * (alpha*_kl(_yes_no(t, y), _yes_no(s, y)) + beta*_kl(_but(t, y), _but(s, y)))
+    y,s,t = labels_per_row(pred, target),rows(soften(pred, T)),rows(soften(t, T))
+    label = kl(_label_vs_rest(s, y), _label_vs_rest(t, y))
+    others = kl(_log_softmax_without(s, y), _log_softmax_without(t, y))
+    return T**2 * (alpha*label + beta*others)
 
 # %% ../../nbs/11_losses.output.ipynb #6550edb7
-@loss_info('Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023', 'https://arxiv.org/abs/2303.13005',
-       'labels and teacher in one term', 'low', 'BC', weight=1., softmax=True)
+@loss_info('Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023',
+           'https://arxiv.org/abs/2303.13005',
+           'label and non-label knowledge in one cross-entropy', 'low', 'BC', softmax=True, at_equality='elsewhere',
+           per_sample=True)
 def NormalizedKD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -108,78 +108,106 @@ def NormalizedKD(
     gamma:float=1.5,           # Weight of the other classes
     **kwargs
 )->torch.Tensor: # Scalar
-    "Cross-entropy in two parts, of the label and of the other classes (Yang et al., 2023). Raises `ValueError` for unequal shapes or one class"
+    """Return the cross-entropy of the label plus the one of all other classes, normalized (Yang et al., 2023).
+
+    Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
     t = check_predictions(pred, teacher_pred, softmax=True)
-    y,s,t = _labels(pred, target),_rows(pred),_rows(t)
-    label = _yes_no(t, y)[:,0].exp()*_yes_no(s, y)[:,0]
-    others = _but(t/T, y).exp()*_but(s/T, y)
+    y,s,t = labels_per_row(pred, target),rows(soften(pred)),rows(soften(t))
+    label = _label_vs_rest(t, y)[:,0].exp()*_label_vs_rest(s, y)[:,0]
+    others = _log_softmax_without(t/T, y).exp()*_log_softmax_without(s/T, y)
     return -label.mean() - gamma*T**2*others.sum(1).mean()
 
 # %% ../../nbs/11_losses.output.ipynb #9a974e3d
+def _centered(x):
+    "Deviations from the mean of each row; rows that vary by rounding errors only become 0, without a gradient"
+    mean = x.mean(-1, keepdim=True)
+    z = x-mean
+    varies = z.detach().abs().amax(-1, keepdim=True)>1e-6*mean.abs()
+    return torch.where(varies, z, 0)
+
 def _pearson(a, b):
-    "Correlation along the last dimension; 0 for constants"
-    a,b = a-a.mean(-1, keepdim=True),b-b.mean(-1, keepdim=True)
+    "Pearson correlation along the last dimension; 0 for constants"
+    a,b = _centered(a),_centered(b)
     return (a*b).sum(-1)/(torch.linalg.vector_norm(a, dim=-1)*torch.linalg.vector_norm(b, dim=-1)+1e-8)
 
-@loss_info('Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022', 'https://arxiv.org/abs/2205.10536',
-       'a much stronger teacher', 'low', 'BC', weight=1., softmax=True)
+@loss_info('Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022',
+           'https://arxiv.org/abs/2205.10536',
+           'teachers much stronger than the student (Pearson correlation)', 'low', 'BC', softmax=True)
 def DIST(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     T:float=1.,                # Temperature
-    beta:float=1.,             # Weight of the relation between classes, within a sample
-    gamma:float=1.,            # Weight of the relation between samples, within a class
+    beta:float=1.,             # Weight of the correlation over the classes of a sample
+    gamma:float=1.,            # Weight of the correlation over the samples of a class
     **kwargs
 )->torch.Tensor: # Scalar
-    "Correlation of probabilities over classes and over samples (Huang et al., 2022). Raises `ValueError` for unequal shapes or one class"
+    """Return 1 minus the Pearson correlation of probabilities, over classes and over samples (Huang et al., 2022).
+
+    Raises `ValueError` for unequal shapes or fewer than two classes."""
     t = check_predictions(pred, teacher_pred, softmax=True)
-    p,q = (_rows(x/T).softmax(1) for x in (pred,t))
+    p,q = (rows(soften(x, T)).softmax(1) for x in (pred,t))
     return T**2 * (beta*(1-_pearson(p, q).mean()) + gamma*(1-_pearson(p.T, q.T).mean()))
 
 # %% ../../nbs/11_losses.output.ipynb #64e1208a
-def _zscore(x):
-    "Mean 0 and deviation 1 over classes; constants only lose their mean"
-    z = x-x.mean(1, keepdim=True)
-    std = torch.linalg.vector_norm(z, dim=1, keepdim=True)/max(x.shape[1]-1, 1)**0.5
-    return z/torch.where(std>1e-6*x.abs().amax(1, keepdim=True), std+1e-7, 1)
+def _standard_logits(x):
+    "Z-scores over the classes that are not masked by -inf"
+    kept = x>-torch.inf
+    return masked_z_scores(at_least_float32(x), kept, 1, eps=1e-7).masked_fill(~kept, -torch.inf)
 
 def standardize(
     loss:Callable # A loss on `pred` and `teacher_pred`
-)->Callable: # The loss on standardised predictions, with the same parameters
-    "Compare predictions by their z-scores over classes (Sun et al., 2024)"
-    return map_inputs(loss, ('pred','teacher_pred'), lambda s,t: (_zscore(s), _zscore(t)))
+)->Callable: # A loss with the same signature
+    "Return a loss that compares the z-scores of logits over classes (Sun et al., 2024)"
+    return map_inputs(loss, ('pred','teacher_pred'), lambda s,t: (_standard_logits(s), _standard_logits(t)))
 
 # %% ../../nbs/11_losses.output.ipynb #81b2e2b5
-def _batches(x):
-    "One batch `(B, C)` of logits for every position"
-    return x.flatten(2).movedim(2, 0) if x.ndim>2 else x[None]
+def _valid_per_position(x, valid):
+    "Mask of the samples that count at each position, `(P, B, 1)`, for batches `(P, B, C)`"
+    if valid is None: return x.new_ones(x.shape[0], x.shape[1], 1)
+    return batch_per_position(valid[:,None]).to(x.dtype)
 
-def _gram_error(s, t):
-    "Squared differences of the products of all rows, per row, mean over positions"
-    return (s@s.mT-t@t.mT).pow(2).sum((1,2)).mean()/s.shape[1]
+def _instance_kl(s, t, valid, T):
+    "Divergence of softened logits `(P, B, C)`, mean over the samples and positions that count"
+    loss = kl_terms((s/T).log_softmax(2), (t/T).log_softmax(2))
+    return (loss.sum(2, keepdim=True)*valid).sum()/valid.sum().clamp_min(1)
 
-@loss_info('Jin et al., Multi-Level Logit Distillation, CVPR 2023', 'https://openaccess.thecvf.com/content/CVPR2023/html/Jin_Multi-Level_Logit_Distillation_CVPR_2023_paper.html',
-       'samples, batch and classes at once', 'medium', 'B²C + BC²', weight=1., softmax=True)
+def _relation_error(s, t, valid, T, levels):
+    "Errors of the Gram matrices of samples and of classes, for logits `(P, B, C)`"
+    p,q = ((x/T).softmax(2)*valid for x in (s,t))
+    n,total,loss = valid.sum((1,2)),valid.sum().clamp_min(1),0.
+    if 'batch' in levels: loss = loss + gram_error(p, q).sum()/total
+    if 'class' in levels: loss = loss + (n*gram_error(p.mT, q.mT)).sum()/(total*s.shape[2])
+    return loss
+
+@loss_info('Jin et al., Multi-Level Logit Distillation, CVPR 2023',
+    'https://openaccess.thecvf.com/content/CVPR2023/html/Jin_Multi-Level_Logit_Distillation_CVPR_2023_paper.html',
+           'instance, batch and class relations of logits', 'medium', 'B²C', softmax=True)
 def MultiLevel(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
-    T:tuple=(2.,3.,4.,5.,6.),  # Temperatures, summed over
-    levels:tuple=('instance','batch','class'), # What to compare
+    T:tuple=(2.,3.,4.,5.,6.),  # Temperatures; their values are summed
+    levels:tuple=('instance','batch','class'), # Levels to compare
+    valid:torch.Tensor|None=None, # Mask of the positions that count, `(B, *spatial)`; all if None
     **kwargs
 )->torch.Tensor: # Scalar
-    "Probabilities, and their relations over samples and over classes, at several temperatures (Jin et al., 2023). Raises `ValueError` for unequal shapes, one class or an unknown level"
-    if not levels or set(levels)-{'instance','batch','class'}: raise ValueError(f"Expected levels among instance, batch and class, got {levels!r}")
-    t,loss = check_predictions(pred, teacher_pred, softmax=True),0.
+    """Return the difference of probabilities and of their relations, at several temperatures (Jin et al., 2023).
+
+    Raises `ValueError` for unequal shapes, fewer than two classes or an unknown level."""
+    if not levels or set(levels)-{'instance','batch','class'}:
+        raise ValueError(f"Expected levels among instance, batch and class, got {levels!r}")
+    t = check_predictions(pred, teacher_pred, softmax=True)
+    s,t = batch_per_position(soften(pred)),batch_per_position(soften(t))
+    valid,loss = _valid_per_position(s, valid),0.
     for tau in T:
-        p,q = (_batches(x/tau).softmax(2) for x in (pred,t))
-        if 'instance' in levels: loss = loss + SoftTarget(pred, t, T=tau)
-        if 'batch' in levels:    loss = loss + _gram_error(p, q)
-        if 'class' in levels:    loss = loss + _gram_error(p.mT, q.mT)
+        if 'instance' in levels: loss = loss + tau**2*_instance_kl(s, t, valid, tau)
+        loss = loss + _relation_error(s, t, valid, tau, levels)
     return loss
 
 # %% ../../nbs/11_losses.output.ipynb #d1d8a1f8
-@loss_info('Zhou et al., Rethinking Soft Labels for Knowledge Distillation, ICLR 2021', 'https://arxiv.org/abs/2102.00650',
-       'a teacher that errs on some samples', 'low', 'BC', weight=2.5, softmax=True)
+@loss_info('Zhou et al., Rethinking Soft Labels for Knowledge Distillation, ICLR 2021',
+           'https://arxiv.org/abs/2102.00650',
+           'soft labels weighted per sample (bias-variance tradeoff)', 'low', 'BC', weight=2.5, softmax=True,
+           at_equality='stationary', per_sample=True)
 def WSLD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -187,109 +215,133 @@ def WSLD(
     T:float=2.,                # Temperature
     **kwargs
 )->torch.Tensor: # Scalar
-    "Soft cross-entropy, weighted by sample (Zhou et al., 2021). Raises `ValueError` for unequal shapes or one class"
+    """Return the cross-entropy with softened teacher probabilities, weighted per sample (Zhou et al., 2021).
+
+    Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
     t = check_predictions(pred, teacher_pred, softmax=True)
-    y,s,t = _labels(pred, target),_rows(pred),_rows(t)
+    y,s,t = labels_per_row(pred, target),rows(soften(pred)),rows(soften(t))
     error_s,error_t = (F.cross_entropy(x, y, reduction='none') for x in (s.detach(),t))
-    w = -torch.expm1(-error_s/(error_t+1e-7))
-    return T**2 * (w*F.cross_entropy(s/T, (t/T).softmax(1), reduction='none')).mean()
+    weight = -torch.expm1(-error_s/(error_t+1e-7))
+    soft_error = F.cross_entropy(s/T, (t/T).softmax(1), reduction='none')
+    return T**2 * (weight*soft_error).mean()
 
 # %% ../../nbs/11_losses.output.ipynb #86315086
-@loss_info('Zheng & Yang, Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024', 'https://arxiv.org/abs/2402.11148',
-       'a student that should stay modest', 'low', 'BC', weight=1., softmax=True)
+@loss_info('Zheng & Yang, Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024',
+           'https://arxiv.org/abs/2402.11148',
+           "temperature for the teacher only; regularizes the student's confidence", 'low', 'BC', softmax=True,
+           at_equality='elsewhere', per_sample=True)
 def TTM(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
-    T:float=4.,                # Temperature of the teacher alone
-    weighted:bool=False,       # Weight samples by the smoothness of the teacher (WTTM)?
+    T:float=4.,                # Temperature of the teacher
+    weighted:bool=False,       # Weight samples by the smoothness of the teacher's distribution (WTTM)?
     **kwargs
 )->torch.Tensor: # Scalar
-    "Divergence of the student from a softened teacher (Zheng & Yang, 2024). Raises `ValueError` for unequal shapes or one class"
-    s,t = _rows(pred),_rows(check_predictions(pred, teacher_pred, softmax=True))
-    kl = F.kl_div(s.log_softmax(1), (t/T).log_softmax(1), reduction='none', log_target=True).sum(1)
-    if weighted: kl = kl*(t.log_softmax(1)/T).logsumexp(1).exp()
-    return kl.mean()
+    """Return the divergence of the student from the softened teacher (Zheng & Yang, 2024).
+
+    Raises `ValueError` for unequal shapes or fewer than two classes."""
+    t = check_predictions(pred, teacher_pred, softmax=True)
+    s,t = rows(soften(pred)),rows(soften(t))
+    loss = kl_terms(s.log_softmax(1), (t/T).log_softmax(1)).sum(1)
+    if weighted: loss = loss*(t.log_softmax(1)/T).logsumexp(1).exp()
+    return loss.mean()
 
 # %% ../../nbs/11_losses.output.ipynb #38ea7745
-def _corrected(p, y, threshold):
-    "Probabilities mixed with the label, so that it leads by `threshold`"
+def _correct_teacher(p, y, threshold):
+    "Mix probabilities `(N, C)` with the labels, so that each label exceeds the other classes by `threshold`"
     label = F.one_hot(y, p.shape[1]).to(p.dtype)
     p_y,top = p.gather(1, y[:,None]),p.amax(1, keepdim=True)
     right = p.argmax(1, keepdim=True)==y[:,None]
-    m = torch.where(right, (threshold/(1-p_y).clamp_min(1e-12)).clamp_max(1), (top-p_y+threshold)/(1+top-p_y))
+    if_right = (threshold/(1-p_y).clamp_min(1e-12)).clamp_max(1)
+    m = torch.where(right, if_right, (top-p_y+threshold)/(1+top-p_y))
     return (1-m)*p + m*label
 
 @loss_info('Belcak et al., Minifinetuning, 2025', 'https://arxiv.org/abs/2506.15702',
-       'a teacher that is often wrong here', 'low', 'BC', weight=1., softmax=True)
+           'teachers that are often wrong on the new domain (corrected by labels)', 'low', 'BC', softmax=True,
+           at_equality='elsewhere', per_sample=True)
 def MFT(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     target:torch.Tensor,       # Labels, `(B)` or `(B, *spatial)`
     T:float=1.,                # Temperature
-    threshold:float=0.2,       # By how much the label shall lead, 0 to 1
+    threshold:float=0.2,       # Lead of the label over the other classes, 0 to 1
     **kwargs
 )->torch.Tensor: # Scalar
-    "Divergence from a teacher corrected by the labels (Belcak et al., 2025). Raises `ValueError` for unequal shapes or one class"
+    """Return the divergence from the teacher's probabilities, corrected by the labels (Belcak et al., 2025).
+
+    Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
     t = check_predictions(pred, teacher_pred, softmax=True)
-    q = _corrected((_rows(t)/T).softmax(1), _labels(pred, target), threshold)
-    return T**2 * F.kl_div((_rows(pred)/T).log_softmax(1), q, reduction='batchmean')
+    q = _correct_teacher(rows(soften(t, T)).softmax(1), labels_per_row(pred, target), threshold)
+    s = rows(soften(pred, T)).log_softmax(1)
+    return T**2 * (torch.xlogy(q, q)-q*s).sum()/len(s)
 
 # %% ../../nbs/11_losses.output.ipynb #ada9fa3c
-def _direction(s, t, tikhonov):
-    "Mean Mahalanobis length of the rows of the differences between Gram matrices `(P, B, B)`"
-    s,t = (F.normalize(x, dim=2) for x in (s,t))
-    d = s@s.mT-t@t.mT
-    n,c = d.shape[1],d-d.mean(1, keepdim=True)
-    cov = c.mT@c/max(n-1, 1) + tikhonov*torch.eye(n, dtype=d.dtype, device=d.device)
-    q = (d*torch.linalg.solve(cov, d)).sum(1)  # d is symmetric: column i belongs to sample i
-    return torch.where(q>0, torch.where(q>0, q, 1).sqrt(), 0).mean()
+def _gram_mahalanobis(s, t, valid, tikhonov):
+    "Mahalanobis length of the rows of the difference of Gram matrices, for logits `(P, B, C)`; mean over valid rows"
+    d = gram(unit(s*valid, 2)) - gram(unit(t*valid, 2))
+    n = valid.sum((1,2), keepdim=True)
+    centered = (d-d.sum(1, keepdim=True)/n.clamp_min(1))*valid
+    cov = centered.mT@centered/(n-1).clamp_min(1) + tikhonov*torch.eye(d.shape[1], dtype=d.dtype, device=d.device)
+    squared = (d*torch.linalg.solve(cov, d)).sum(1)  # d is symmetric: column i belongs to sample i
+    positive = squared>0
+    length = torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
+    return length.sum()/valid.sum().clamp_min(1)
 
-@loss_info('Jeong et al., Streamlined Knowledge Distillation, CVPR 2026', 'https://github.com/yoshitomo-matsubara/torchdistill',
-       'directions of logits in a batch', 'medium', 'B²C + B³', weight=1., softmax=True)
+@loss_info('Jeong et al., Streamlined Knowledge Distillation, CVPR 2026',
+           'https://cvpr.thecvf.com/virtual/2026/poster/39253',
+           'KL plus directions of logits in the batch (Gram matrix)', 'medium', 'B²C + B³', softmax=True)
 def StreamlinedKD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     T:float=4.,                # Temperature of the divergence
-    tikhonov:float=0.1,        # Added to the covariance's diagonal
+    tikhonov:float=0.1,        # Added to the diagonal of the covariance
     instance:float=1.,         # Weight of the divergence; 0 leaves it out
     direction:float=1.,        # Weight of the directions; 0 leaves them out
+    valid:torch.Tensor|None=None, # Mask of the positions that count, `(B, *spatial)`; all if None
     **kwargs
 )->torch.Tensor: # Scalar
-    "Softened divergence, and relations of the directions of logits (Jeong et al., 2026). Raises `ValueError` for unequal shapes, one class, or if both weights are 0"
-    if not instance and not direction: raise ValueError("StreamlinedKD with instance=0 and direction=0 compares nothing: give one of them a weight")
-    t,loss = check_predictions(pred, teacher_pred, softmax=True),0.
-    if instance:  loss = loss + instance*SoftTarget(pred, t, T=T)/T**2
-    if direction: loss = loss + direction*_direction(_batches(pred), _batches(t), tikhonov)
-    return loss
+    """Return the softened divergence plus the difference of relations between logits (Jeong et al., 2026).
+
+    Raises `ValueError` for unequal shapes, fewer than two classes, or if both weights are 0."""
+    if not instance and not direction: raise ValueError(
+        "StreamlinedKD with instance=0 and direction=0 compares nothing: give one of them a weight")
+    t = check_predictions(pred, teacher_pred, softmax=True)
+    s,t = batch_per_position(at_least_float32(pred)),batch_per_position(at_least_float32(t))
+    valid,loss = _valid_per_position(s, valid),0.
+    if instance: loss = loss + instance*_instance_kl(soften(s), soften(t), valid, T)
+    if not direction: return loss
+    s,t = (x.masked_fill(x==-torch.inf, 0) for x in (s,t))
+    return loss + direction*_gram_mahalanobis(s, t, valid, tikhonov)
 
 # %% ../../nbs/11_losses.output.ipynb #dffc4833
 @loss_info('Touvron et al., Training data-efficient image transformers, ICML 2021', 'https://arxiv.org/abs/2012.12877',
-       'no temperature to choose', 'low', 'BC', weight=1., softmax=True)
+           "the teacher's class as label; no temperature", 'low', 'BC', softmax=True, at_equality='elsewhere',
+           per_sample=True)
 def HardTarget(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     **kwargs
 )->torch.Tensor: # Scalar
-    "Cross-entropy with the teacher's most probable class (Touvron et al., 2021). Raises `ValueError` for unequal shapes or one class"
+    """Return the cross-entropy with the teacher's most probable class (Touvron et al., 2021).
+
+    Raises `ValueError` for unequal shapes or fewer than two classes."""
     return F.cross_entropy(pred, check_predictions(pred, teacher_pred, softmax=True).argmax(1))
 
 # %% ../../nbs/11_losses.output.ipynb #92bc3d0b
-def _mix(p, q, a):
-    "Log-probabilities of a·p + (1-a)·q"
-    if a in (0,1): return p if a else q
+def _log_mixture(p, q, a):
+    "Logarithm of a·p + (1-a)·q, for log-probabilities p and q"
+    if a==1: return p
+    if a==0: return q
     return torch.logaddexp(p+math.log(a), q+math.log(1-a))
 
-def _softened(pred, teacher_pred, T):
-    "Log-probabilities of teacher and student, one row a position"
-    return [(_rows(x)/T).log_softmax(1) for x in (check_predictions(pred, teacher_pred, softmax=True), pred)]
-
-def _within(**values):
-    "Are these between 0 and 1?"
-    for k,v in values.items():
-        if not 0<=v<=1: raise ValueError(f"Expected {k} between 0 and 1, got {v}")
+def _log_probabilities(pred, teacher_pred, T):
+    "Softened log-probabilities of student and teacher, `(N, C)` each"
+    t = check_predictions(pred, teacher_pred, softmax=True)
+    return [rows(soften(x, T)).log_softmax(1) for x in (pred,t)]
 
 @loss_info('Agarwal et al., On-Policy Distillation of Language Models, ICLR 2024', 'https://arxiv.org/abs/2306.13649',
-       'between covering and choosing', 'low', 'BC', weight=1., softmax=True)
+           'interpolates forward and reverse KL (mode covering to mode seeking)', 'low', 'BC', softmax=True,
+           per_sample=True)
 def JSD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -297,40 +349,47 @@ def JSD(
     beta:float=0.5,            # Share of the teacher in the mixture: 0 is the forward divergence, 1 the reverse
     **kwargs
 )->torch.Tensor: # Scalar
-    "Generalised Jensen-Shannon divergence (Agarwal et al., 2024). Raises `ValueError` for unequal shapes, one class, or `beta` outside 0 to 1"
-    _within(beta=beta)
-    p,q = _softened(pred, teacher_pred, T)
-    if beta in (0,1): return T**2 * (_kl(q, p) if beta else _kl(p, q))
-    m = _mix(p, q, beta)
-    return T**2 * (beta*_kl(p, m) + (1-beta)*_kl(q, m))
+    """Return the generalized Jensen-Shannon divergence (Agarwal et al., 2024).
+
+    Raises `ValueError` for unequal shapes, fewer than two classes, or `beta` outside 0 to 1."""
+    check_between_0_and_1(beta=beta)
+    s,t = _log_probabilities(pred, teacher_pred, T)
+    if beta==0: return T**2 * kl(s, t)
+    if beta==1: return T**2 * kl(t, s)
+    m = _log_mixture(t, s, beta)
+    return T**2 * (beta*kl(m, t) + (1-beta)*kl(m, s))
 
 # %% ../../nbs/11_losses.output.ipynb #c76c1267
-@loss_info('Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models, ICML 2024', 'https://arxiv.org/abs/2402.03898',
-       'large vocabularies, steady gradients', 'low', 'BC', weight=1., softmax=True)
+@loss_info('Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models, ICML 2024',
+           'https://arxiv.org/abs/2402.03898',
+           'language models and large vocabularies; bounded gradients', 'low', 'BC', softmax=True, per_sample=True)
 def SkewKL(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     T:float=1.,                # Temperature
     alpha:float=0.1,           # Skew, 0 to 1
-    reverse:bool=False,        # From student to teacher?
+    reverse:bool=False,        # Use the divergence of the student instead?
     **kwargs
 )->torch.Tensor: # Scalar
-    "Divergence to a mixture of both (Ko et al., 2024). Raises `ValueError` for unequal shapes, one class, or `alpha` outside 0 to 1"
-    _within(alpha=alpha)
-    p,q = _softened(pred, teacher_pred, T)
-    if reverse: p,q = q,p
-    return T**2 * _kl(p, _mix(p, q, alpha))
+    """Return the divergence of the teacher from a mixture of teacher and student (Ko et al., 2024).
+
+    Raises `ValueError` for unequal shapes, fewer than two classes, or `alpha` outside 0 to 1."""
+    check_between_0_and_1(alpha=alpha)
+    s,t = _log_probabilities(pred, teacher_pred, T)
+    p,q = (s,t) if reverse else (t,s)
+    return T**2 * kl(_log_mixture(p, q, alpha), p)
 
 # %% ../../nbs/11_losses.output.ipynb #0cdf4954
 def _alpha_beta(p, q, a, b):
-    "Alpha-beta divergence of log-probabilities, element by element"
-    if not a and not b: return (p-q).pow(2)/2
-    if not b: return ((a*p).exp()*(a*(p-q)-1) + (a*q).exp())/a**2
-    if not a: return _alpha_beta(q, p, b, a)
-    return -((a*p+b*q).exp() - (a*((a+b)*p).exp() + b*((a+b)*q).exp())/(a+b))/(a*b)
+    "Alpha-beta divergence of log-probabilities, elementwise"
+    if a==0 and b==0: return (p-q).pow(2)/2
+    if a==0: return _alpha_beta(q, p, b, a)
+    if b==0: return ((a*p).exp()*(a*(p-q)-1) + (a*q).exp())/a**2
+    mean_power = (a*((a+b)*p).exp() + b*((a+b)*q).exp())/(a+b)
+    return -((a*p+b*q).exp() - mean_power)/(a*b)
 
 @loss_info('Wang et al., ABKD: Distillation via α-β-Divergence, ICML 2025', 'https://arxiv.org/abs/2505.04560',
-       'tuning what mass the student covers', 'low', 'BC', weight=1., softmax=True)
+           'tunable α-β divergence', 'low', 'BC', softmax=True, per_sample=True)
 def AlphaBeta(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -339,39 +398,47 @@ def AlphaBeta(
     beta:float=0.5,            # Power of the student's probabilities, 0 or more
     **kwargs
 )->torch.Tensor: # Scalar
-    "Alpha-beta divergence (Wang et al., 2025). Raises `ValueError` for unequal shapes, one class, or a negative power"
+    """Return the alpha-beta divergence (Wang et al., 2025).
+
+    Raises `ValueError` for unequal shapes, fewer than two classes, or a negative power."""
     if alpha<0 or beta<0: raise ValueError(f"Expected alpha and beta of 0 or more, got {alpha} and {beta}")
-    p,q = _softened(pred, teacher_pred, T)
-    return T**2 * _alpha_beta(p, q, alpha, beta).sum(1).mean()
+    s,t = _log_probabilities(pred, teacher_pred, T)
+    return T**2 * _alpha_beta(t, s, alpha, beta).sum(1).mean()
 
 # %% ../../nbs/11_losses.output.ipynb #8904a813
 @loss_info('Yang et al., Multi-Label Knowledge Distillation, ICCV 2023', 'https://arxiv.org/abs/2308.06453',
-       'several labels a sample, or one column', 'low', 'BC', weight=1.)
+           'multi-label and binary classification (sigmoid)', 'low', 'BC', per_sample=True)
 def MultiLabel(
     pred:torch.Tensor,         # Logits of the student, any shape
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     T:float=1.,                # Temperature
     **kwargs
 )->torch.Tensor: # Scalar
-    "Divergence of binary probabilities, class by class (Yang et al., 2023). Raises `ValueError` for unequal shapes"
-    s,t = pred/T,check_predictions(pred, teacher_pred)/T
-    kl = sum(F.kl_div(F.logsigmoid(a*s), F.logsigmoid(a*t), reduction='none', log_target=True) for a in (1,-1))
-    return T**2 * kl.mean()
+    """Return the divergence of binary probabilities, class by class (Yang et al., 2023).
+
+    Raises `ValueError` for unequal shapes."""
+    s,t = soften(pred, T),soften(check_predictions(pred, teacher_pred), T)
+    def divergence(s, t): return kl_terms(F.logsigmoid(s), F.logsigmoid(t))
+    return T**2 * (divergence(s, t) + divergence(-s, -t)).mean()
 
 # %% ../../nbs/11_losses.output.ipynb #324e22ab
-@loss_info('Chen et al., Learning Efficient Object Detection Models with Knowledge Distillation, NIPS 2017', 'https://papers.nips.cc/paper/2017/hash/e1e32e235eee1f970470a3a6658dfdd5-Abstract.html',
-       'regression with an imperfect teacher', 'low', 'BC', weight=0.5)
+@loss_info('Chen et al., Learning Efficient Object Detection Models with Knowledge Distillation, NIPS 2017',
+           'https://papers.nips.cc/paper/2017/hash/e1e32e235eee1f970470a3a6658dfdd5-Abstract.html',
+           'regression, with the teacher as an upper bound', 'low', 'BC', weight=0.5, per_sample=True)
 def BoundedRegression(
-    pred:torch.Tensor,         # Student's numbers, `(B)`, `(B, D)` or `(B, D, *spatial)`
-    teacher_pred:torch.Tensor, # Teacher's numbers, the same shape
-    target:torch.Tensor,       # True numbers, as many
-    m:float=0.,                # By how much the student should be better
+    pred:torch.Tensor,         # Outputs of the student, `(B)`, `(B, D)` or `(B, D, *spatial)`
+    teacher_pred:torch.Tensor, # Outputs of the teacher, the same shape
+    target:torch.Tensor,       # Labels, the same number of elements
+    m:float=0.,                # Margin by which the student should be better
     **kwargs
 )->torch.Tensor: # Scalar
-    "Squared error of samples on which the student is worse than the teacher (Chen et al., 2017). Raises `ValueError` for unequal shapes"
+    """Return the squared error of the samples on which the student is worse than the teacher (Chen et al., 2017).
+
+    Raises `ValueError` for unequal shapes."""
     t = check_predictions(pred, teacher_pred)
     if target is None or target.numel()!=pred.numel(): raise ValueError(
-        f"Expected as many labels as predictions, {tuple(pred.shape)}, got {'none' if target is None else tuple(target.shape)}")
-    def error(x): e = (x-target.reshape(x.shape)).pow(2); return e.sum(1) if e.ndim>1 else e
-    s,t = error(pred),error(t)
-    return (s*(s+m>t)).mean()
+        f"Expected as many labels as predictions, {tuple(pred.shape)}, "
+        f"got {'none' if target is None else tuple(target.shape)}")
+    error_s,error_t = ((x-target.reshape(x.shape)).pow(2) for x in (pred,t))
+    if pred.ndim>1: error_s,error_t = error_s.sum(1),error_t.sum(1)
+    return (error_s*(error_s+m>error_t)).mean()

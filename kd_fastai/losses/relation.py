@@ -1,4 +1,4 @@
-"""Losses on relations: what lies near what for the teacher lies near it for the student
+"""Losses on relations: preserve the teacher's distances and similarities between samples
 
 Docs: https://kd-fastai.github.io/kd_fastai/losses.relation.html.md"""
 
@@ -14,71 +14,72 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from ..features import pair_features, check_predictions
+from ..features import check_predictions, pair_features
 from ..info import loss_info
+from ._ops import centered_rows, gram, pairwise_distances, pool_to_smaller_pair, unit
 from ..signature import map_inputs
-from .feature import _alike
 
 # %% ../../nbs/13_losses.relation.ipynb #c3904046
-@loss_info('Passalis & Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018', 'https://arxiv.org/abs/1803.10837',
-       'matching probability distributions', 'medium', 'B²D', weight=30000., must_match='batch')
+@loss_info('Passalis & Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018',
+           'https://arxiv.org/abs/1803.10837',
+           'matching probability distributions of neighbors', 'medium', 'B²D', weight=30000., must_match='batch')
 def PKT(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, any shape
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same samples
-    eps:float=1e-7,               # Guard against division by zero and the logarithm of zero
+    eps:float=1e-7,               # Avoids division by zero and the logarithm of zero
     **kwargs
 )->torch.Tensor: # Scalar
-    "Divergence of the probabilities of being neighbours (Passalis & Tefas, 2018). Raises `ValueError` for unequal batch sizes"
-    def neighbours(f):
-        f = f.flatten(1)
-        f = f/(torch.linalg.vector_norm(f, dim=1, keepdim=True)+eps)
-        sim = (f@f.T+1)/2
-        return sim/sim.sum(1, keepdim=True)
+    """Return the divergence of the probabilities of being neighbors (Passalis & Tefas, 2018).
+
+    Raises `ValueError` for unequal batch sizes."""
+    def neighbor_probabilities(f):
+        similarity = (gram(unit(f.flatten(1), eps=eps))+1)/2
+        return similarity/similarity.sum(1, keepdim=True)
     def divergence(s, t): return (t*((t+eps)/(s+eps)).log()).mean()
-    return sum(divergence(neighbours(s), neighbours(t)) for s,t in pair_features(fm_s, fm_t, must_match='batch'))
+    pairs = pair_features(fm_s, fm_t, must_match='batch')
+    return sum(divergence(neighbor_probabilities(s), neighbor_probabilities(t)) for s,t in pairs)
 
 # %% ../../nbs/13_losses.relation.ipynb #eefcb797
-def _rows(f):
-    "One centred row a sample: distances and angles do not change, but lose fewer digits"
-    f = f.flatten(1)
-    return f-f.mean(0, keepdim=True)
+def _in_float64(f):
+    "Centered rows in float64, or in float32 on devices without it (MPS)"
+    return centered_rows(f.float() if f.device.type=='mps' else f.double())
 
-def _distances(f):
-    "Distances between all rows, in units of their mean over different rows"
+def _relative_distances(f):
+    "Distances between all rows, divided by their mean over different rows"
     n = len(f)
-    d = torch.cdist(f, f, compute_mode='donot_use_mm_for_euclid_dist')  # exact also for equal rows
-    d = d.clamp_min(1e-6)*(1-torch.eye(n, dtype=f.dtype, device=f.device))
+    d = pairwise_distances(f, f).clamp_min(1e-6)*(1-torch.eye(n, dtype=f.dtype, device=f.device))
     return d/(d.sum()/max(n*(n-1), 1)).clamp_min(1e-12)
 
-def _cosines(f, anchors):
-    """Cosine of the angle at each anchor between all pairs of rows, `(A, B, B)`, from products of rows.
+def _cosines(f, anchors, dtype):
+    """Cosines of the angles at each anchor between all pairs of rows, `(A, B, B)`, as `dtype`; 0 at equal rows.
 
-    A cosine is symmetric in its two rows, and so is any loss on all of them: only the first row is differentiated, twice as much."""
+    A cosine is symmetric in its two rows, and so is a loss on all of them: only the first gets a gradient, doubled."""
     fixed = f.detach()
-    gram = f@fixed.T
-    dots = gram - gram[anchors][:,None,:] - (gram[:,anchors]-gram[anchors,anchors]).T[:,:,None]  # <f_j-f_a, f_k-f_a>
-    d = torch.cdist(f[anchors], f, compute_mode='donot_use_mm_for_euclid_dist')                  # exactly 0 for equal rows
-    second = torch.where(d>0, 1/d, 0).detach()
-    if not f.requires_grad: return dots*second[:,:,None]*second[:,None,:]  # the teacher's: the same numbers in half the passes
-    dots = torch.where(d[:,:,None]>0, dots, dots-dots.detach())
-    other = anchors[:,None]!=torch.arange(len(f), device=f.device)
-    first = other/d.clamp_min(1e-12)
-    half = dots*first[:,:,None]*second[:,None,:]
+    products = f@fixed.T
+    at_anchor = products[:,anchors]-products[anchors,anchors]
+    dots = products - products[anchors][:,None,:]
+    dots -= at_anchor.T[:,:,None]              # <f_j-f_a, f_k-f_a>: differences of large numbers, hence float64
+    d = pairwise_distances(f[anchors], f)
+    inverse = 1/torch.where(d>1e-15, d, torch.inf)
+    dots,inverse = dots.to(dtype),inverse.to(dtype)
+    if not f.requires_grad: return dots*inverse[:,:,None]*inverse[:,None,:]
+    half = dots*inverse[:,:,None]*inverse.detach()[:,None,:]
     return 2*half-half.detach()
 
-def _angles(s, t, anchors):
+def _angle_error(s, t, anchors, dtype):
     "Sum of the Huber loss over all triplets with these anchors"
-    return F.smooth_l1_loss(_cosines(s, anchors), _cosines(t, anchors), reduction='sum')
+    return F.smooth_l1_loss(_cosines(s, anchors, dtype), _cosines(t, anchors, dtype), reduction='sum')
 
 # %% ../../nbs/13_losses.relation.ipynb #d9da1f58
-def _angle_loss(s, t, chunk=16):
-    "Mean Huber loss of the cosines; of a large batch a few anchors at a time, recomputed in backward, so that memory stays small"
+def _angle_loss(s, t, dtype, chunk=16):
+    "Mean Huber loss of cosines. A large batch is computed in chunks of anchors, again in backward, to save memory"
     anchors = torch.arange(len(s), device=s.device)
-    if len(s)<=4*chunk: return _angles(s, t, anchors)/len(s)**3
-    return sum(checkpoint(_angles, s, t, o, use_reentrant=False) for o in anchors.split(chunk))/len(s)**3
+    if len(s)<=4*chunk: return _angle_error(s, t, anchors, dtype)/len(s)**3
+    errors = [checkpoint(_angle_error, s, t, o, dtype, use_reentrant=False) for o in anchors.split(chunk)]
+    return sum(errors)/len(s)**3
 
 @loss_info('Park et al., Relational Knowledge Distillation, CVPR 2019', 'https://arxiv.org/abs/1904.05068',
-       'relational knowledge', 'high', 'B²D + B³', weight=1., must_match='batch')
+           'relational knowledge: distances and angles of embeddings', 'high', 'B²D + B³', must_match='batch')
 def RKD(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, any shape
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same samples
@@ -86,117 +87,142 @@ def RKD(
     angle:float=50.,              # Weight of the angles; 0 leaves them out
     **kwargs
 )->torch.Tensor: # Scalar
-    "Difference of distances and angles between samples (Park et al., 2019). Raises `ValueError` for unequal batch sizes, and if both weights are 0"
-    if not distance and not angle: raise ValueError("RKD with distance=0 and angle=0 compares nothing: give one of them a weight")
+    """Return the difference of distances and angles between samples (Park et al., 2019).
+
+    Raises `ValueError` for unequal batch sizes, and if both weights are 0."""
+    if not distance and not angle: raise ValueError(
+        "RKD with distance=0 and angle=0 compares nothing: give one of them a weight")
     loss = 0.
     for s,t in pair_features(fm_s, fm_t, must_match='batch'):
-        s,t = _rows(s),_rows(t)
-        if distance: loss = loss + distance*F.smooth_l1_loss(_distances(s), _distances(t))
-        if angle:    loss = loss + angle*_angle_loss(s, t)
+        dtype,s,t = s.dtype,_in_float64(s),_in_float64(t)
+        if distance: loss = loss + distance*F.smooth_l1_loss(_relative_distances(s), _relative_distances(t)).to(dtype)
+        if angle:    loss = loss + angle*_angle_loss(s, t, dtype)
     return loss
 
 # %% ../../nbs/13_losses.relation.ipynb #dbae94eb
 def unit_length(
     loss:Callable # A loss on `fm_s` and `fm_t`
-)->Callable: # The loss on features of unit length, with the same parameters
-    "Flatten the features of each sample and scale them to unit length"
-    def unit(fm): return {n: F.normalize(f.flatten(1), dim=1) for n,f in fm.items()}
+)->Callable: # A loss with the same signature
+    "Return a loss that flattens the features of each sample and scales them to unit length"
     def prepare(fm_s, fm_t):
-        pair_features(fm_s, fm_t, must_match='batch')
-        return unit(fm_s),unit(fm_t)
+        pairs = pair_features(fm_s, fm_t, must_match='batch')
+        s,t = zip(*[(unit(s.flatten(1)), unit(t.flatten(1))) for s,t in pairs])
+        return dict(zip(fm_s, s)),dict(zip(fm_t, t))
     return map_inputs(loss, ('fm_s','fm_t'), prepare)
 
 # %% ../../nbs/13_losses.relation.ipynb #562839b4
-def _kernel(x, kernel, gamma, P):
-    "Kernel of all pairs of rows"
-    dots = x@x.T
-    if kernel=='bilinear': return dots
-    one = dots.new_ones(())
-    return math.exp(-2*gamma)*reduce(lambda series, p: torch.addcmul(one, dots, series, value=2*gamma/p), range(P, 0, -1), one)
+def _gaussian_series(products, gamma, P):
+    "Gaussian kernel of unit vectors from their inner products: Taylor series up to the power `P`, by Horner's rule"
+    one = products.new_ones(())
+    def add_power(series, p): return torch.addcmul(one, products, series, value=2*gamma/p)
+    return math.exp(-2*gamma)*reduce(add_power, range(P, 0, -1), one)
 
-@loss_info('Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019', 'https://arxiv.org/abs/1904.01802',
-       'correlations of samples, by a kernel', 'medium', 'B²D', weight=100., must_match='batch')
+@loss_info('Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019',
+           'https://arxiv.org/abs/1904.01802',
+           'correlation of samples, by a Gaussian or bilinear kernel', 'medium', 'B²D', weight=100., must_match='batch')
 def CorrelationCongruence(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, any shape
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same samples
     kernel:str='gaussian',        # 'gaussian' (its Taylor series) or 'bilinear'
     gamma:float=0.4,              # Width of the Gaussian kernel
     P:int=2,                      # Highest power of the series
-    normalize:bool=True,          # Bring rows to unit length?
+    normalize:bool=True,          # Scale rows to unit length?
     squared:bool=True,            # Square the norm?
     **kwargs
 )->torch.Tensor: # Scalar
-    "Difference of kernels between samples (Peng et al., 2019). Raises `ValueError` for unequal batch sizes or an unknown kernel"
-    if kernel not in ('gaussian','bilinear'): raise ValueError(f"Expected the kernel gaussian or bilinear, got {kernel!r}")
-    def k(f): return _kernel(F.normalize(f.flatten(1), dim=1) if normalize else f.flatten(1), kernel, gamma, P)
-    def distance(a, b): return F.mse_loss(a, b) if squared else torch.linalg.vector_norm(a-b)/a.numel()
-    return sum(distance(k(s), k(t)) for s,t in pair_features(fm_s, fm_t, must_match='batch'))
+    """Return the difference of kernel matrices of samples (Peng et al., 2019).
+
+    Raises `ValueError` for unequal batch sizes or an unknown kernel."""
+    if kernel not in ('gaussian','bilinear'):
+        raise ValueError(f"Expected the kernel gaussian or bilinear, got {kernel!r}")
+    def kernel_matrix(f):
+        f = f.flatten(1)
+        products = gram(unit(f) if normalize else f)
+        return products if kernel=='bilinear' else _gaussian_series(products, gamma, P)
+    def distance(s, t): return F.mse_loss(s, t) if squared else torch.linalg.vector_norm(s-t)/s.numel()
+    pairs = pair_features(fm_s, fm_t, must_match='batch')
+    return sum(distance(kernel_matrix(s), kernel_matrix(t)) for s,t in pairs)
 
 # %% ../../nbs/13_losses.relation.ipynb #28f2df61
 @loss_info('Liu et al., Exploring Inter-Channel Correlation, ICCV 2021', 'https://arxiv.org/abs/2202.03680',
-       'which channels go together', 'medium', 'BC²HW', weight=2.5, must_match='channels')
+           'inter-channel correlation', 'medium', 'BC²HW', weight=2.5, must_match='channels', per_sample=True)
 def ICKD(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same channels
     **kwargs
 )->torch.Tensor: # Scalar
-    "Difference of normalised products of channels (Liu et al., 2021). Raises `ValueError` for unequal channels"
-    def relation(f): f = f.flatten(2); return F.normalize(f@f.mT, dim=2)
-    return sum((relation(s)-relation(t)).pow(2).sum(2).mean() for s,t in pair_features(fm_s, fm_t, must_match='channels', min_ndim=3))
+    """Return the difference of normalized inner products of channels (Liu et al., 2021).
+
+    Raises `ValueError` for unequal channels."""
+    def relation(f): return unit(gram(f.flatten(2)), 2)
+    pairs = pair_features(fm_s, fm_t, must_match='channels', min_ndim=3)
+    return sum((relation(s)-relation(t)).pow(2).sum(2).mean() for s,t in pairs)
 
 # %% ../../nbs/13_losses.relation.ipynb #dd63930e
 def _nearest(t, k):
-    "Indices of the nearest other rows, nearest first"
-    d = torch.cdist(t, t, compute_mode='donot_use_mm_for_euclid_dist')
-    return d.fill_diagonal_(torch.inf).argsort(stable=True, dim=1)[:,:min(k, len(t)-1)]
+    "Indices of the k nearest other rows, nearest first, `(B, k)`"
+    d = pairwise_distances(t, t).fill_diagonal_(torch.inf)
+    return d.argsort(stable=True, dim=1)[:,:min(k, len(t)-1)]
 
-def _rank_loss(s, order, alpha, beta):
-    "Minus the log-likelihood of an order of neighbours, by their distances in `s`"
-    d = torch.cdist(s, s, compute_mode='donot_use_mm_for_euclid_dist').clamp_min(1e-6)
+def _ranking_loss(s, order, alpha, beta):
+    "Negative log-likelihood of an order of neighbors, by their distances in `s`"
+    d = pairwise_distances(s, s).clamp_min(1e-6)
     z = -alpha*d.gather(1, order).pow(beta)
     k = torch.arange(z.shape[1], device=z.device)
-    later = z[:,None,:].masked_fill(k[None]<k[:,None], -torch.inf)  # row k: those not drawn before k
-    return (later.logsumexp(2)-z).sum(1).mean()
+    remaining = z[:,None,:].masked_fill(k[None]<k[:,None], -torch.inf)  # row k: those not drawn before k
+    return (remaining.logsumexp(2)-z).sum(1).mean()
 
 @loss_info('Chen et al., DarkRank: Accelerating Deep Metric Learning, AAAI 2018', 'https://arxiv.org/abs/1707.01220',
-       'retrieval: who is nearest', 'medium', 'B²D', weight=1., must_match='batch')
+           'retrieval: ranking of the nearest neighbors', 'medium', 'B²D', must_match='batch', at_equality='elsewhere')
 def DarkRank(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, any shape
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same samples
     alpha:float=3.,               # Factor of the distances
     beta:float=3.,                # Power of the distances
-    permute_len:int=4,            # How many neighbours are ranked
+    permute_len:int=4,            # Number of neighbors to rank
     **kwargs
 )->torch.Tensor: # Scalar
-    "Likelihood of the teacher's ranking of neighbours (Chen et al., 2018). Raises `ValueError` for unequal batch sizes"
-    pairs = [(s.flatten(1),t.flatten(1)) for s,t in pair_features(fm_s, fm_t, must_match='batch')]
-    return sum(_rank_loss(s, _nearest(t, permute_len), alpha, beta) for s,t in pairs)
+    """Return the negative log-likelihood of the teacher's ranking of neighbors (Chen et al., 2018).
+
+    Raises `ValueError` for unequal batch sizes."""
+    pairs = [(s.flatten(1), t.flatten(1)) for s,t in pair_features(fm_s, fm_t, must_match='batch')]
+    return sum(_ranking_loss(s, _nearest(t, permute_len), alpha, beta) for s,t in pairs)
 
 # %% ../../nbs/13_losses.relation.ipynb #83b23e09
+def _divide_by_max(d):
+    "Divide by the maximum; zeros stay zero"
+    largest = d.max()
+    return d/torch.where(largest>0, largest, torch.inf)
+
 def _edges(f):
-    "Squared distances between samples, in units of the largest"
-    f = _rows(f)
-    sq = f.pow(2).sum(1)
-    d = (sq[:,None]+sq-2*f@f.T).clamp_min(0)*(1-torch.eye(len(f), dtype=f.dtype, device=f.device))
-    return d/d.max().clamp_min(1e-12)
+    "Squared distances between samples, divided by their maximum"
+    products = gram(centered_rows(f))
+    squares = products.diagonal()
+    d = (squares[:,None]+squares-2*products).clamp_min(0)
+    return _divide_by_max(d*(1-torch.eye(len(f), dtype=f.dtype, device=f.device)))
 
-def _moved(a, b):
-    "Squared distance of each sample between two maps, in units of the largest"
-    a,b = _alike(a, b)
+def _transformation(a, b):
+    "Squared distance of each sample between two maps, divided by the maximum"
+    a,b = pool_to_smaller_pair(a, b)
     if b.shape[1]%a.shape[1]: raise ValueError(
-        f"IRG follows maps whose channels stay or multiply, got {tuple(a.shape)} and {tuple(b.shape)}: choose other layers, or tran=0")
-    d = (a-b.unflatten(1, (a.shape[1], -1)).mean(2)).pow(2).flatten(1).sum(1)
-    return d/d.max().clamp_min(1e-12)
+        f"Expected consecutive maps whose channels stay equal or multiply, got {tuple(a.shape)} and {tuple(b.shape)}: "
+        "choose other layers, or tran=0")
+    b = b.unflatten(1, (a.shape[1], -1)).mean(2)
+    return _divide_by_max((a-b).pow(2).flatten(1).sum(1))
 
-def _transformations(pairs):
-    "Differences of the movements between neighbouring maps, mean over these"
-    pairs = [o for o in pairs if o[0].ndim>2]
-    if len(pairs)<2: raise ValueError(f"IRG follows samples from map to map: expected two maps or more, got {len(pairs)}. tran=0 leaves this out")
-    return sum(F.mse_loss(_moved(s1, s2), _moved(t1, t2)) for (s1,t1),(s2,t2) in zip(pairs, pairs[1:]))/(len(pairs)-1)
+def _transformation_loss(pairs):
+    "Mean squared difference of the transformations between consecutive maps, mean over these"
+    maps = [(s,t) for s,t in pairs if s.ndim>2]
+    if len(maps)<2: raise ValueError(
+        f"IRG compares consecutive maps: expected two maps or more, got {len(maps)}. tran=0 leaves this part out")
+    consecutive = zip(maps, maps[1:])
+    errors = [F.mse_loss(_transformation(s1, s2), _transformation(t1, t2)) for (s1,t1),(s2,t2) in consecutive]
+    return sum(errors)/len(errors)
 
 @loss_info('Liu et al., Knowledge Distillation via Instance Relationship Graph, CVPR 2019',
-       'https://openaccess.thecvf.com/content_CVPR_2019/html/Liu_Knowledge_Distillation_via_Instance_Relationship_Graph_CVPR_2019_paper.html',
-       'relations at several depths', 'high', 'B²CHW', weight=1., must_match='batch')
+    'https://openaccess.thecvf.com/content_CVPR_2019/html/'
+    'Liu_Knowledge_Distillation_via_Instance_Relationship_Graph_CVPR_2019_paper.html',
+           'instance relationship graphs at several depths', 'high', 'B²CHW', must_match='batch')
 def IRG(
     pred:torch.Tensor,            # Predictions of the student, any shape
     teacher_pred:torch.Tensor,    # Predictions of the teacher, the same shape
@@ -204,11 +230,14 @@ def IRG(
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same samples
     vert:float=0.1,               # Weight of the predictions
     edge:float=5.,                # Weight of the distances between samples
-    tran:float=5.,                # Weight of the movements from map to map; 0 leaves them out
+    tran:float=5.,                # Weight of the transformations between maps; 0 leaves them out
     **kwargs
 )->torch.Tensor: # Scalar
-    "Difference of graphs of samples (Liu et al., 2019). Raises `ValueError` for unequal batch sizes or predictions, and for fewer than two maps"
+    """Return the difference of instance relationship graphs (Liu et al., 2019).
+
+    Raises `ValueError` for unequal batch sizes or predictions, and for fewer than two maps."""
     pairs = pair_features(fm_s, fm_t, must_match='batch')
-    loss = vert*F.mse_loss(pred, check_predictions(pred, teacher_pred))
-    loss = loss + edge*sum(F.mse_loss(_edges(s), _edges(t)) for s,t in pairs)/len(pairs)
-    return loss + tran*_transformations(pairs) if tran else loss
+    vertices = F.mse_loss(pred, check_predictions(pred, teacher_pred))
+    edges = sum(F.mse_loss(_edges(s), _edges(t)) for s,t in pairs)/len(pairs)
+    loss = vert*vertices + edge*edges
+    return loss + tran*_transformation_loss(pairs) if tran else loss
