@@ -56,8 +56,8 @@ class TrainableLoss(nn.Module):
     )->tuple: # The student's and the teacher's maps `(B, C, H, W)` by layer
         """Return features as maps, the teacher's detached and in the student's dtype.
 
-        An embedding becomes a map of one position, tokens a map of one column. Raises `ValueError` for features of more than
-        four dimensions, for shapes that do not match, and for other channels than those the weights were created for."""
+        An embedding becomes a map of one position, tokens a map of one column. Raises `ValueError` for more than four
+        dimensions, for shapes that do not match, and for other channels than those the weights were created for."""
         pairs = pair_features(fm_s, fm_t, must_match)
         if any(f.ndim>4 for pair in pairs for f in pair): raise ValueError(
             f"{loss_name(self)} expects features (B, C, H, W), (B, N, D) or (B, C), "
@@ -77,7 +77,7 @@ class TrainableLoss(nn.Module):
         fm_s:dict, # Student's features by layer
         fm_t:dict  # Teacher's features by layer
     )->list: # Pairs of tensors `(B, C)`
-        "Return pairs of vectors, one per sample: maps are averaged over positions. Raises `ValueError` as `as_maps` does"
+        "Return pairs of vectors: maps are averaged over positions. Raises `ValueError` as `as_maps` does"
         maps_s,maps_t = self.as_maps(fm_s, fm_t)
         return [(s.mean((2,3)), t.mean((2,3))) for s,t in zip(maps_s.values(), maps_t.values())]
 

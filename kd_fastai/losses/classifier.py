@@ -54,7 +54,8 @@ def _classifier(loss, teacher, layer, t, teacher_pred):
     fits = getattr(head[0], 'in_features', t.shape[1])==t.shape[1]
     if fits and _close_enough(head(t.mean((2,3))), teacher_pred): return head
     raise ValueError(f"The teacher's classifier {name!r} does not compute the predictions from layer {layer!r} "
-                     f"{tuple(t.shape)}: name the layer that is its input, or the classifier, {loss_name(loss)}(classifier='...')")
+                     f"{tuple(t.shape)}: name the layer that is its input, or the classifier, "
+                     f"{loss_name(loss)}(classifier='...')")
 
 @loss_info('Yang et al., Knowledge Distillation via Softmax Regression Representation Learning, ICLR 2021',
        'https://openreview.net/forum?id=ZzwDy_wiWv', "penultimate feature, matched through the teacher's classifier",

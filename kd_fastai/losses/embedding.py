@@ -30,7 +30,8 @@ def _row_embedding(n, d):
 
 @loss_info('Chen et al., Cross-Layer Distillation with Semantic Calibration, AAAI 2021', 'https://arxiv.org/abs/2012.03236',
        'cross-layer distillation without choosing layer pairs', 'high',
-       'BC²HW for each student with each teacher layer', weight=400., must_match='batch', trains='attention and projectors')
+       'BC²HW for each student with each teacher layer',
+       weight=400., must_match='batch', trains='attention and projectors')
 class SemCKD(TrainableLoss):
     "All teacher layers for each student layer, weighted by learned attention (Chen et al., 2021)"
     def __init__(self,

@@ -52,4 +52,4 @@ class CTKD(TrainableLoss):
         strength = (1-(math.pi*(self.step/self.warmup).clamp(max=1)).cos())/2
         fixed = self.T.detach()
         T = fixed-strength*(self.T-fixed)  # the value of T with a reversed gradient
-        return SoftTarget(pred, teacher_pred, T=T)
+        return SoftTarget(pred, teacher_pred.to(pred.dtype), T=T)
