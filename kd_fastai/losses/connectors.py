@@ -374,7 +374,8 @@ def _on_square(f):
 
 def _apply_to_channels(linear, f):
     "Apply a linear map to the channels of a map"
-    return linear(f.flatten(2).mT).mT.reshape(len(f), -1, *f.shape[2:])
+    out = linear(f.flatten(2).mT).mT.contiguous()   # torch.compile's backward expects contiguous maps
+    return out.unflatten(2, f.shape[2:])
 
 @loss_info('Yang et al., ViTKD: Practical Guidelines for ViT Feature Knowledge Distillation, CVPR workshop 2024',
        'https://arxiv.org/abs/2209.02432', 'vision transformers (mimicked first layers, masked last layer)',
