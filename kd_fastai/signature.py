@@ -64,6 +64,11 @@ class LossArgs(NamedTuple):
         return available if self.has_var_kwargs else {k:v for k,v in available.items() if k in self.accepted}
 
 # %% ../nbs/00_signature.ipynb #f753e92f
+def _instance_of(cls):
+    "Return the call that creates an instance, with the parameters that it requires"
+    named = [p for p in inspect.signature(cls).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return f"{cls.__name__}({', '.join(f'{p.name}=...' for p in named if p.default is p.empty)})"
+
 def loss_args(
     loss:Callable # A loss: a function, a partial of one, or an `nn.Module` instance
 )->LossArgs:
@@ -71,7 +76,7 @@ def loss_args(
 
     Raises `TypeError` for a class instead of an instance, for a keyword in a `partial` that is not a parameter of the
     loss, and for a parameter without default that the callback cannot supply."""
-    if isinstance(loss, type): raise TypeError(f"{loss.__name__} is a class: pass an instance, {loss.__name__}(...)")
+    if isinstance(loss, type): raise TypeError(f"{loss.__name__} is a class: pass an instance, {_instance_of(loss)}")
     if not callable(loss): raise TypeError(
         f"Expected a function or an nn.Module instance as loss, got {loss!r} ({type(loss).__name__})")
     f,given = unwrap_loss(loss)

@@ -104,6 +104,25 @@ class Banked(Owned):
         return loss
     def call(self, loss, **case): return super().call(loss, idx=self.idx, **case)
 
+class Sized(Owned):
+    "Sizes of the case's weights are parameters of the loss: `sizes` reads them from the weights"
+    def __init__(self, make, names, sizes): super().__init__(make, names); self.sizes = sizes
+    def build(self, state, **kw):
+        sized = Owned(partial(self.make, **self.sizes(state)), self.names)
+        return sized.build(state=state, **kw)
+
+class Tokens(Owned):
+    "The case has two first layers in one tensor, gives the mask, and weighs sums over the elements of a sample"
+    def layers(self, fm): return {'low0': fm['low'][:,0], 'low1': fm['low'][:,1], 'high': fm['high']}
+    def build(self, fm_s, fm_t, aux, alpha_vitkd=3e-5, beta_vitkd=3e-6, lambda_vitkd=.5, **kw):
+        size = fm_t['high'][0].numel()
+        make = partial(self.make, low=alpha_vitkd*size, high=beta_vitkd*size, ratio=lambda_vitkd)
+        loss = Owned(make, self.names).build(fm_s=self.layers(fm_s), fm_t=self.layers(fm_t), aux=aux, **kw)
+        loss.draw = lambda t: aux['mask'].bool().view(len(t), 1, *t.shape[2:])
+        return loss
+    def call(self, loss, fm_s, fm_t, **case): return super().call(loss, fm_s=self.layers(fm_s), fm_t=self.layers(fm_t), **case)
+
+HEADS = {r'embed_s\.': 'pairs.0.heads.student.', r'embed_t\.': 'pairs.0.heads.teacher.'}
 TRAINABLE = dict(
     fitnet_regressor=Owned(FitNetRegressor, {'conv': 'regressors.0.0', 'bn': 'regressors.0.1'}),
     vid=Owned(VID, {'regressor': 'regressors.0', 'log_scale': 'log_scales.0'}), pad_l2=PAD(PADL2), reviewkd=Owned(ReviewKD),
@@ -119,6 +138,12 @@ TRAINABLE = dict(
     afd_zoo=Owned(renamed(AFD, dict(att_f='factor')), {'attention': 'attention.0'}),
     crd=Banked(renamed(CRDBank, dict(feat_dim='dim', nce_k='K', nce_t='T', nce_m='momentum')), {r'embed_s\.linear': 'pairs.0.heads.student', r'embed_t\.linear': 'pairs.0.heads.teacher', r'contrast\.memory_v1': 'pairs.0.bank_s',
                          r'contrast\.memory_v2': 'pairs.0.bank_t'}),
+    pefd=Owned(PEFD, {rf'proj{i}\.linear': f'projectors.0.{i-1}' for i in (1,2,3)}),
+    vitkd=Tokens(ViTKD, {r'align2\.': 'align.', r'align\.(weight|bias)': r'align.2.\1'}),
+    ofa=Owned(renamed(OFA, dict(temperature='T'))),
+    dcd=Sized(DCD, {**HEADS, r'params\.tau': 'pairs.0.tau'}, lambda state: dict(dim=len(state['embed_s.weight']))),
+    rrd=Sized(renamed(RRD, dict(nce_t_s='T_s', nce_t_t='T_t')), {**HEADS, 'queue_ptr': 'pairs.0.position', 'queue$': 'pairs.0.queue'},
+              lambda state: dict(dim=len(state['embed_s.weight']), queue=len(state['queue']))),
 )
 IMPLS = {**OUTPUT, **FEATURE, **RELATION, **TRAINABLE}
 
