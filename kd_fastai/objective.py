@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/objective.html.md"""
 __all__ = ['AUTO_RATIO', 'Batch', 'check_number', 'check_schedule', 'check_weight', 'Term', 'as_float32', 'autocast_off',
            'find_class_axis', 'Objective']
 
-# %% ../nbs/22_objective.ipynb #85a8d7e6
+# %% ../nbs/22_objective.ipynb #24b4b241
 import copy, math, operator
 from contextlib import nullcontext
 from functools import partial, reduce
@@ -25,7 +25,7 @@ from .layers import layer_name, parse_layer_pairs, unique_names
 from .signature import loss_args, loss_name, unwrap_loss
 from .inputs import as_plain_tensor
 
-# %% ../nbs/22_objective.ipynb #0eb8cb2e
+# %% ../nbs/22_objective.ipynb #aff5ce15
 class Batch(NamedTuple):
     "The inputs of all losses for one batch: see `Objective.prepare`"
     pred:Tensor                   # Predictions of the student, `(B, C)` or `(B, C, *spatial)`
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
         "Whether any position has a label"
         return self.mask is None or bool(self.mask.any())
 
-# %% ../nbs/22_objective.ipynb #7c16ec92
+# %% ../nbs/22_objective.ipynb #72d99aee
 def check_number(
     x,        # A number
     what:str  # How the error calls it
@@ -85,7 +85,7 @@ def check_weight(
     if isinstance(weight, str): raise TypeError(f"{what} must be a number or 'auto', got {weight!r} (str)")
     return check_number(weight, what)
 
-# %% ../nbs/22_objective.ipynb #89b31f15
+# %% ../nbs/22_objective.ipynb #d808dd03
 class Term:
     """One part of the objective: `weight * schedule(progress) * loss`.
 
@@ -172,9 +172,11 @@ class Term:
         """The raw value of the loss. Labels of mixed samples: the loss for both labels, interpolated by the mean share. 0 if the loss requires labels and there is none.
 
         Raises `TypeError` if the loss does not return a scalar tensor."""
-        if batch.pred.ndim>2 or self.needs_labels: batch = batch.labeled()
+        takes_mask = 'valid' in self.args.accepted
+        if (batch.pred.ndim>2 or self.needs_labels) and not takes_mask: batch = batch.labeled()
         if not len(batch.pred): return batch.pred.sum()
         inputs = {**batch.inputs(), **self.features(batch.fm_s, batch.fm_t)}
+        if takes_mask and batch.pred.ndim>2: inputs['valid'] = batch.mask
         loss = self.loss_at(progress)
         res = self._check_scalar(loss(**self.args.select(inputs)))
         if batch.mixed is None or 'target' not in self.args.accepted: return res
@@ -197,7 +199,7 @@ class Term:
         if pairs: res += f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in pairs)}"
         return res if self.adapt is None else res+', adapted'
 
-# %% ../nbs/22_objective.ipynb #91442995
+# %% ../nbs/22_objective.ipynb #02087491
 def as_float32(
     t # A tensor, or anything else
 ):
@@ -220,7 +222,7 @@ def find_class_axis(
     shape = getattr(target, 'shape', None)
     return -1 if shape==pred.shape[:-1]!=pred[:,0].shape else 1
 
-# %% ../nbs/22_objective.ipynb #4d6489f5
+# %% ../nbs/22_objective.ipynb #c3de0243
 AUTO_RATIO = 1.  # norm of a term's gradient in units of the task loss's, for weight='auto'
 
 class Objective:
