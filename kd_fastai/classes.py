@@ -10,7 +10,7 @@ __all__ = ['match_classes', 'in_student_order']
 # %% ../nbs/21_classes.ipynb #f3c79c0e
 import torch
 from torch import Tensor
-from fastai.basics import Learner, Normalize
+from fastai.basics import Learner
 from .inputs import normalization_stats, stats_repr
 
 # %% ../nbs/21_classes.ipynb #25d26a37

@@ -8,14 +8,15 @@ Docs: https://kd-fastai.github.io/kd_fastai/teacher.html.md"""
 __all__ = ['timm_teacher', 'find_teacher', 'Teacher', 'shared_tensors']
 
 # %% ../nbs/20_teacher.ipynb #7685baa2
-import operator, threading, torch, weakref
+import operator, threading, weakref
 from collections import deque
 from collections.abc import Mapping, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Callable
+import torch
 from torch import nn, Tensor
-from fastai.basics import Learner, Normalize, is_listy, load_learner, tuplify
+from fastai.basics import Learner, is_listy, load_learner, tuplify
 from fastai.callback.rnn import ModelResetter
 from .capture import Capture, naming_errors, preserving_modes, set_eval_mode
 from .inputs import InPlaceGuard, as_plain_tensor, auto_tfm, tensor_version

@@ -295,7 +295,8 @@ def clip():
     return hf.CLIPVisionModel(vision_config(hf.CLIPVisionConfig, intermediate_size=16)),images,None
 
 def bert_config(hf):
-    return hf.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    return hf.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                         intermediate_size=16)
 
 def bert():
     import transformers as hf
@@ -437,3 +438,24 @@ def test_name_of_a_timm_model_as_teacher(monkeypatch):
     assert asked==[('resnet18',True)] and not any(p.requires_grad for p in teacher.model.parameters())
     half = Teacher(timm_teacher('resnet18', dtype=torch.bfloat16, num_classes=5))
     with half.ready(): assert half(images)[0].dtype==torch.float32
+
+# ---- copies and other forwards while a capture is open ----
+
+def test_models_are_copied_and_saved_while_captured(tmp_path):
+    net = mlp(2)
+    with Capture(net, ['0', '>2']) as c:
+        net(x)
+        copied = copy.deepcopy(net)
+        torch.save(net, tmp_path/'net.pth')
+        c.pop()
+        loaded = torch.load(tmp_path/'net.pth', weights_only=False)
+        for o in (copied, loaded): assert torch.equal(o(x), mlp(2)(x))
+        assert c.outputs=={}
+
+def test_capture_ignores_forwards_while_disabled():
+    net = mlp(2)
+    with Capture(net, ['0']) as c:
+        net(x)
+        c.enabled = False
+        net(2*x)
+        assert torch.equal(c.pop()['0'], net[0](x))
