@@ -75,7 +75,7 @@ VARIANTS = {
     'OFA, narrow exits': Row(partial(OFA, eps=1.5, T=2., dim=3), ((6,),(8,3,3)), ((6,),(8,3,3))),
     'ITRD, mutual': Row(partial(ITRD, corr=0, mutual=1), ((8,),), ((12,),), ('itrd_mutual',), '4'),
 }
-DRAWN = {'MGD', 'MGD, channel', 'CRDBank', 'ViTKD', 'ViTKD, equal widths'}   # their masks or negatives are drawn sample by sample
+DRAWN = {'MGD', 'MGD, channel', 'CRDBank', 'ViTKD', 'ViTKD, equal widths'}   # they draw masks or negatives
 ALL = {**LOSSES, **VARIANTS}
 every = pytest.mark.parametrize('name', ALL)
 each  = pytest.mark.parametrize('name', LOSSES)
@@ -196,7 +196,8 @@ def test_documented(name):
     assert len(cls.__doc__)>30 and cls.forward.__doc__ and all(v for o in ([cls] if '__init__' in vars(cls) else [])+[cls.forward] for k,v in docments(o).items() if k not in ('kwargs','self','return'))
     assert a.url.startswith('https://') and re.search(r'\b(19|20)\d\d$', a.paper) and a.best_for and a.complexity in ('low','medium','high') and a.cost and a.weight>0
     pages = sorted((root/'nbs').glob('1[4-8]_losses.*.ipynb'))
-    prose = [''.join(c['source']) for p in pages for c in json.loads(p.read_text())['cells'] if c['cell_type']=='markdown']
+    cells = [c for p in pages for c in json.loads(p.read_text())['cells']]
+    prose = [''.join(c['source']) for c in cells if c['cell_type']=='markdown']
     entry, = [c for c in prose if c.startswith(f'## {name}\n')]
     marks = ['$$', '**Paper**', '**Reduction**', '**Range**', '**Default weight**', '**At equality**', '**Differs from the paper in**', '**Trains**', '**Adds**']
     assert [m for m in marks if m not in entry]==[] and [entry.index(m) for m in marks]==sorted(entry.index(m) for m in marks)
@@ -367,8 +368,11 @@ def test_bad_sizes_of_a_regressor():
     (lambda: MGD('pixel'), "position or channel, got 'pixel'"), (lambda: MGD(ratio=1.), 'ratio from 0 to below 1'), (lambda: ITRD(corr=0, mutual=0), 'compares nothing'),
     (lambda: CTKD(T=.5), '0 < low < T < high'), (lambda: CTKD(low=0.), '0 < low < T < high'), (lambda: CTKD(high=math.inf), '0 < low < T < high'),
     (lambda: SemCKD(soft=0.), 'got factor=2 and soft=0.0'), (lambda: SemCKD(factor=0), 'got factor=0'), (lambda: CRD(T=0.), 'above 0, got T=0.0'),
-    (lambda: CRDBank(1), 'got n_data=1,'), (lambda: CRDBank(10, K=0), 'K=0 and'), (lambda: PEFD(0), 'at least 1 projector'), (lambda: ViTKD(ratio=0.), 'ratio above 0'),
-    (lambda: OFA(T=0.), 'got eps=1.0 and T=0.0'), (lambda: OFA(eps=0.), 'got eps=0.0'), (lambda: DCD(max_tau=0.), 'max_tau above 0'), (lambda: RRD(T_t=0.), 'T_t=0.0'),
+    (lambda: CRDBank(1), 'got n_data=1,'), (lambda: CRDBank(10, K=0), 'K=0 and'),
+    (lambda: PEFD(0), 'at least 1 projector'), (lambda: ViTKD(ratio=0.), 'ratio above 0'),
+    (lambda: OFA(T=0.), 'got eps=1.0 and T=0.0'),
+    (lambda: OFA(eps=0.), 'got eps=0.0'), (lambda: DCD(max_tau=0.), 'max_tau above 0'),
+    (lambda: RRD(T_t=0.), 'T_t=0.0'),
     (lambda: RRD(queue=0), 'queue=0'), (lambda: CRDBank(10, T=math.nan), 'and T=nan')])
 def test_bad_parameters(make, match):
     with pytest.raises(ValueError, match=match): make()
@@ -510,10 +514,13 @@ def test_classifier(make):
     pred = teacher['head'].eval()(t).detach()
     loss = build(teacher, t, pred, classifier='head').train()
     close(loss.classifier(t), pred)                              # no dropout, though the loss is in train mode
-    for kw,match in ((dict(), "'narrow' does not compute the predictions from layer 'last'"), (dict(classifier='aux'), "'aux' does not compute"), (dict(classifier='haed'), "did you mean 'head'")):
+    refused = [(dict(), "'narrow' does not compute the predictions from layer 'last'"),
+               (dict(classifier='aux'), "'aux' does not compute"), (dict(classifier='haed'), "did you mean 'head'")]
+    for kw,match in refused:
         with pytest.raises(ValueError, match=match): build(teacher, t, pred, **kw)
     with pytest.raises(ValueError, match='no linear layer'): build(nn.Sequential(nn.ReLU()), t, pred)
-    with pytest.raises(ValueError, match=r"one layer, the input of the classifier, got \['t0', 't1'\]"): make().build(**inputs('VID'))
+    with pytest.raises(ValueError, match=r"one layer, the input of the classifier, got \['t0', 't1'\]"):
+        make().build(**inputs('VID'))
 
 @pytest.mark.parametrize('name', ['SRRL','SimKD'])
 def test_classifier_that_is_captured(name, teachers):
@@ -553,11 +560,13 @@ def test_simkd_student(layer, teachers, tmp_path):
 def test_simkd_student_refuses():
     with pytest.raises(RuntimeError, match='no projector yet'): SimKD().student(small_net(4))
     x = inputs('SimKD', shapes=(((6,8),), ((6,12),)))
-    with pytest.raises(ValueError, match="cannot be inserted between 's0' and the classifier '5'"): built('SimKD', x).student(small_net(4))
+    with pytest.raises(ValueError, match="cannot be inserted between 's0' and the classifier '5'"):
+        built('SimKD', x).student(small_net(4))
     for layer in ('2@0', '2:0', '5'):
         x = inputs('SimKD', shapes=(((8,),), ((12,),)))
         x['fm_s'] = {layer: x['fm_s']['s0']}
-        with pytest.raises(ValueError, match=f"cannot be inserted between '{layer}' and the classifier '5'"): built('SimKD', x).student(small_net(4))
+        with pytest.raises(ValueError, match=f"cannot be inserted between '{layer}' and the classifier '5'"):
+            built('SimKD', x).student(small_net(4))
 
 # --- masks, attention, queue, bank and temperature
 
@@ -739,7 +748,8 @@ def test_golden_queue():
     for c,loss,case in cases('rrd'):
         TRAINABLE['rrd'].call(loss, **case)
         after = state(loss)
-        torch.testing.assert_close(after['pairs.0.queue'], torch.from_numpy(c['state_after']['queue']).double(), rtol=1e-5, atol=1e-7)
+        expected = torch.from_numpy(c['state_after']['queue']).double()
+        torch.testing.assert_close(after['pairs.0.queue'], expected, rtol=1e-5, atol=1e-7)
         assert after['pairs.0.position'].tolist()==c['state_after']['queue_ptr'].tolist()
         checked += 1
     assert checked
@@ -850,9 +860,11 @@ def test_bad_exits():
     loss,x = built('OFA'),inputs('OFA')
     def call(**kw): return loss(**loss_args(loss).select({**x, **kw}))
     with pytest.raises(ValueError, match=r"channels \[4, 8\], got \[\] of layers \[\]"): call(fm_s={})
-    with pytest.raises(ValueError, match=r"channels \[4, 8\], got \[4\] of layers \['s0'\]"): call(fm_s={'s0': x['fm_s']['s0']})
+    with pytest.raises(ValueError, match=r"channels \[4, 8\], got \[4\] of layers \['s0'\]"):
+        call(fm_s={'s0': x['fm_s']['s0']})
     with pytest.raises(TypeError, match='fm_s must be a dict'): call(fm_s=[*x['fm_s'].values()])
-    with pytest.raises(ValueError, match='one class per sample.*leave out the layers'): OFA().build(**{**x, 'pred': torch.randn(4,5,2,2)})
+    with pytest.raises(ValueError, match='one class per sample.*leave out the layers'):
+        OFA().build(**{**x, 'pred': torch.randn(4,5,2,2)})
 
 def test_exits_need_no_layer_of_the_teacher(teachers):
     "Without layers the loss compares logits; with layers the teacher's may be empty"
