@@ -1,4 +1,4 @@
-"The doc site in a real browser: it loads, fits the screen, shows its formulas and plots, and its search and menu work."
+"The site in a real browser: pages load, fit the screen and show formulas and plots; search and menu work."
 import os, re, shutil
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 exe = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-pytestmark = [pytest.mark.skipif(not find_spec('playwright'), reason='playwright, which drives the browser, is not installed'),
-              pytest.mark.skipif(not exe, reason='no browser is installed: chromium, chromium-browser or google-chrome')]
+pytestmark = [
+    pytest.mark.skipif(not find_spec('playwright'), reason='playwright, which drives the browser, is not installed'),
+    pytest.mark.skipif(not exe, reason='no browser is installed: chromium, chromium-browser or google-chrome')]
 flags = '''--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync'''.split()
 flags.append('--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1')   # a request to another host fails at once
@@ -19,33 +20,44 @@ schemes = 'dark','light'   # in this order, so that a page is loaded in light
 for_sizes = pytest.mark.parametrize('size', sizes)
 keep_shots = 'KD_SCREENSHOTS' in os.environ
 
-# red is how KaTeX shows a command that it does not know; the site cuts off what sticks out of `main`, so that the page stays narrow
-# Contrast is WCAG's: 1 for equal colours, 21 for black on white. A picture needs its own ground: its labels are black
+# KaTeX shows an unknown command in red. The site hides what is wider than `main`, so the page itself stays narrow.
+# Contrast is WCAG's: 1 for equal colors, 21 for black on white.
 contrast = '''() => {
     const rgba = s => { const c = s.match(/[\\d.]+/g).map(Number); return c.length==3 ? [...c, 1] : c };
-    const light = c => { const [r,g,b] = c.slice(0,3).map(v => (v/=255)<=.04045 ? v/12.92 : ((v+.055)/1.055)**2.4); return .2126*r+.7152*g+.0722*b };
-    const ground = e => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor); if (c[3]==1) return c } return [255,255,255,1] };
-    const ratio = e => { const [a,b] = [light(rgba(getComputedStyle(e).color)), light(ground(e))].sort((x,y) => y-x); return (a+.05)/(b+.05) };
-    const kinds = {text: 'main p, main li, main td, main h1, main h2', code: 'main pre code, main pre span', link: 'main p a, main li a, #quarto-sidebar a', formula: '.katex'};
-    return Object.fromEntries(Object.entries(kinds).map(([k,s]) => [k, Math.min(99, ...[...document.querySelectorAll(s)].filter(e => e.textContent.trim() && e.checkVisibility()).map(ratio))])) }'''
+    const linear = v => (v/=255)<=.04045 ? v/12.92 : ((v+.055)/1.055)**2.4;
+    const light = c => { const [r,g,b] = c.slice(0,3).map(linear); return .2126*r+.7152*g+.0722*b };
+    const ground = e => {
+        for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor); if (c[3]==1) return c }
+        return [255,255,255,1] };
+    const ratio = e => {
+        const [a,b] = [light(rgba(getComputedStyle(e).color)), light(ground(e))].sort((x,y) => y-x);
+        return (a+.05)/(b+.05) };
+    const seen = s => [...document.querySelectorAll(s)].filter(e => e.textContent.trim() && e.checkVisibility());
+    const kinds = {text: 'main p, main li, main td, main h1, main h2', code: 'main pre code, main pre span',
+                   link: 'main p a, main li a, #quarto-sidebar a', formula: '.katex'};
+    return Object.fromEntries(Object.entries(kinds).map(([k,s]) => [k, Math.min(99, ...seen(s).map(ratio))])) }'''
 
 facts = '''async () => {
     await document.fonts.ready;
-    const all = s => [...document.querySelectorAll(s)], main = document.querySelector('main'), prose = main.cloneNode(true);
+    const all = s => [...document.querySelectorAll(s)];
+    const main = document.querySelector('main'), prose = main.cloneNode(true);
     prose.querySelectorAll('pre, code, .katex').forEach(e => e.remove());
-    const right = main.getBoundingClientRect().right, wide = e => e.scrollWidth-e.clientWidth>2 || e.getBoundingClientRect().right>right+2;
+    const right = main.getBoundingClientRect().right;
+    const wide = e => e.scrollWidth-e.clientWidth>2 || e.getBoundingClientRect().right>right+2;
+    const bad = '.katex-error, .katex [mathcolor="#cc0000"], .math:not(:has(.katex))';
     return {wide: all('main pre, main table, main .katex-display').filter(wide).map(e => e.textContent.slice(0, 80)),
             sideways: document.documentElement.scrollWidth - innerWidth, cut: main.scrollWidth - main.clientWidth,
-            bad: all('.katex-error, .katex [mathcolor="#cc0000"], .math:not(:has(.katex))').map(e => e.textContent),
-            formulas: all('.katex').length, pictures: all('main img').map(e => e.naturalWidth), text: prose.textContent} }'''
+            bad: all(bad).map(e => e.textContent), formulas: all('.katex').length,
+            pictures: all('main img').map(e => e.naturalWidth), text: prose.textContent} }'''
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
 
 @pytest.fixture(scope='module')
 def url(site):
-    "The address of the site on a local server"
-    if not (site/'site_libs'/'katex').exists(): pytest.skip('KaTeX is neither in node_modules nor to be had from npm')
+    "The URL of the site on a local server"
+    if not (site/'site_libs'/'katex').exists():
+        pytest.skip('KaTeX is not in node_modules and could not be downloaded from npm')
     with ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=site)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{server.server_port}/'
@@ -53,7 +65,7 @@ def url(site):
 
 @pytest.fixture(scope='module')
 def new_tab():
-    "A function that opens a tab of a size, in a profile of its own"
+    "A function that opens a tab of a given size in a new profile"
     from playwright.sync_api import sync_playwright
     def f(size, **kwargs):
         tab = browser.new_page(viewport=dict(zip(('width','height'), sizes[size])), **kwargs)
@@ -67,7 +79,7 @@ def shots(tmp_path_factory):
     return Path(__file__).parent/'screenshots' if keep_shots else tmp_path_factory.mktemp('screenshots')
 
 def listen(tab):
-    "The lists of what a tab asks for and of what goes wrong in it, as it happens"
+    "Lists of the requests and of the errors of a tab, which grow as they happen"
     requests,errors = [],[]
     tab.on('request', lambda r: requests.append(r.url))
     tab.on('requestfailed', lambda r: errors.append(f'{r.url}: {r.failure}'))
@@ -78,7 +90,7 @@ def listen(tab):
 
 @pytest.fixture(scope='module')
 def look(url, new_tab, shots):
-    "A function that opens a page, once for all tests, and says what is to be seen there"
+    "A function that opens a page, once for all tests, and returns facts about it"
     @cache
     def listened(size):   # one tab for all pages: a new one each time takes three times as long
         tab = new_tab(size)
@@ -92,7 +104,8 @@ def look(url, new_tab, shots):
         seen['contrast'] = {}
         for scheme in schemes:
             tab.emulate_media(color_scheme=scheme, reduced_motion='reduce')
-            tab.wait_for_function('dark => document.documentElement.classList.contains("quarto-dark")==dark', arg=scheme=='dark')
+            is_dark = 'document.documentElement.classList.contains("quarto-dark")'
+            tab.wait_for_function(f'dark => {is_dark}==dark', arg=scheme=='dark')
             seen['contrast'][scheme] = tab.evaluate(contrast)
             tab.screenshot(path=shots/f'{page.replace("/", "_")}.{size}.{scheme}.png', full_page=keep_shots)
         return SimpleNamespace(**seen, **dict(zip(('requests','errors'), map(list, logs))))
@@ -103,33 +116,33 @@ def test_loads(look, page, size): assert not look(page, size).errors
 
 @for_sizes
 def test_stays_local(look, url, page, size):
-    "Nothing is asked of another host"
+    "No request goes to another host"
     assert not [r for r in look(page, size).requests if not r.startswith((url, 'data:'))]
 
 @for_sizes
 def test_fits(look, page, size):
-    "The page does not scroll sideways, and nothing is cut off; a wide table or formula scrolls by itself"
+    "The page does not scroll sideways and nothing is cut off; a wide table or formula scrolls by itself"
     seen = look(page, size)
-    assert seen.sideways <= 1 and seen.cut <= 8   # the tail of an index may reach into the margin
+    assert seen.sideways <= 1 and seen.cut <= 8   # the end of an index may reach into the margin
 
 def test_nothing_to_scroll(look, page):
-    "On a desktop all of a line of code, a table and a formula is in sight"
+    "On a desktop, lines of code, tables and formulas are visible without scrolling"
     assert not look(page, 'desktop').wide
 
 @for_sizes
 def test_formulas(look, page, source, size):
-    "Formulas are set without an error, and none is left as TeX"
+    "All formulas are rendered without an error"
     seen = look(page, size)
     assert not seen.bad and '$$' not in seen.text
     assert seen.formulas or '$$' not in source
 
 def test_markdown(look, page):
-    "Links and callouts are made; a symbol in backticks within a link's text, which becomes a link itself, would undo the outer one"
+    "Links and callouts are rendered. A symbol in backticks would break the link around it: it becomes a link itself"
     assert not re.findall(r'.{,60}\]\(.{,40}|:::.{,40}', look(page, 'desktop').text)
 
 @for_sizes
 def test_pictures(look, page, source, size):
-    "A plot that the notebook stores is a picture on the page"
+    "A plot stored in the notebook is a picture on the page"
     pictures = look(page, size).pictures
     assert all(pictures)
     assert pictures or '"image/png"' not in source
@@ -137,26 +150,28 @@ def test_pictures(look, page, source, size):
 @for_sizes
 @pytest.mark.parametrize('scheme', schemes)
 def test_readable(look, page, size, scheme):
-    "Text, code, links and formulas stand out from their ground, by day and by night"
+    "Text, code, links and formulas have enough contrast in the light and the dark scheme"
     seen = look(page, size).contrast[scheme]
     assert seen['text'] >= 4.5 and min(seen.values()) >= 3, seen
 
 @pytest.mark.parametrize('scheme', schemes)
 def test_plots_have_a_ground(url, new_tab, scheme):
-    "The labels of plots are black: at night they need the white of their own ground"
+    "Plots have black labels, so they need a white ground of their own in the dark scheme"
     tab = new_tab('desktop', color_scheme=scheme)
     tab.goto(url)
-    corner = tab.evaluate('''() => { const im = document.querySelector('main img'), c = document.createElement('canvas').getContext('2d');
+    corner = tab.evaluate('''() => {
+        const im = document.querySelector('main img'), c = document.createElement('canvas').getContext('2d');
         c.drawImage(im, 0, 0); return [...c.getImageData(0, 0, 1, 1).data] }''')
     assert corner == [255]*4
     tab.close()
 
 def test_keyboard(url, new_tab):
-    "Tab reaches the search, the menu and the text, with the focus to be seen; Enter follows a link"
+    "Tab reaches the search, the menu and the text with a visible focus; Enter follows a link"
     tab = new_tab('desktop')
     tab.goto(url)
     where = '''() => { const e = document.activeElement, s = getComputedStyle(e);
-        return [e.closest('.smalldocs-search, #quarto-sidebar, main')?.className.split(' ')[0] ?? '', e.matches(':focus-visible'), s.outlineStyle!='none' || s.boxShadow!='none'] }'''
+        const part = e.closest('.smalldocs-search, #quarto-sidebar, main')?.className.split(' ')[0] ?? '';
+        return [part, e.matches(':focus-visible'), s.outlineStyle!='none' || s.boxShadow!='none'] }'''
     seen = []
     for _ in range(80):
         tab.keyboard.press('Tab')
@@ -173,7 +188,7 @@ def test_keyboard(url, new_tab):
 
 @for_sizes
 def test_search(url, new_tab, size):
-    "The search finds a loss, and leads to where it is defined"
+    "The search finds a loss and links to its definition"
     tab = new_tab(size)
     tab.goto(url)
     if size=='phone': tab.locator('.navbar-toggler').click()
@@ -183,8 +198,17 @@ def test_search(url, new_tab, size):
     assert tab.locator('main pre').filter(has_text='def SoftTarget(').is_visible()
     tab.close()
 
+@pytest.mark.parametrize('words,found', [('onnxruntime', False), ('temperature schedule', True)])
+def test_search_is_exact(url, new_tab, words, found):
+    "The search says so if it finds nothing, and finds pages that contain all words"
+    tab = new_tab('desktop')
+    tab.goto(url)
+    tab.locator('.smalldocs-search input').press_sequentially(words)
+    tab.locator('.search-result' if found else '.search-none').first.wait_for()
+    tab.close()
+
 def test_menu(url, new_tab):
-    "On a phone the menu is out of sight; it opens, and a link of it can be followed"
+    "On a phone the menu is hidden; it opens, and its links work"
     tab = new_tab('phone')
     tab.goto(url)
     link = tab.locator('#quarto-sidebar a.sidebar-link[href$=".html"]').last

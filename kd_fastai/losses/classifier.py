@@ -17,7 +17,7 @@ from ..features import check_predictions
 from ..info import loss_info
 from ..layers import get_module_by_name, unwrap_model
 from .base import RobustBatchNorm2d, TrainableLoss, apply_per_layer, conv_bn
-from .feature import _alike
+from ._ops import pool_to_smaller_pair
 from ..signature import loss_name
 
 # %% ../../nbs/16_losses.classifier.ipynb #dbe5b38a
@@ -82,7 +82,7 @@ class SRRL(TrainableLoss):
         **kwargs
     )->torch.Tensor: # Scalar
         "Raises `ValueError` for channels that the connector was not created for"
-        s,t = _alike(*_single_pair(self, fm_s, fm_t))
+        s,t = pool_to_smaller_pair(*_single_pair(self, fm_s, fm_t))
         s = self.transfer(s)
         logits = self.classifier(s.mean((2,3)))
         return F.mse_loss(s, t) + F.mse_loss(logits, teacher_pred.detach().to(logits.dtype))
@@ -116,7 +116,7 @@ class SimKD(TrainableLoss):
         self.classifier = _classifier(self, teacher, next(iter(fm_t)), t, teacher_pred)
         self.transfer = self._projector(*self.channels[0])
         (self.layer,f), = fm_s.items()
-        self.ndim,pooled = f.ndim,_alike(s, t)[0]
+        self.ndim,pooled = f.ndim,pool_to_smaller_pair(s, t)[0]
         pool = [] if pooled is s else [nn.AdaptiveAvgPool2d(pooled.shape[2:])]
         self.before,self.after = (pool,[]) if f.ndim>2 else ([nn.Unflatten(1, (s.shape[1],1,1))],[nn.Flatten()])
 
@@ -131,7 +131,7 @@ class SimKD(TrainableLoss):
         **kwargs
     )->torch.Tensor: # Scalar
         "Raises `ValueError` for channels that the projector was not created for"
-        s,t = _alike(*_single_pair(self, fm_s, fm_t))
+        s,t = pool_to_smaller_pair(*_single_pair(self, fm_s, fm_t))
         return F.mse_loss(self.transfer(s), t)
 
     def student(self,

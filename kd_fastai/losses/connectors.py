@@ -17,7 +17,8 @@ from torch import nn
 from ..info import loss_info
 from ..layers import get_module_by_name, parse_layer, unwrap_model
 from .base import RobustBatchNorm2d, StochasticLoss, TrainableLoss, apply_per_layer, conv_bn
-from .feature import FitNet, HCL, PartialL2, _alike
+from .feature import FitNet, HCL, PartialL2
+from ._ops import pool_to_smaller_pair
 from .relation import ICKD
 
 # %% ../../nbs/15_losses.connectors.ipynb #af92f686
@@ -95,7 +96,7 @@ class VID(TrainableLoss):
         return sum(map(self._nll, self.regressors, self.log_scales, fm_s.values(), fm_t.values()))
 
     def _nll(self, regressor, log_scale, s, t):
-        s,t = _alike(s, t)
+        s,t = pool_to_smaller_pair(s, t)
         var = F.softplus(log_scale)[:,None,None]+self.eps
         return ((regressor(s)-t).pow(2)/var + var.log()).mean()/2
 

@@ -16,7 +16,7 @@ from torch import nn
 from ..features import pair_features
 from ..info import loss_info
 from .base import StochasticLoss, TrainableLoss, conv_bn
-from .feature import _alike
+from ._ops import pool_to_smaller_pair
 
 # %% ../../nbs/17_losses.embedding.ipynb #f2218501
 def _products(f):
@@ -85,7 +85,7 @@ class SemCKD(TrainableLoss):
 
     def _distance(self, project, s, t):
         "Return the mean squared difference of each sample"
-        s,t = _alike(s, t)
+        s,t = pool_to_smaller_pair(s, t)
         return (project(s)-t).pow(2).flatten(1).mean(1)
 
     def forward(self,

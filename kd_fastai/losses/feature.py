@@ -102,9 +102,6 @@ def pool_to_smaller(
         return dict(zip(fm_s, s)),dict(zip(fm_t, t))
     return map_inputs(loss, ('fm_s','fm_t'), prepare)
 
-# Earlier name, until all modules import from _ops
-_alike = pool_to_smaller_pair
-
 # %% ../../nbs/12_losses.feature.ipynb #ae29dba2
 def weighted_sum_over_layers(
     loss:Callable # A loss on `fm_s` and `fm_t` that is a mean over elements
