@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/parity.html.md"""
 # %% auto #0
 __all__ = ['LogitsOnly', 'deployable', 'export_onnx', 'OnnxModel', 'kd_parity']
 
-# %% ../nbs/38_parity.ipynb #3b79b3a9
+# %% ../nbs/38_parity.ipynb #1b2c1e62
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +20,7 @@ from .card import metric_values, resize_batch
 from .compare import latency, split_xy
 from .teacher import Teacher, as_plain_tensor
 
-# %% ../nbs/38_parity.ipynb #5035e49a
+# %% ../nbs/38_parity.ipynb #ebb467ae
 class LogitsOnly(nn.Module):
     "A model that returns its logits as one tensor"
     def __init__(self,
@@ -41,12 +41,13 @@ def deployable(
     n:int=4        # Samples in the example inputs, at least 2: exporters fix a batch size of 1
 )->tuple: # Module, example inputs, and `dynamic_shapes` for `torch.export.export`
     "Returns a copy of the student for exporters: in eval mode, on the CPU, with logits as its only output"
-    model = LogitsOnly(copy.deepcopy(learn.model)).cpu().eval().requires_grad_(False)
     xb = split_xy(learn.dls, learn.dls.valid.one_batch())[0]
+    with Teacher(learn.model).ready() as student: student(*xb)  # AWD_LSTM cannot be copied after one with gradients
+    model = LogitsOnly(copy.deepcopy(learn.model)).cpu().eval().requires_grad_(False)
     xb = tuple(as_plain_tensor(x).cpu() for x in resize_batch(xb, n))
     return model,xb,(tuple({0: torch.export.Dim.DYNAMIC} for _ in xb),)
 
-# %% ../nbs/38_parity.ipynb #c8b737b3
+# %% ../nbs/38_parity.ipynb #b0f0c4b7
 def export_onnx(
     learn:Learner, # A trained student
     file:str|Path  # File to write
@@ -74,7 +75,7 @@ class OnnxModel(nn.Module):
         out = self.session.run(None, {n: as_plain_tensor(x).cpu().numpy() for n,x in zip(names, xb)})[0]
         return torch.from_numpy(out).to(xb[0].device)
 
-# %% ../nbs/38_parity.ipynb #ce4b5d4d
+# %% ../nbs/38_parity.ipynb #5a5fbf03
 class _Function(nn.Module):
     "A function of a batch's inputs as a module. It does not register `f`: exported programs refuse `eval()`"
     def __init__(self, f):
