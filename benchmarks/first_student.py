@@ -1,29 +1,43 @@
 """The networks of the tutorial `first_student` over many seeds: the spread within which its numbers are to be expected.
 
-    python benchmarks/first_student.py [--seeds 20] [--out benchmarks/first_student.csv]
+    python benchmarks/first_student.py [--seeds 20] [--epochs 20] [--runs FILE] [--out benchmarks/first_student.csv]
 
-One row a seed: accuracy in percent of 797 test digits of the teacher and of three students on the page's own 200 digits. The seed is that of the initial weights, the teacher's too."""
-import argparse, csv
+One row a seed: accuracy in percent of 797 test digits of the teacher and of three students on the page's own 200 digits. The seed is that of the initial weights and batches, the teacher's too.
+`--runs` keeps the runs in a file, from which a stopped measurement goes on."""
+import argparse
+from functools import cache, partial
 from pathlib import Path
 import torch
-from kd_fastai.demo import digits, recipes, score, train
+from fastai.basics import CrossEntropyLossFlat, Learner, accuracy
+from kd_fastai.compare import kd_compare
+from kd_fastai.demo import digits, recipes, score, small_net, train
 
-def row(seed, student_epochs=20, teacher_epochs=10):
-    "A teacher, and a student of each kind"
-    teacher = train(digits(), 32, teacher_epochs, seed)
-    dls = digits(200)
-    learners = {'teacher': teacher, **{n: train(dls, 8, student_epochs, seed, kd) for n,kd in recipes(teacher.model, dls.one_batch()[0]).items()}}
-    return {'seed': seed, **{n: round(score(o), 2) for n,o in learners.items()}}
+@cache
+def teacher(seed): return train(digits(), 32, 10, seed)
+
+def make_learner(seed):
+    learn = Learner(digits(200), small_net(8), lr=1e-2, metrics=accuracy, loss_func=CrossEntropyLossFlat())
+    learn.seed = seed
+    return learn
+
+def way(name, learn):
+    "The callback of one of the demo's recipes, with this seed's teacher"
+    make = recipes(teacher(learn.seed).model, learn.dls.one_batch()[0])[name]
+    return make and make(learn.model)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('--seeds', type=int, default=20); p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.csv'))
+    p.add_argument('--seeds', type=int, default=20)
+    p.add_argument('--epochs', type=int, default=20)
+    p.add_argument('--runs', type=Path)
+    p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.csv'))
     a = p.parse_args()
     torch.set_num_threads(1)
-    with a.out.open('w', newline='') as f:
-        for seed in range(a.seeds):
-            r = row(seed)
-            if not seed: (w := csv.DictWriter(f, r, lineterminator='\n')).writeheader()
-            w.writerow(r); f.flush(); print(*r.values(), flush=True)
+    ways = {n: partial(way, n) for n in recipes(None, None)}
+    res = kd_compare(make_learner, ways, a.seeds, a.epochs, csv=a.runs, rounds=0)
+    table = res.runs.pivot(index='seed', columns='way', values='accuracy')[[*ways]].mul(100)
+    table.insert(0, 'teacher', [score(teacher(s)) for s in table.index])
+    table.round(2).to_csv(a.out)
+    print(res)
 
 if __name__=='__main__': main()

@@ -1,13 +1,17 @@
-"Everything, by name: `from kd_fastai.all import *`"
-from .adapters import *
-from .cache import CachedTeacher
+"Everything that a user needs, by name: `from kd_fastai.all import *`"
+from .adapters import make_adapter
 from .callback import KnowledgeDistillationCallback
-from .classes import *
-from .hooks import *
-from .inputs import *
+from .capture import Capture
+from .card import KDCard
+from .classes import match_classes
+from .compare import KDComparison, kd_compare
+from .inputs import normalization_tfm
+from .layers import get_model_layers, get_module_by_name
 from .losses import *
+from .matching import classifier_input, layer_similarity, linear_cka, match_feature_layers
 from .objective import Objective, Term
+from .parity import OnnxModel, deployable, export_onnx, kd_parity
 from .plots import *
-from .report import *
-from .schemes import *
-from .teacher import *
+from .report import KDReport
+from .schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation, on_exits, train_generations
+from .teacher import Teacher

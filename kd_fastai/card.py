@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/card.html.md"""
 # %% auto #0
 __all__ = ['LIMITS', 'metric_values', 'recall_by_class', 'data_fingerprint', 'KDCard', 'resize_batch']
 
-# %% ../nbs/37_card.ipynb #d4b2236e
+# %% ../nbs/37_card.ipynb #601c69d3
 import base64, copy, hashlib, html, io, platform
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
@@ -17,13 +17,13 @@ import torch
 import yaml
 from torch import nn, Tensor
 from fastcore.basics import GetAttr, patch, store_attr
-from fastai.basics import AvgLoss, Learner, is_listy
+from fastai.basics import AvgLoss, Learner, is_listy, no_random
 from .callback import KnowledgeDistillationCallback
 from .compare import latency, predicted_classes, size_kb, split_xy
 from .report import calibration_error
 from .teacher import Teacher
 
-# %% ../nbs/37_card.ipynb #2a82458a
+# %% ../nbs/37_card.ipynb #b61b0f33
 class _Predicted(GetAttr):
     "A Learner as a metric reads it, with the predictions of another model"
     _default = 'learn'
@@ -50,7 +50,7 @@ def metric_values(
 
 def _device(model): return next((p.device for p in model.parameters()), None)
 
-# %% ../nbs/37_card.ipynb #eed1c7b9
+# %% ../nbs/37_card.ipynb #bbb3219c
 def recall_by_class(
     answers:pd.DataFrame, # From `predicted_classes`
     names:list,           # Columns of the models
@@ -64,7 +64,7 @@ def recall_by_class(
     if vocab is not None: res.index = [vocab[i] for i in res.index]
     return res.sort_values('change' if 'teacher' in names else 'student', kind='stable').rename_axis('class')
 
-# %% ../nbs/37_card.ipynb #c8cb3416
+# %% ../nbs/37_card.ipynb #4d256f91
 def data_fingerprint(
     dl # A `DataLoader` without shuffling
 )->str: # 12 digits
@@ -87,7 +87,7 @@ def _versions():
         except PackageNotFoundError: res[n] = 'unknown'
     return res
 
-# %% ../nbs/37_card.ipynb #555f416b
+# %% ../nbs/37_card.ipynb #1d2e3e76
 class KDCard:
     "What `Learner.kd_card` returns. A notebook shows it; `save` writes it"
     def __init__(self,
@@ -158,7 +158,7 @@ def _png(fig):
     fig.savefig(file, format='png', dpi=90)
     return base64.b64encode(file.getvalue()).decode()
 
-# %% ../nbs/37_card.ipynb #b36202b7
+# %% ../nbs/37_card.ipynb #497efc46
 def _figure(width, height, rows=1, cols=1):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width,height), layout='constrained')
@@ -201,7 +201,7 @@ def _lost_figure(dls, lost, n):
         ax.axis('off')
     return fig
 
-# %% ../nbs/37_card.ipynb #5dddfc4c
+# %% ../nbs/37_card.ipynb #ac4c6c46
 def _vocab(dls):
     "Names of the classes, or None; a text's vocabulary comes before them"
     v = getattr(dls, 'vocab', None)
@@ -242,7 +242,7 @@ def resize_batch(
     "Returns inputs of `n` samples, repeated as often as needed"
     return tuple(x[[i%len(x) for i in range(n)]] if isinstance(x, Tensor) else x for x in xb)
 
-# %% ../nbs/37_card.ipynb #072071de
+# %% ../nbs/37_card.ipynb #999530bd
 def _training(learn, kd, history):
     "How the student was trained, a list of Markdown"
     says = []
@@ -297,16 +297,18 @@ def kd_card(self:Learner,
     history = _history(self) if history is None else history
     models = dict(student=self.model, teacher=teacher) | ({} if alone is None else dict(alone=alone))
     models = {n: m if isinstance(m, Teacher) else Teacher(m) for n,m in models.items()}
-    others = {n: m for n,m in models.items() if n!='student'}
-    answers,vocab,names = predicted_classes(self, **others),_vocab(self.dls),[*models]
-    scores = _score_table(self, models, answers)
+    with no_random():
+        answers = predicted_classes(self, **{n: m for n,m in models.items() if n!='student'})
+        scores = _score_table(self, models, answers)
+        training = _training(self, kd, history)
     parts = [*([intended] if intended else []), '## Scores', scores]
     recall = lost = None
     if answers is not None:
-        recall,lost = recall_by_class(answers, names, vocab),_lost_samples(answers, vocab)
-        parts += ['## Recall by class', recall, ('recall', _recall_figure(recall, names))]
-        parts += _lost_parts(self.dls, lost, samples)
-    parts += ['## Training', '\n'.join(f'- {o}' for o in _training(self, kd, history))]
+        vocab = _vocab(self.dls)
+        recall,lost = recall_by_class(answers, [*models], vocab),_lost_samples(answers, vocab)
+        parts += ['## Recall by class', recall, ('recall', _recall_figure(recall, [*models]))]
+        with no_random(): parts += _lost_parts(self.dls, lost, samples)
+    parts += ['## Training', '\n'.join(f'- {o}' for o in training)]
     if len(history): parts += [('history', _history_figure(history))]
     parts += ['## Limits', '\n'.join(f'- {o}' for o in [*LIMITS, *limits])]
     return KDCard(title, parts, _front_matter(scores, metadata), scores, recall, lost)

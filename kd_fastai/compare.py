@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/compare.html.md"""
 __all__ = ['split_xy', 'predicted_classes', 'size_kb', 'latency', 'comparison_table', 'paired_interval', 'KDComparison',
            'run_way', 'kd_compare']
 
-# %% ../nbs/36_compare.ipynb #0eabdda6
+# %% ../nbs/36_compare.ipynb #a1f34bf6
 import hashlib, io, os, pickle, sys, time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,7 +28,7 @@ from fastai.callback.schedule import ParamScheduler    # also gives Learner its 
 from .report import calibration_error
 from .teacher import Teacher
 
-# %% ../nbs/36_compare.ipynb #a53ba5c8
+# %% ../nbs/36_compare.ipynb #c551e47e
 def split_xy(
     dls, # `DataLoaders`
     b    # One of their batches
@@ -76,7 +76,7 @@ def _classify(loss_func, pred, yb):
     confidence,cls = pred[known].float().softmax(-1).max(-1)
     return [o.cpu() for o in (known.nonzero()[:,0], target[known], cls, confidence)]
 
-# %% ../nbs/36_compare.ipynb #eb458360
+# %% ../nbs/36_compare.ipynb #bb546693
 def size_kb(
     model:nn.Module # A model
 )->float: # In kB
@@ -108,7 +108,7 @@ def _now(sync):
     sync()
     return time.perf_counter()
 
-# %% ../nbs/36_compare.ipynb #5b70ee91
+# %% ../nbs/36_compare.ipynb #49d996a1
 def _lower_is_better(
     metric:str # Name of a column
 )->bool:
@@ -151,7 +151,7 @@ def paired_interval(
     verdict = up if gain-half>0 else down if gain+half<0 else 'undecided'
     return dict(gain=gain, low=gain-half, high=gain+half, verdict=verdict)
 
-# %% ../nbs/36_compare.ipynb #b3e6d6fc
+# %% ../nbs/36_compare.ipynb #ab3f2ee9
 class KDComparison:
     "What `kd_compare` returns. A notebook shows the table; `plot` draws it"
     def __init__(self,
@@ -192,7 +192,7 @@ class KDComparison:
         ax.set_xlabel(f'difference in {self.metric} from {self.baseline}')
         return ax
 
-# %% ../nbs/36_compare.ipynb #9d7d5407
+# %% ../nbs/36_compare.ipynb #c3ef06e2
 def _checksum(model):
     "Ten digits for the values of a model's parameters and buffers"
     digest = hashlib.sha256()
@@ -248,7 +248,7 @@ def _scores(learn, teacher):
         row['calibration_error'] = calibration_error(torch.tensor(answers.student_confidence.values), right)
     return row | dict(parameters=sum(p.numel() for p in learn.model.parameters()), kb=round(size_kb(learn.model), 1))
 
-# %% ../nbs/36_compare.ipynb #b80096cd
+# %% ../nbs/36_compare.ipynb #3977531a
 def _read_runs(file, ways, epochs):
     "The runs that a file has. Raises `ValueError` for those of another comparison"
     if file is None or not Path(file).exists(): return pd.DataFrame(columns=['seed','way'])
@@ -285,7 +285,7 @@ def _check_run(runs, row):
         f"Runs of seed {row['seed']} begin from different weights, so that they cannot be paired. make_learner(seed) "
         "must make the same model from the same seed; the runs of another make_learner need another csv")
 
-# %% ../nbs/36_compare.ipynb #1c98d950
+# %% ../nbs/36_compare.ipynb #52ce7b51
 def kd_compare(
     make_learner:Callable, # Makes a new Learner: `make_learner(seed)`
     ways:dict,             # Name to None (no teacher) or a function `way(learn)` that returns the callback(s)
@@ -318,7 +318,8 @@ def kd_compare(
     done = {*zip(runs.seed, runs.way)}
     run = partial(run_way, make_learner, epochs=epochs, fit=fit, teacher=teacher, catch=catch)
     tasks = [dict(name=n, way=w, seed=s) for s in seeds for n,w in ways.items() if (s,n) not in done]
-    for row in progress_bar(_results(run, tasks, workers), total=len(tasks), display=progress, leave=False):
+    rows = _results(run, tasks, workers)
+    for row in progress_bar(rows, total=len(tasks), leave=False) if progress else rows:
         runs = _add_run(runs, row)
         if csv is not None: _write_runs(runs, csv)
     order = {n:i for i,n in enumerate(ways)}

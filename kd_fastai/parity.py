@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/parity.html.md"""
 # %% auto #0
 __all__ = ['LogitsOnly', 'deployable', 'export_onnx', 'OnnxModel', 'kd_parity']
 
-# %% ../nbs/38_parity.ipynb #16fbca55
+# %% ../nbs/38_parity.ipynb #1b2c1e62
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,9 +18,9 @@ from torch import nn, Tensor
 from fastai.basics import Learner
 from .card import metric_values, resize_batch
 from .compare import latency, split_xy
-from .teacher import Teacher, as_plain_tensor, get_logits
+from .teacher import Teacher, as_plain_tensor
 
-# %% ../nbs/38_parity.ipynb #3dd311a7
+# %% ../nbs/38_parity.ipynb #ebb467ae
 class LogitsOnly(nn.Module):
     "A model that returns its logits as one tensor"
     def __init__(self,
@@ -29,19 +29,25 @@ class LogitsOnly(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *xb): return get_logits(self.model(*xb))
+    def forward(self, *xb):
+        "As `get_logits`, but without its change of the tensor's class, which `torch.export` cannot trace"
+        out = self.model(*xb)
+        if isinstance(out, dict): out = out['logits']
+        while not isinstance(out, Tensor): out = out[0]
+        return out
 
 def deployable(
     learn:Learner, # A trained student
     n:int=4        # Samples in the example inputs, at least 2: exporters fix a batch size of 1
 )->tuple: # Module, example inputs, and `dynamic_shapes` for `torch.export.export`
     "Returns a copy of the student for exporters: in eval mode, on the CPU, with logits as its only output"
-    model = LogitsOnly(copy.deepcopy(learn.model)).cpu().eval().requires_grad_(False)
     xb = split_xy(learn.dls, learn.dls.valid.one_batch())[0]
+    with Teacher(learn.model).ready() as student: student(*xb)  # AWD_LSTM cannot be copied after one with gradients
+    model = LogitsOnly(copy.deepcopy(learn.model)).cpu().eval().requires_grad_(False)
     xb = tuple(as_plain_tensor(x).cpu() for x in resize_batch(xb, n))
     return model,xb,(tuple({0: torch.export.Dim.DYNAMIC} for _ in xb),)
 
-# %% ../nbs/38_parity.ipynb #245623a5
+# %% ../nbs/38_parity.ipynb #b0f0c4b7
 def export_onnx(
     learn:Learner, # A trained student
     file:str|Path  # File to write
@@ -69,7 +75,7 @@ class OnnxModel(nn.Module):
         out = self.session.run(None, {n: as_plain_tensor(x).cpu().numpy() for n,x in zip(names, xb)})[0]
         return torch.from_numpy(out).to(xb[0].device)
 
-# %% ../nbs/38_parity.ipynb #63e823b9
+# %% ../nbs/38_parity.ipynb #5a5fbf03
 class _Function(nn.Module):
     "A function of a batch's inputs as a module. It does not register `f`: exported programs refuse `eval()`"
     def __init__(self, f):

@@ -83,3 +83,117 @@ def test_a_student_is_not_resumed_without_what_its_losses_own(tmp_path):
         learn.fit_one_cycle(4, 1e-2, start_epoch=2)
         ends.append(weights(learn))
     assert not torch.equal(*ends)
+
+# ---- export: each student by each tool
+
+def conv(): return Learner(digits(20), small_net(4), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+
+def of_timm():
+    timm = pytest.importorskip('timm', reason='timm is not installed')
+    data = [*zip(torch.randn(8,3,32,32), torch.arange(8)%3)]
+    dls = DataLoaders(DataLoader(data, bs=4), DataLoader(data, bs=4))
+    model = timm.create_model('mobilenetv3_small_050', num_classes=3)
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+
+def tabular():
+    from fastai.tabular.all import TabularDataLoaders, Categorify, Normalize, CategoryBlock, tabular_learner
+    df = pd.DataFrame(dict(c=list('abcd')*4, x=np.arange(16.), y=list('nnyy')*4))
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify,Normalize], cat_names=['c'], cont_names=['x'], y_names='y',
+                                     y_block=CategoryBlock(), valid_idx=[*range(8)], bs=4)
+    return tabular_learner(dls, layers=[8], n_out=2, metrics=accuracy)
+
+def text():
+    from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
+    df = pd.DataFrame(dict(text=['a good film','a bad film indeed','not a good one','bad']*4, label=list('pnnn')*4,
+                           is_valid=[False]*8+[True]*8))
+    dls = TextDataLoaders.from_df(df, text_col='text', label_col='label', valid_col='is_valid', bs=4, num_workers=0)
+    config = {**awd_lstm_clas_config, 'emb_sz':8, 'n_hid':8, 'n_layers':1}
+    return text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=config, seq_len=24, metrics=accuracy)
+
+def segmentation():
+    data = [*zip(torch.randn(8,1,8,8), torch.randint(3,(8,8,8)))]
+    dls = DataLoaders(DataLoader(data, bs=4), DataLoader(data, bs=4))
+    model = nn.Sequential(nn.Conv2d(1,4,3,2,1), nn.BatchNorm2d(4), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(4,3,1))
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat(axis=1))
+
+def program(learn, folder):
+    model,xb,shapes = deployable(learn)
+    return torch.export.export(model, xb, dynamic_shapes=shapes).module()
+
+def onnx(learn, folder):
+    for o in ('onnx','onnxscript','onnxruntime'): pytest.importorskip(o, reason=f'{o} is not installed')
+    return OnnxModel(export_onnx(learn, folder/'m.onnx'), threads=1)
+
+def dynamic_int8(learn, folder): return torch.ao.quantization.quantize_dynamic(deployable(learn)[0], {nn.Linear}, torch.qint8)
+
+def static_int8(learn, folder):
+    pytest.importorskip('torchao', reason='torchao is not installed')
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer, get_default_x86_inductor_quantization_config
+    model = prepare_pt2e(program(learn, folder), X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config()))
+    with torch.no_grad():
+        for *xb,_ in learn.dls.valid: model(*xb)
+    return convert_pt2e(model)
+
+# (student, tool) -> what the tool says of a student that it cannot export: AWD_LSTM compares the batch size with its hidden state's
+REFUSED = {('text',o): 'Could not guard on data-dependent expression' for o in ('program','onnx','static_int8')}
+
+@pytest.mark.parametrize('tool,difference,agreement', [(program,1e-5,1.), (onnx,1e-4,1.), (dynamic_int8,0.1,0.9), (static_int8,0.1,0.9)], ids=['program','onnx','dynamic_int8','static_int8'])
+@pytest.mark.parametrize('student', [conv, of_timm, tabular, text, segmentation])
+def test_an_exported_student_is_the_student(student, tool, difference, agreement, tmp_path):
+    set_seed(0)
+    learn = student()
+    known = REFUSED.get((student.__name__, tool.__name__))
+    try: model = tool(learn, tmp_path)
+    except Exception as e:
+        if known is None or known not in str(e): raise
+        pytest.skip(f'{tool.__name__} cannot export a {student.__name__} student: {known}')
+    row = kd_parity(learn, rounds=1, exported=model).loc['exported']
+    assert row.largest_difference<=difference and row.agreement>=agreement
+
+def test_parity_tells_another_model():
+    learn = conv()
+    other = deepcopy(deployable(learn)[0])
+    with torch.no_grad(): other.model[5].bias[3] += 5
+    res = kd_parity(learn, rounds=1, same=deployable(learn)[0], other=other)
+    assert res.largest_difference.to_dict()==pytest.approx(dict(student=0, same=0, other=5)) and res.agreement['same']==1 and res.agreement['other']<1
+
+def test_parity_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"short gives outputs of shape \(797, 9\), expected the student's \(797, 10\)"):
+        kd_parity(conv(), rounds=1, short=lambda x: torch.zeros(len(x), 9))
+
+def test_deployable_changes_nothing():
+    learn = conv()
+    learn.model.train()
+    model,xb,_ = deployable(learn, 3)
+    assert learn.model.training and all(p.requires_grad for p in learn.model.parameters()) and len(xb[0])==3
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+# ---- the chain: smaller first, then distilled back
+
+def test_a_pruned_student_is_distilled_and_stays_pruned():
+    "The callback finds its layers, zeros stay zero, and the export is clean"
+    from torch.nn.utils import prune
+    learn,teacher = conv(),small_net(4)
+    parts = [(m,'weight') for m in learn.model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    prune.global_unstructured(parts, prune.L1Unstructured, amount=0.5)
+    masks = [m.weight_mask.clone() for m,_ in parts]
+    kd = KnowledgeDistillationCallback(teacher, [SoftTarget, Term(Attention, 10., layers=['0','1'])])
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=kd)
+    for m,n in parts: prune.remove(m, n)
+    for (m,_),mask in zip(parts, masks): assert (m.weight[mask==0]==0).all() and (m.weight[mask==1]!=0).any()
+    assert {*learn.model.state_dict()}=={*small_net(4).state_dict()} and not any(m._forward_hooks for m in learn.model.modules())
+
+def test_a_quantization_aware_student_is_distilled():
+    "Layers keep their names, and train with rounded weights"
+    pytest.importorskip('torchao', reason='torchao is not installed')
+    from torchao.quantization import quantize_
+    from torchao.quantization.granularity import PerAxis
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+    learn,teacher = conv(),small_net(4)
+    quantize_(learn.model, QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int8, PerAxis(0)), step='prepare'))
+    assert 'FakeQuantized' in type(learn.model[5]).__name__
+    before = learn.model[5].weight.detach().clone()
+    kd = KnowledgeDistillationCallback(teacher, [SoftTarget, Term(FitNet, 1., layers='5')])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=kd)
+    assert not torch.equal(before, learn.model[5].weight)
