@@ -71,7 +71,7 @@ def _read(dl, idx, seed):
     with replayed_draws(seed):
         b = dl.do_batch([dl.do_item(i) for i in idx])
         b = tuplify(dl.after_batch(b if dl.device is None else to_device(b, dl.device)))
-    return b[:n_inputs(dl, b)]
+        return b[:n_inputs(dl, b)]  # fastai reads an item for `n_inp`
 
 def check_repeatable(
     dl,               # A fastai `DataLoader` of training data
@@ -91,13 +91,15 @@ def check_repeatable(
         f"Reading a sample twice gives different inputs, by a transform of {type(dl.dataset).__name__} {tfms}: "
         + ("it draws from a random generator of its own, which cannot be replayed" if replay else hint))
     padded = not replay and getattr(getattr(dl, 'before_batch', None), 'fs', None)
-    if padded and not all(_same(_read(dl, [i], 0), tree_map(lambda o: o[[j]], xb)) for j,i in enumerate(idx)): raise ValueError(
+    if padded and any(_shapes(_read(dl, [i], 0))!=_shapes(xb) for i in idx): raise ValueError(
         f"The input of a sample depends on its batch, by {_plain_repr(dl.before_batch)} (padding?): {hint}")
     return xb
 
+def _shapes(xb): return [o.shape[1:] for o in tree_leaves(xb)]
+
 def _same(a, b):
     "Are these inputs equal?"
-    return [o.shape for o in tree_leaves(a)]==[o.shape for o in tree_leaves(b)] and same_inputs(fingerprint(*a), fingerprint(*b)).all()
+    return _shapes(a)==_shapes(b) and same_inputs(fingerprint(*a), fingerprint(*b)).all()
 
 def _plain_repr(o): return re.sub(r' at 0x[0-9a-f]+', '', repr(o))
 
@@ -138,7 +140,7 @@ def _describe_run(dl):
     return dict(batch_size=dl.bs, device=str(dl.device), data=type(dl).__name__, transforms=_plain_repr(_all_transforms(dl)),
         python=platform.python_version(), **versions)
 
-# %% ../nbs/30_cache.ipynb #ab065468
+# %% ../nbs/30_cache.ipynb #1101e030
 def to_logits(
     prob:Tensor, # Probabilities
     eps:float=1e-7 # Smallest probability
@@ -156,6 +158,7 @@ def _answer_arrays(answers):
     if not isinstance(answers, dict): answers = {'pred': answers}
     if 'pred' in answers and hasattr(answers['pred'], 'to_numpy'): answers = {**answers, 'pred': answers['pred'].to_numpy()}
     arrays = {k if k=='pred' else _layer_key(k): np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v) for k,v in answers.items()}
+    arrays = {k: v.astype(np.float32) if v.dtype==np.float64 else v for k,v in arrays.items()}
     for k,v in arrays.items():
         if v.ndim<2 or v.dtype.kind not in 'fciub': raise ValueError(f"Expected numbers of shape (N, ...) for {k}, got {v.dtype} of shape {v.shape}")
         if not (finite := np.isfinite(v).reshape(len(v), -1).all(1)).all(): raise ValueError(
@@ -273,6 +276,7 @@ class CachedTeacher(StoredTeacher):
     """A `Teacher` that is asked once about each sample, by its position in the training set; with `views`, once about each version of it.
 
     Raises `ValueError` for data that are transformed at random without `views`, for a cache that was made with another teacher, other data or other settings, that is cut short or is not a cache, and for inputs that are not the recorded ones."""
+    _asking = None  # the context in which the model answers, until it is asked
     def __init__(self,
         source:nn.Module|Learner|str|Path, # A model, a `Learner`, or the file of an exported `Learner`
         path:str|Path|None=None, # A folder where answers outlive the process; in memory, if not given

@@ -7,12 +7,12 @@ Docs: https://kd-fastai.github.io/kd_fastai/store.html.md"""
 # %% auto #0
 __all__ = ['Table', 'short_digest', 'find_differences', 'AnswerStore']
 
-# %% ../nbs/29_store.ipynb #b1c1456e
+# %% ../nbs/29_store.ipynb #b2c43bb3
 import hashlib, io, json, os, tempfile, warnings, zlib
 from pathlib import Path
 import numpy as np
 
-# %% ../nbs/29_store.ipynb #f9562364
+# %% ../nbs/29_store.ipynb #769e4a7b
 def _header(dtype, n):
     "Bytes with which an `.npy` file of `n` records begins"
     f = io.BytesIO()
@@ -53,7 +53,7 @@ def _checksums(records):
     rows = np.ascontiguousarray(records).view(np.uint8).reshape(len(records), records.dtype.itemsize)
     return np.array([zlib.crc32(o) or 1 for o in rows], np.uint32)
 
-# %% ../nbs/29_store.ipynb #f6077921
+# %% ../nbs/29_store.ipynb #2e1bab1c
 class Table:
     "Records by row, in a file or in memory. Raises `ValueError` for a file that is cut short or is not this table"
     def __init__(self,
@@ -115,7 +115,7 @@ class Table:
         "Return rows"
         return self.records[i]
 
-# %% ../nbs/29_store.ipynb #319780d7
+# %% ../nbs/29_store.ipynb #cd73ccbf
 def short_digest(
     o # Anything that JSON can write
 )->str:
@@ -162,9 +162,9 @@ class AnswerStore:
 
     def _create_folder(self, made_with, info):
         file = self.path/'cache.json'
-        if file.exists(): return
-        if self.path.exists() and (not self.path.is_dir() or any(not o.name.startswith('.') for o in self.path.iterdir())):
-            raise ValueError(f"{self.path} holds something else than a cache: give a folder of its own")
+        foreign = self.path.exists() and (not self.path.is_dir() or any(not o.name.startswith('.') for o in self.path.iterdir()))
+        if file.exists(): return  # looked for last: another process may be creating the cache
+        if foreign: raise ValueError(f"{self.path} holds something else than a cache: give a folder of its own")
         self.path.mkdir(parents=True, exist_ok=True)
         _write_json(file, dict(format=2, made_with=made_with, info=info))
 
