@@ -580,8 +580,8 @@ def test_views_repeat_in_turn():
 
 def test_views_are_filled_without_a_student(tmp_path):
     t = net(8)
-    states = torch.get_rng_state(),random.getstate(),np.random.get_state()[1]
     dls = jittered(drop_last=True)
+    states = torch.get_rng_state(),random.getstate(),np.random.get_state()[1]
     rng = dls.train.rng.getstate()
     c = CachedTeacher(t, tmp_path/'c', views=3).fill(dls, bar=False)
     assert torch.equal(states[0], torch.get_rng_state()) and states[1]==random.getstate() and (states[2]==np.random.get_state()[1]).all()
