@@ -29,8 +29,10 @@ def to_topk(
     pred:Tensor, # Logits `(B, C, ...)`
     k:int        # How many to keep
 )->tuple: # Log-probabilities `(B, k+1, ...)` and their classes
-    "The `k` likeliest classes, and the rest as one, of number C. Raises `ValueError` if nothing would be left for the rest"
-    if pred.ndim<2 or not 0<k<pred.shape[1]: raise ValueError(f"topk={k} needs logits of more classes than that, got {tuple(pred.shape)}")
+    """The `k` likeliest classes, and the rest as one, of number C. Raises `ValueError` if nothing would be left
+    for the rest"""
+    if pred.ndim<2 or not 0<k<pred.shape[1]: raise ValueError(
+        f"topk={k} needs logits of more classes than that, got {tuple(pred.shape)}")
     logp = pred.float().log_softmax(1)
     top,classes = logp.topk(k, 1)
     rest = logp.scatter(1, classes, -torch.inf).logsumexp(1, keepdim=True)
@@ -47,13 +49,16 @@ def from_topk(
 
 # %% ../nbs/30_cache.ipynb #d1a6b605
 def _all_transforms(dl):
-    pipes = [getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')] + [o.tfms for o in getattr(dl.dataset, 'tls', [])]
+    pipes = [getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
+    pipes += [o.tfms for o in getattr(dl.dataset, 'tls', [])]
     return [f for o in pipes for f in getattr(o, 'fs', [])]
 
 def _is_random(f):
-    """Is it a `RandTransform` that acts in training? By name: the class is in `fastai.vision`, which text does not load.
+    """Is it a `RandTransform` that acts in training? By name: the class is in `fastai.vision`, which text
+    does not load.
 
-    `Resize` crops at random only what has another size. `AffineCoordTfm` notes the last split in `split_idx`, which says nothing."""
+    `Resize` crops at random only what has another size. `AffineCoordTfm` notes the last split in `split_idx`,
+    which says nothing."""
     names = [c.__name__ for c in type(f).__mro__]
     if 'RandTransform' not in names or 'Resize' in names: return False
     return f.p>0 and (f.split_idx!=1 or type(f).split_idx is None)
@@ -78,7 +83,8 @@ def check_repeatable(
     n:int=8,          # How many samples to look at
     replay:bool=False # Are its random draws replayed?
 )->tuple:             # The inputs of these samples
-    "Raise `ValueError`, naming the transform where it can be known, if reading a sample twice gives different inputs. Does not change the random state"
+    """Raise `ValueError`, naming the transform where it can be known, if reading a sample twice gives different
+    inputs. Does not change the random state"""
     check_positions(dl)
     dl = getattr(dl, 'dl', dl) if type(dl).__name__=='DistributedDL' else dl
     bad = [] if replay else [type(f).__name__ for f in _all_transforms(dl) if _is_random(f)]
@@ -106,8 +112,10 @@ def _plain_repr(o): return re.sub(r' at 0x[0-9a-f]+', '', repr(o))
 # %% ../nbs/30_cache.ipynb #6462b5e0
 def _update_digest(h, v):
     "Add a value of a state dict, in parts: a quantized layer keeps its weights in tuples and packed objects"
-    if isinstance(v, Tensor) and v.is_quantized: return _update_digest(h, [v.dequantize(), str(v.qscheme()), str(v.dtype)])
-    if isinstance(v, Tensor): return h.update(as_plain_tensor(v).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    if isinstance(v, Tensor) and v.is_quantized:
+        return _update_digest(h, [v.dequantize(), str(v.qscheme()), str(v.dtype)])
+    if isinstance(v, Tensor):
+        return h.update(as_plain_tensor(v).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     if isinstance(v, (list,tuple)):
         for o in v: _update_digest(h, o)
     elif isinstance(v, torch.ScriptObject): _update_digest(h, v.__getstate__())
@@ -128,7 +136,8 @@ def _describe_data(dl, seed, tfm):
     "What answers depend on: the inputs of some samples, and what `tfm` makes of them"
     xb = check_repeatable(dl, replay=seed is not None)
     made = None if tfm is None else tuplify(tfm(*map(as_plain_tensor, xb)))
-    return dict(samples=len(dl.dataset), inputs=fingerprint(*xb).tolist(), teacher_tfm=made and fingerprint(*made).tolist())
+    return dict(samples=len(dl.dataset), inputs=fingerprint(*xb).tolist(),
+        teacher_tfm=made and fingerprint(*made).tolist())
 
 def _describe_run(dl):
     "What may explain that an input has changed"
@@ -137,10 +146,10 @@ def _describe_run(dl):
     for n in names:
         try: versions[n] = installed_version(n)
         except ImportError: pass
-    return dict(batch_size=dl.bs, device=str(dl.device), data=type(dl).__name__, transforms=_plain_repr(_all_transforms(dl)),
-        python=platform.python_version(), **versions)
+    return dict(batch_size=dl.bs, device=str(dl.device), data=type(dl).__name__,
+        transforms=_plain_repr(_all_transforms(dl)), python=platform.python_version(), **versions)
 
-# %% ../nbs/30_cache.ipynb #1101e030
+# %% ../nbs/30_cache.ipynb #90c05096
 def to_logits(
     prob:Tensor, # Probabilities
     eps:float=1e-7 # Smallest probability
@@ -150,29 +159,36 @@ def to_logits(
 
 def _layer_key(spec):
     "The field of a layer: a function that picks a tensor goes by its name"
-    name = spec if isinstance(spec, str) else f"{layer_name(spec)} by {getattr(spec[1], '__qualname__', type(spec[1]).__name__)}"
+    name = layer_name(spec)
+    if not isinstance(spec, str): name += f" by {getattr(spec[1], '__qualname__', type(spec[1]).__name__)}"
     return 'layer '+name.encode('ascii', 'backslashreplace').decode()
 
 def _answer_arrays(answers):
     "Arrays by field, of what a user gives as answers"
     if not isinstance(answers, dict): answers = {'pred': answers}
-    if 'pred' in answers and hasattr(answers['pred'], 'to_numpy'): answers = {**answers, 'pred': answers['pred'].to_numpy()}
-    arrays = {k if k=='pred' else _layer_key(k): np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v) for k,v in answers.items()}
+    if 'pred' in answers and hasattr(answers['pred'], 'to_numpy'):
+        answers = {**answers, 'pred': answers['pred'].to_numpy()}
+    def to_array(v): return np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v)
+    arrays = {k if k=='pred' else _layer_key(k): to_array(v) for k,v in answers.items()}
     arrays = {k: v.astype(np.float32) if v.dtype==np.float64 else v for k,v in arrays.items()}
     for k,v in arrays.items():
-        if v.ndim<2 or v.dtype.kind not in 'fciub': raise ValueError(f"Expected numbers of shape (N, ...) for {k}, got {v.dtype} of shape {v.shape}")
+        if v.ndim<2 or v.dtype.kind not in 'fciub': raise ValueError(
+            f"Expected numbers of shape (N, ...) for {k}, got {v.dtype} of shape {v.shape}")
         if not (finite := np.isfinite(v).reshape(len(v), -1).all(1)).all(): raise ValueError(
-            f"Expected finite answers, but {(~finite).sum()} rows of {k} have NaN or infinite values, the first is {np.flatnonzero(~finite)[0]}")
-    if len({*map(len, arrays.values())})>1: raise ValueError(f"Expected one row a sample in each, got { {k: len(v) for k,v in arrays.items()} }")
+            f"Expected finite answers, but {(~finite).sum()} rows of {k} have NaN or infinite values, the first is "
+            f"{np.flatnonzero(~finite)[0]}")
+    if len({*map(len, arrays.values())})>1: raise ValueError(
+        f"Expected one row a sample in each, got { {k: len(v) for k,v in arrays.items()} }")
     return arrays
 
 class StoredTeacher(Teacher):
     """A teacher that is only its answers: nothing is loaded, moved or run.
 
-    Raises `ValueError` for data that differ from those of the answers, for layers that they do not have, and for inputs that are not the recorded ones."""
+    Raises `ValueError` for data that differ from those of the answers, for layers that they do not have, and for
+    inputs that are not the recorded ones."""
     needs_idx = True
     def __init__(self,
-        answers, # The folder of a filled cache; or an array, tensor or `DataFrame` with a row for each training sample; or a dict of `'pred'` and layers
+        answers, # Folder of a filled cache; array, tensor or `DataFrame`, one row a sample; dict of `'pred'` and layers
         probabilities:bool=False # Are predictions probabilities? They are turned to logits
     ):
         self.model,self.learner = nn.Module(),None
@@ -196,7 +212,8 @@ class StoredTeacher(Teacher):
         self.tfm,self.early_exit = tfm,early_exit
         self.capture = SimpleNamespace(specs=[LayerSpec(o, layer_name(o), None, None) for o in dict.fromkeys(layers)])
         if not self.store.tables_with(self._keys(False)): raise ValueError(
-            f"No answers for all of {[*layers]}: stored are {' and '.join(str([*o.fields]) for o in self.store.tables) or 'none'}")
+            f"No answers for all of {[*layers]}: stored are "
+            f"{' and '.join(str([*o.fields]) for o in self.store.tables) or 'none'}")
         return self
 
     def prepare(self,
@@ -205,10 +222,12 @@ class StoredTeacher(Teacher):
         "Compare these data with those of the answers. Does not change the random state"
         check_positions(dl)
         made = self.store.made_with
-        if 'inputs' not in made and self.tfm is not None: raise ValueError("A StoredTeacher that has no inputs has no use for teacher_tfm")
+        if 'inputs' not in made and self.tfm is not None: raise ValueError(
+            "A StoredTeacher that has no inputs has no use for teacher_tfm")
         now = _describe_data(dl, self._view_seed(0), self.tfm) if 'inputs' in made else dict(samples=len(dl.dataset))
         if bad := find_differences(now, made): raise ValueError(
-            f"The answers{f' in {self.store.path}' if self.store.path else ''} were made with another {' and another '.join(bad)}")
+            f"The answers{f' in {self.store.path}' if self.store.path else ''} were made with another "
+            f"{' and another '.join(bad)}")
         self._dl,self._info = dl,_describe_run(dl)
 
     def _view_seed(self, epoch):
@@ -220,7 +239,8 @@ class StoredTeacher(Teacher):
         "Ready for the batches of one epoch"
         self._view,self._epoch = self._epoch%(self.views or 1),self._epoch+1
         try:
-            with nullcontext() if self._dl is None else BatchTracker(self._dl, self._view_seed(self._view)) as self._tracker: yield self
+            seed = self._view_seed(self._view)
+            with nullcontext() if self._dl is None else BatchTracker(self._dl, seed) as self._tracker: yield self
         finally: self._tracker = None
 
     def _keys(self, need_pred):
@@ -232,23 +252,29 @@ class StoredTeacher(Teacher):
         last = self._tracker and self._tracker.take()
         if last is None and (idx is None or self.views): return None
         if last is None and self._tracker is not None: raise ValueError(
-            "This batch does not come from the training data that the fit began with: were they exchanged by a callback? Then begin another fit")
+            "This batch does not come from the training data that the fit began with: were they exchanged by a "
+            "callback? Then begin another fit")
         positions,places = last or (idx.cpu().numpy(), None)
-        if len(positions)!=n: raise ValueError(f"The loader gave {len(positions)} samples with a position, but the batch has {n}: a callback or a transform changed it")
+        if len(positions)!=n: raise ValueError(
+            f"The loader gave {len(positions)} samples with a position, but the batch has {n}: a callback or a "
+            f"transform changed it")
         return positions if not self.views else self._view*(self.store.made_with['rows']//self.views)+places
 
     def __call__(self,
         *xb:Tensor,      # The student's inputs
         need_pred:bool=True, # Is the prediction wanted? If not, it may be None
-        idx:Tensor=None  # `(B,)` positions of these samples in the training set, for a batch that was not read in `ready`
+        idx:Tensor=None  # `(B,)` positions in the training set, for a batch that was not read in `ready`
     )->tuple: # Predictions, and features by layer
         "Return the answers for one batch"
         rows,keys = self._rows(len(tree_leaves(xb)[0]), idx),self._keys(need_pred)
-        if rows is None: raise ValueError("A StoredTeacher has answers for the training data only, and this batch is not one of them")
-        if not self.store.tables_with(keys): raise ValueError(f"No predictions are stored, only {[o.fields for o in self.store.tables]}")
+        if rows is None: raise ValueError(
+            "A StoredTeacher has answers for the training data only, and this batch is not one of them")
+        if not self.store.tables_with(keys): raise ValueError(
+            f"No predictions are stored, only {[o.fields for o in self.store.tables]}")
         table = self._complete_table(keys, rows)
         if table is None: raise ValueError(
-            f"Not all of the {len(rows)} samples in this batch have an answer: fill the cache first, with `CachedTeacher(...).fill(dls)`")
+            f"Not all of the {len(rows)} samples in this batch have an answer: fill the cache first, with "
+            f"`CachedTeacher(...).fill(dls)`")
         if 'input' in table.fields: self._check_inputs(table, rows, fingerprint(*xb))
         return self._answer(table, rows, keys, tree_leaves(xb)[0].device)
 
@@ -261,8 +287,11 @@ class StoredTeacher(Teacher):
         same = same_inputs(inputs, table.get(rows)['input'])
         if same.all(): return
         changed = [f"{k} was {v}, is {self._info.get(k)}" for k,v in self.store.info.items() if v!=self._info.get(k)]
-        raise ValueError(f"The input of {(~same).sum()} of {len(same)} samples (the first has row {rows[~same][0]}) is no longer what the cache holds: "
-            + ('; '.join(changed) or "is it changed at random, or by a callback?") + ". Give another path, or train without a cache")
+        raise ValueError(
+            f"The input of {(~same).sum()} of {len(same)} samples (the first has row {rows[~same][0]}) is no "
+            f"longer what the cache holds: "
+            + ('; '.join(changed) or "is it changed at random, or by a callback?")
+            + ". Give another path, or train without a cache")
 
     def _answer(self, table, rows, keys, device):
         records = table.get(rows)
@@ -273,17 +302,20 @@ class StoredTeacher(Teacher):
 
 # %% ../nbs/30_cache.ipynb #44ec7ad4
 class CachedTeacher(StoredTeacher):
-    """A `Teacher` that is asked once about each sample, by its position in the training set; with `views`, once about each version of it.
+    """A `Teacher` that is asked once about each sample, by its position in the training set; with `views`,
+    once about each version of it.
 
-    Raises `ValueError` for data that are transformed at random without `views`, for a cache that was made with another teacher, other data or other settings, that is cut short or is not a cache, and for inputs that are not the recorded ones."""
+    Raises `ValueError` for data that are transformed at random without `views`, for a cache that was made with
+    another teacher, other data or other settings, that is cut short or is not a cache, and for inputs that are not
+    the recorded ones."""
     _asking = None  # the context in which the model answers, until it is asked
     def __init__(self,
         source:nn.Module|Learner|str|Path, # A model, a `Learner`, or the file of an exported `Learner`
         path:str|Path|None=None, # A folder where answers outlive the process; in memory, if not given
         half:bool=False,      # Keep float16, in half the space?
-        topk:int|None=None,   # Of predictions, keep so many of the likeliest classes and the rest as one (see `to_topk`)
+        topk:int|None=None,   # Of predictions, keep the `topk` likeliest classes and the rest as one (see `to_topk`)
         layers:list=(),       # Names of the layers that `fill` keeps; a callback names its own
-        views:int|None=None,  # Record so many epochs with their random draws, and replay them in turn; draws are refused, if not given
+        views:int|None=None,  # Record so many epochs with their draws and replay them; no draws are allowed, if not given
         version:str='',       # Changes with what cannot be compared: code of the model, of functions that pick layers
         seed:int=0            # Of the draws of the views
     ):
@@ -304,9 +336,10 @@ class CachedTeacher(StoredTeacher):
     ):
         "Open the cache for these data. Does not change the random state"
         data,info = _describe_data(dl, self._view_seed(0), self.tfm),_describe_run(dl)
-        rows = self.views*64*math.ceil(data['samples']/64) if self.views else data['samples']  # up to 64 processes pad their shares
-        self.store.open(dict(teacher=weights_digest(self.model), version=self.version, half=self.half, topk=self.topk, views=self.views,
-            seed=self.seed, rows=rows, **data), dict(info, model=type(unwrap_model(self.model)).__name__))
+        rows = data['samples']
+        if self.views: rows = self.views*64*math.ceil(rows/64)  # up to 64 processes pad their shares
+        self.store.open(dict(teacher=weights_digest(self.model), version=self.version, half=self.half,
+            topk=self.topk, views=self.views, seed=self.seed, rows=rows, **data), dict(info, model=type(unwrap_model(self.model)).__name__))
         self._dl,self._info = dl,dict(info, model=self.store.info.get('model'))
 
     @contextmanager
@@ -326,9 +359,10 @@ class CachedTeacher(StoredTeacher):
     def __call__(self,
         *xb:Tensor,      # The student's inputs
         need_pred:bool=True, # Is the prediction wanted? If not, it may be None
-        idx:Tensor=None  # `(B,)` positions of these samples in the training set, for a batch that was not read in `ready`
+        idx:Tensor=None  # `(B,)` positions in the training set, for a batch that was not read in `ready`
     )->tuple: # Predictions, and features by layer
-        "Return the answers for one batch, and ask the model about those that are missing. Nothing is kept of a batch that is not of the training data"
+        """Return the answers for one batch, and ask the model about those that are missing. Nothing is kept of
+        a batch that is not of the training data"""
         rows,keys = self._rows(len(tree_leaves(xb)[0]), idx),self._keys(need_pred)
         if rows is None or not keys: return self._ask(xb, need_pred)
         table,inputs = self._complete_table(keys, rows) or self._growing_table(keys),fingerprint(*xb)
@@ -345,7 +379,8 @@ class CachedTeacher(StoredTeacher):
     def _fill_rows(self, table, xb, need_pred, rows, inputs, new):
         "Ask about some samples of a batch and keep the answers"
         if len(new)<len(rows): xb = tree_map(lambda o: o[torch.from_numpy(new).to(o.device)], xb)
-        values = {'input': inputs[new], **self._ask_arrays(xb, len(new), need_pred if table is None else 'pred' in table.fields)}
+        if table is not None: need_pred = 'pred' in table.fields
+        values = {'input': inputs[new], **self._ask_arrays(xb, len(new), need_pred)}
         if table is None: table = self.store.add_table(values)
         table.put(rows[new], values)
         return table
@@ -357,7 +392,9 @@ class CachedTeacher(StoredTeacher):
         if need_pred and self.topk: res['pred'],res['classes'] = to_topk(pred, self.topk)
         elif need_pred: res['pred'] = pred
         for k,v in res.items():
-            if len(v)!=n: raise ValueError(f"A cache keeps one row a sample, but the teacher's {k} for {n} samples is {tuple(v.shape)}: train without a cache")
+            if len(v)!=n: raise ValueError(
+                f"A cache keeps one row a sample, but the teacher's {k} for {n} samples is {tuple(v.shape)}: train "
+                f"without a cache")
         return {k: self._to_numpy(k, as_plain_tensor(v).cpu()) for k,v in res.items()}
 
     def _to_numpy(self, key, v):

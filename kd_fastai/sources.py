@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/sources.html.md"""
 # %% auto #0
 __all__ = ['FunctionTeacher', 'onnx_teacher', 'fast_copy']
 
-# %% ../nbs/27_sources.ipynb #463f0bac
+# %% ../nbs/27_sources.ipynb #49ec6f43
 from copy import deepcopy
 from functools import partial
 from typing import Callable
@@ -20,7 +20,7 @@ from .capture import Capture, eval_no_grad
 from .layers import get_module_by_name, layer_name, unwrap_model
 from .teacher import as_plain_tensor, get_logits
 
-# %% ../nbs/27_sources.ipynb #0f361f07
+# %% ../nbs/27_sources.ipynb #1d5d2edf
 class FunctionTeacher(nn.Module):
     """A model whose predictions come from a function.
 
@@ -33,7 +33,9 @@ class FunctionTeacher(nn.Module):
         super().__init__()
         self.f,self.probabilities,self.numpy = f,probabilities,numpy
 
-    def extra_repr(self): return f"{getattr(self.f, '__qualname__', type(self.f).__name__)}, probabilities={self.probabilities}"
+    def extra_repr(self):
+        name = getattr(self.f, '__qualname__', type(self.f).__name__)
+        return f"{name}, probabilities={self.probabilities}"
 
     def forward(self, *xb:Tensor)->Tensor:
         "Return the predictions of one batch, as float32 where the inputs are"
@@ -45,10 +47,13 @@ class FunctionTeacher(nn.Module):
         pred = torch.as_tensor(pred).to(first.device)
         if pred.ndim<2 or len(pred)!=len(first): raise ValueError(
             f"Expected one row a sample, ({len(first)}, C, ...), from {self.extra_repr()}, got {tuple(pred.shape)}")
-        if not pred.is_floating_point(): raise TypeError(f"Expected floating-point predictions from {self.extra_repr()}, got {pred.dtype}")
-        if not pred.isfinite().all(): raise ValueError(f"Expected finite predictions from {self.extra_repr()}, got NaN or infinite values")
+        if not pred.is_floating_point(): raise TypeError(
+            f"Expected floating-point predictions from {self.extra_repr()}, got {pred.dtype}")
+        if not pred.isfinite().all(): raise ValueError(
+            f"Expected finite predictions from {self.extra_repr()}, got NaN or infinite values")
         if self.probabilities and (pred.min()<0 or pred.max()>1+1e-3): raise ValueError(
-            f"Expected probabilities from {self.extra_repr()}, got values from {pred.min():.3g} to {pred.max():.3g}: leave probabilities=False")
+            f"Expected probabilities from {self.extra_repr()}, got values from {pred.min():.3g} to "
+            f"{pred.max():.3g}: leave probabilities=False")
         return (to_logits(pred) if self.probabilities else pred).float()
 
 def onnx_teacher(
@@ -60,7 +65,7 @@ def onnx_teacher(
     def run(*xb): return session.run(None, dict(zip(names, xb)))[output]
     return FunctionTeacher(run)
 
-# %% ../nbs/27_sources.ipynb #914e7090
+# %% ../nbs/27_sources.ipynb #334c90e3
 def _conv_norm_pairs(model, xb):
     "Names of convolutions and of the batch norms that take their output, found by running the model"
     outputs,pairs,calls,handles = {},[],{},[]
@@ -70,8 +75,10 @@ def _conv_norm_pairs(model, xb):
         found,_ = outputs.get(id(inp[0]), (None, None))
         if found: pairs.append((found, name))
     for name,m in model.named_modules():
-        if isinstance(m, (nn.Conv1d,nn.Conv2d,nn.Conv3d)): handles.append(m.register_forward_hook(partial(after_conv, name)))
-        elif isinstance(m, nn.modules.batchnorm._BatchNorm): handles.append(m.register_forward_pre_hook(partial(before_norm, name)))
+        if isinstance(m, (nn.Conv1d,nn.Conv2d,nn.Conv3d)):
+            handles.append(m.register_forward_hook(partial(after_conv, name)))
+        elif isinstance(m, nn.modules.batchnorm._BatchNorm):
+            handles.append(m.register_forward_pre_hook(partial(before_norm, name)))
     try: model(*xb)
     finally:
         for h in handles: h.remove()
@@ -98,7 +105,8 @@ def _convert_inputs(dtype, memory_format, module, xb):
     return tree_map(convert, xb)
 
 def _convert_outputs(module, xb, out):
-    return tree_map(lambda o: o.float() if isinstance(o, Tensor) and o.dtype in (torch.float16, torch.bfloat16) else o, out)
+    halves = torch.float16,torch.bfloat16
+    return tree_map(lambda o: o.float() if isinstance(o, Tensor) and o.dtype in halves else o, out)
 
 def _answers(model, xb, layers):
     with eval_no_grad(model), Capture(model, layers, who='teacher') as capture:
@@ -112,26 +120,29 @@ def _difference(a, b):
 def fast_copy(
     model:nn.Module,         # A teacher
     *xb:Tensor,              # An example batch of inputs
-    dtype:torch.dtype=torch.float32, # Of the copy: `torch.bfloat16` where the processor has it, `torch.float16` on a GPU
+    dtype:torch.dtype=torch.float32, # Of the copy: bfloat16 where the processor has it, float16 on a GPU
     layers:list=(),          # Names of the layers that will be asked for
     channels_last:bool=True, # Order images by channels last?
     fold:bool=True,          # Fold batch norm into convolutions?
     tolerance:float=0.02     # Largest difference of an answer, relative to the largest value
 )->nn.Module:
-    "Return a copy of a model that runs forward faster. Raises `ValueError` if its answers differ by more than `tolerance`"
+    """Return a copy of a model that runs forward faster. Raises `ValueError` if its answers differ by more than
+    `tolerance`"""
     xb = tuple(map(as_plain_tensor, xb))
     res = deepcopy(unwrap_model(model)).eval().requires_grad_(False)
     expected = _answers(res, xb, layers)
     if fold:
         folded = deepcopy(res)
         with eval_no_grad(folded): _fold(folded, xb, layers)
-        if max(_difference(expected, _answers(folded, xb, layers)).values())<=1e-3: res = folded  # else an output is used twice
+        if max(_difference(expected, _answers(folded, xb, layers)).values())<=1e-3:
+            res = folded  # else an output is used twice
     memory_format = torch.channels_last if channels_last else torch.preserve_format
     res.to(dtype, memory_format=memory_format) if channels_last else res.to(dtype)
     res.register_forward_pre_hook(partial(_convert_inputs, dtype, memory_format))
     res.register_forward_hook(_convert_outputs)
     worst = _difference(expected, _answers(res, xb, layers))
     if not max(worst.values())<=tolerance: raise ValueError(
-        f"The answers of the fast copy differ by {', '.join(f'{v:.2g} ({k})' for k,v in worst.items())}, at most {tolerance} is allowed: "
+        f"The answers of the fast copy differ by {', '.join(f'{v:.2g} ({k})' for k,v in worst.items())}, at most "
+        f"{tolerance} is allowed: "
         "choose another dtype, or a larger tolerance")
     return res

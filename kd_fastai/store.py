@@ -7,12 +7,12 @@ Docs: https://kd-fastai.github.io/kd_fastai/store.html.md"""
 # %% auto #0
 __all__ = ['Table', 'short_digest', 'find_differences', 'AnswerStore']
 
-# %% ../nbs/29_store.ipynb #b2c43bb3
+# %% ../nbs/29_store.ipynb #c46364d9
 import hashlib, io, json, os, tempfile, warnings, zlib
 from pathlib import Path
 import numpy as np
 
-# %% ../nbs/29_store.ipynb #769e4a7b
+# %% ../nbs/29_store.ipynb #69994f41
 def _header(dtype, n):
     "Bytes with which an `.npy` file of `n` records begins"
     f = io.BytesIO()
@@ -46,14 +46,15 @@ def _map(path, mode):
     "The records of a table. Raises `ValueError` for another file and for one that was cut short"
     try: return np.lib.format.open_memmap(path, mode)
     except (ValueError, EOFError) as e: raise ValueError(
-        f"{path} is not a table of a cache, or was cut short ({e}): delete the cache, and it will be filled again") from None
+        f"{path} is not a table of a cache, or was cut short ({e}): delete the cache, and it will be filled "
+        f"again") from None
 
 def _checksums(records):
     "A checksum of each record, never 0"
     rows = np.ascontiguousarray(records).view(np.uint8).reshape(len(records), records.dtype.itemsize)
     return np.array([zlib.crc32(o) or 1 for o in rows], np.uint32)
 
-# %% ../nbs/29_store.ipynb #2e1bab1c
+# %% ../nbs/29_store.ipynb #ac9b7533
 class Table:
     "Records by row, in a file or in memory. Raises `ValueError` for a file that is cut short or is not this table"
     def __init__(self,
@@ -115,7 +116,7 @@ class Table:
         "Return rows"
         return self.records[i]
 
-# %% ../nbs/29_store.ipynb #cd73ccbf
+# %% ../nbs/29_store.ipynb #628604bb
 def short_digest(
     o # Anything that JSON can write
 )->str:
@@ -126,14 +127,16 @@ def find_differences(
     a:dict, # What is expected
     b:dict  # What was found
 )->list:    # Keys of `a`
-    "Return the keys under which two records differ. Lists of numbers may differ slightly, as from one device to another"
+    """Return the keys under which two records differ. Lists of numbers may differ slightly, as from one device
+    to another"""
     def close(x, y): return np.shape(x)==np.shape(y) and np.abs(np.subtract(x, y)).max()<=1e-3*np.abs(y).max()
     def same(x, y): return close(x, y) if isinstance(x, list) and isinstance(y, list) else x==y
     return [k for k in a if not same(a[k], b.get(k))]
 
 def _write_json(file, content):
     "Write a file in one step: a process that is killed here leaves nothing or all of it"
-    with tempfile.NamedTemporaryFile('w', dir=file.parent, prefix='.', delete=False) as f: json.dump(content, f, indent=1)
+    with tempfile.NamedTemporaryFile('w', dir=file.parent, prefix='.', delete=False) as f:
+        json.dump(content, f, indent=1)
     os.replace(f.name, file)
 
 class AnswerStore:
@@ -162,7 +165,8 @@ class AnswerStore:
 
     def _create_folder(self, made_with, info):
         file = self.path/'cache.json'
-        foreign = self.path.exists() and (not self.path.is_dir() or any(not o.name.startswith('.') for o in self.path.iterdir()))
+        visible = [o for o in self.path.iterdir() if not o.name.startswith('.')] if self.path.is_dir() else []
+        foreign = visible or (self.path.exists() and not self.path.is_dir())
         if file.exists(): return  # looked for last: another process may be creating the cache
         if foreign: raise ValueError(f"{self.path} holds something else than a cache: give a folder of its own")
         self.path.mkdir(parents=True, exist_ok=True)

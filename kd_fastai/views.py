@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/views.html.md"""
 # %% auto #0
 __all__ = ['fingerprint', 'same_inputs', 'seed_from', 'check_positions', 'replayed_draws', 'BatchTracker', 'batch_positions']
 
-# %% ../nbs/28_views.ipynb #676c00f3
+# %% ../nbs/28_views.ipynb #f2e4ca0f
 import hashlib, math, random
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 from fastai.basics import Pipeline, is_listy
 from .teacher import as_plain_tensor
 
-# %% ../nbs/28_views.ipynb #a5c70a12
+# %% ../nbs/28_views.ipynb #c3fe5fbc
 def _scatter(i, seed):
     "Whole numbers as pseudo-random numbers in [-1, 1), the same on each device"
     h = (i.long()+seed)*0x9E3779B1 & 0x7fffffff
@@ -28,7 +28,8 @@ def _scatter(i, seed):
     return (h ^ h>>15).double()/2**30-1
 
 @lru_cache(64)
-def _directions(n, seed, device): return torch.stack([_scatter(torch.arange(n), 7919*seed+k) for k in range(4)]).float().to(device)
+def _directions(n, seed, device):
+    return torch.stack([_scatter(torch.arange(n), 7919*seed+k) for k in range(4)]).float().to(device)
 
 def _project(x, seed):
     "Projections of each sample of one tensor `(B, 4)`, and its norm `(B,)`"
@@ -54,7 +55,7 @@ def same_inputs(
     "Return which samples have the same input, within rounding"
     return (np.abs(a-b)<=1e-3*(np.abs(b[:,4:])+1e-6)).all(1)
 
-# %% ../nbs/28_views.ipynb #476f88ae
+# %% ../nbs/28_views.ipynb #2b802bc1
 def seed_from(
     *parts # Anything with a `repr`
 )->int:
@@ -71,14 +72,17 @@ def check_positions(
 ):
     "Raise `ValueError` if the samples of a loader have no positions in an indexed data set"
     ok = hasattr(dl, 'do_item') and hasattr(getattr(dl, 'dataset', None), '__len__')
-    if not ok: raise ValueError(f"Expected a fastai DataLoader over an indexed data set, got {type(dl).__name__}: its samples have no positions")
+    if not ok: raise ValueError(
+        f"Expected a fastai DataLoader over an indexed data set, got {type(dl).__name__}: its samples have no "
+        f"positions")
     dl = _inner_loader(dl)
     if dl.bs is None or not dl.indexed or hasattr(dl, 'make_chunks'): raise ValueError(
         f"The samples of this {type(dl).__name__} have no positions: expected a batch size and an indexed data set, "
         "and not a language model's")
 
 def _match_items(batch, items, positions):
-    "Positions after `before_batch`, which may reorder or drop items: an item is known by any object that no other item holds"
+    """Positions after `before_batch`, which may reorder or drop items: an item is known by any object that no
+    other item holds"""
     def parts(o): return [p for p in (o, *(o if is_listy(o) else ())) if not isinstance(p, (int,float,str,type(None)))]
     owners = {}
     for item,p in zip(items, positions):
@@ -88,7 +92,8 @@ def _match_items(batch, items, positions):
     return [positions[j] if o is None else next(iter(o)) for j,o in enumerate(known)]
 
 def _set_seed(seed):
-    "Seed the generators that transforms draw from. fastai's `set_seed` takes half a millisecond, too long for each item"
+    """Seed the generators that transforms draw from. fastai's `set_seed` takes half a millisecond, too long for
+    each item"""
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
@@ -112,9 +117,10 @@ def replayed_draws(
         random.setstate(states)
         np.random.set_state(numpy_state)
 
-# %% ../nbs/28_views.ipynb #a3797128
+# %% ../nbs/28_views.ipynb #5ad14e3d
 class BatchTracker:
-    "While open, knows the positions of the batch that a fastai `DataLoader` gave last; with a seed, replays its random draws"
+    """While open, knows the positions of the batch that a fastai `DataLoader` gave last; with a seed, replays
+    its random draws"""
     _hooked = 'get_idxs','do_item','create_batch','create_batches','after_batch'
     def __init__(self,
         dl,                # fastai `DataLoader` over an indexed data set
@@ -147,11 +153,14 @@ class BatchTracker:
     def _get_idxs(self):
         "The order of the samples, as a list"
         tfms,rng = self._old['after_batch'],self.dl.rng
-        if isinstance(tfms, Pipeline): tfms.split_idx = getattr(self.dl.dataset, 'split_idx', None)  # fastai does not find it under a hook
+        if isinstance(tfms, Pipeline):
+            tfms.split_idx = getattr(self.dl.dataset, 'split_idx', None)  # fastai does not find it under a hook
         if self.seed is not None: self.dl.rng = random.Random(seed_from(self.seed, 'shuffle'))
         with self._seeded('order'): order = list(self._old['get_idxs']())
         self.dl.rng = rng
-        self._place = distributed.get_rank()*math.ceil(len(order)/distributed.get_world_size()) if distributed.is_initialized() else 0
+        self._place = 0
+        if distributed.is_initialized():
+            self._place = distributed.get_rank()*math.ceil(len(order)/distributed.get_world_size())
         return order
 
     def _draw(self, samples):
@@ -197,7 +206,8 @@ class BatchTracker:
 def batch_positions(
     dl # A fastai `DataLoader` that is iterated, with an open `BatchTracker`
 )->Tensor: # `(B,)`, on the CPU
-    "Return the positions in the data set of the batch that a loader gave last. Raises `ValueError` if nothing tracks it"
+    """Return the positions in the data set of the batch that a loader gave last. Raises `ValueError` if nothing
+    tracks it"""
     check_positions(dl)
     tracker = getattr(vars(_inner_loader(dl)).get('do_item'), '__self__', None)
     if not isinstance(tracker, BatchTracker) or tracker.positions is None: raise ValueError(
