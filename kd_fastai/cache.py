@@ -149,7 +149,7 @@ def _describe_run(dl):
     return dict(batch_size=dl.bs, device=str(dl.device), data=type(dl).__name__,
         transforms=_plain_repr(_all_transforms(dl)), python=platform.python_version(), **versions)
 
-# %% ../nbs/30_cache.ipynb #90c05096
+# %% ../nbs/30_cache.ipynb #12c14877
 def to_logits(
     prob:Tensor, # Probabilities
     eps:float=1e-7 # Smallest probability
@@ -315,7 +315,7 @@ class CachedTeacher(StoredTeacher):
         half:bool=False,      # Keep float16, in half the space?
         topk:int|None=None,   # Of predictions, keep the `topk` likeliest classes and the rest as one (see `to_topk`)
         layers:list=(),       # Names of the layers that `fill` keeps; a callback names its own
-        views:int|None=None,  # Record so many epochs with their draws and replay them; no draws are allowed, if not given
+        views:int|None=None,  # Record so many epochs with their draws and replay them; draws are refused, if None
         version:str='',       # Changes with what cannot be compared: code of the model, of functions that pick layers
         seed:int=0            # Of the draws of the views
     ):
@@ -339,7 +339,8 @@ class CachedTeacher(StoredTeacher):
         rows = data['samples']
         if self.views: rows = self.views*64*math.ceil(rows/64)  # up to 64 processes pad their shares
         self.store.open(dict(teacher=weights_digest(self.model), version=self.version, half=self.half,
-            topk=self.topk, views=self.views, seed=self.seed, rows=rows, **data), dict(info, model=type(unwrap_model(self.model)).__name__))
+            topk=self.topk, views=self.views, seed=self.seed, rows=rows, **data),
+            dict(info, model=type(unwrap_model(self.model)).__name__))
         self._dl,self._info = dl,dict(info, model=self.store.info.get('model'))
 
     @contextmanager
