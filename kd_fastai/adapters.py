@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from .features import channels_first, resize_to, shape_to_match
 from .info import get_loss_info
+from .signature import accepted_kwargs
 
 # %% ../nbs/06_adapters.ipynb #6b580c6b
 def _square_grid(n):
@@ -144,7 +145,7 @@ class LossWithAdapters(nn.Module):
         if len(adapt)!=len(fm_s) or one: raise ValueError(f"Expected an adapter for each of {len(fm_s)} pairs of layers, got {1 if one else len(adapt)}")
         self.adapters = nn.ModuleList(self._adapter(a, s, t) for a,s,t in zip(adapt, fm_s.values(), fm_t.values()))
         self.adapters.to(next(iter(fm_s.values())))
-        if hasattr(self.loss, 'build'): self.loss.build(fm_s=self._adapted(fm_s), fm_t=fm_t, **given)
+        if hasattr(self.loss, 'build'): self.loss.build(**accepted_kwargs(self.loss.build, {**given, 'fm_s': self._adapted(fm_s), 'fm_t': fm_t}))
 
     def _adapted(self, fm_s): return {k: m(f) for m,(k,f) in zip(self.adapters, fm_s.items())}
 

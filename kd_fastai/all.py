@@ -1,5 +1,6 @@
 "Everything that a user needs, by name: `from kd_fastai.all import *`"
 from .adapters import make_adapter
+from .cache import CachedTeacher, StoredTeacher
 from .callback import KnowledgeDistillationCallback
 from .capture import Capture
 from .card import KDCard
@@ -14,4 +15,5 @@ from .parity import OnnxModel, deployable, export_onnx, kd_parity
 from .plots import *
 from .report import KDReport
 from .schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation, on_exits, train_generations
+from .sources import FunctionTeacher, fast_copy, onnx_teacher
 from .teacher import Teacher

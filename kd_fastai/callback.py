@@ -10,7 +10,7 @@ __all__ = ['FitState', 'FirstForward', 'loss_layout', 'kd_callbacks', 'Knowledge
 
 # %% ../nbs/26_callback.ipynb #d260f0dc
 import copy, inspect, warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Callable
 import pandas as pd
@@ -25,7 +25,7 @@ from .adapters import check_adapt
 from .capture import Capture, RandomStream
 from .classes import check_compatible_data
 from .columns import Columns, TermColumn
-from .fastai_internals import ScopedCallback, all_reduce_sum, batch_indices, in_validation_context, is_distributed
+from .fastai_internals import ScopedCallback, all_reduce_sum, in_validation_context, is_distributed
 from .info import get_loss_info
 from .layers import parse_layer_pairs, unique_names, unwrap_model
 from .losses import Attention, SoftTarget
@@ -33,9 +33,10 @@ from .objective import Objective, Term, check_number, check_schedule, check_weig
 from .owned import OwnedWeights, load_sidecar, save_sidecar, sidecar_path
 from .signature import loss_name
 from .inputs import as_plain_tensor
-from .teacher import Teacher, get_logits
+from .teacher import Teacher, get_logits, shared_tensors
+from .views import BatchTracker, batch_positions
 
-# %% ../nbs/26_callback.ipynb #1f77cfe6
+# %% ../nbs/26_callback.ipynb #18cfe08e
 class FitState:
     "What exists only during a fit"
     def __init__(self,
@@ -83,7 +84,7 @@ class FirstForward:
         finally:
             for h in handles: h.remove()
 
-# %% ../nbs/26_callback.ipynb #ba92a318
+# %% ../nbs/26_callback.ipynb #c462b732
 def loss_layout(
     loss_func:Callable # The loss function of a Learner
 )->tuple: # `(class axis, ignore_index)`, None for what is not known
@@ -220,6 +221,9 @@ class KnowledgeDistillationCallback(ScopedCallback):
         shared = stateful_modules(student) & stateful_modules(teacher)  # ReLUs may be shared: fastai's tabular models do
         if shared: raise ValueError(f"Teacher and student share {len(shared)} of their layers, so that one could not answer while the other "
             "trains: give the teacher a copy (copy.deepcopy)")
+        shared = shared_tensors(student, teacher)
+        if shared: raise ValueError(f"The student's {shared[0][0]!r} and the teacher's {shared[0][1]!r} are the same tensor, "
+            "so that training the student would change the teacher: give the teacher a copy (copy.deepcopy)")
 
     def check_data(self):
         "Raise `ValueError` if teacher and student have different classes or normalizations, and warn of losses that do not fit the task"
@@ -254,7 +258,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.owned.before_train(self.learn)
         device = next((p.device for p in self.learn.model.parameters()), None)
         first = FirstForward(self.fit_state, self.ask_teacher)
-        for context in (self.teacher.ready(device), self.fit_state.capture, first.watching(self.learn.model)):
+        for context in (self.track_positions(), self.teacher.ready(device), self.fit_state.capture, first.watching(self.learn.model)):
             self.fit_state.epoch.enter_context(context)
         self.fit_state.epoch.callback(setattr, self.fit_state, 'is_capturing', False)
         self.fit_state.is_capturing = True
@@ -283,7 +287,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         "The teacher's predictions and features for these inputs; random numbers stay as they are"
         device = next((o.device for o in xb if isinstance(o, Tensor)), torch.device('cpu'))
         with self.fit_state.teacher_random.on(device):
-            return self.teacher(*xb, need_pred=not (self.can_exit_early and self.objective.built), **self.indices('cpu'))
+            return self.teacher(*xb, need_pred=self.objective.uses_teacher_pred, **self.indices('cpu'))
 
     def after_loss(self):
         "Add the weighted terms to the loss"
@@ -334,12 +338,22 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if not getattr(mixer, 'stack_y', False): return None
         return self.labels(mixer.yb1),as_plain_tensor(mixer.lam).mean()
 
+    @property
+    def uses_idx(self)->bool:
+        "Whether the teacher or a term uses the positions of the samples"
+        return self.teacher.needs_idx or any('idx' in o.args.accepted for o in self.terms)
+
+    def track_positions(self):
+        "Context in which the positions of each batch are known; data without positions are an error later, if somebody requires them"
+        try: return BatchTracker(self.learn.dl) if self.uses_idx else nullcontext()
+        except ValueError: return nullcontext()
+
     def indices(self, device)->dict:
         "`{'idx': positions of the samples}` if the teacher or a term uses them; empty if there are none and nobody requires them"
-        if not self.teacher.needs_idx and not any('idx' in o.args.accepted for o in self.terms): return {}
+        if not self.uses_idx: return {}
         try:
             if self.mixer: raise ValueError(f"A sample that {type(self.mixer).__name__} mixed of two has no position in the data set")
-            return {'idx': batch_indices(self.learn.dl, self.learn.iter, find_bs(self.learn.xb)).to(device)}
+            return {'idx': batch_positions(self.learn.dl).to(device)}
         except ValueError as e:
             names = [o.name for o in self.terms if 'idx' in o.args.required]
             if self.teacher.needs_idx: names.insert(0, type(self.teacher).__name__)
@@ -370,7 +384,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
 
     def build(self, batch):
         "Let losses create their weights, and the optimizer train them for the rest of the fit"
-        self.objective.build(batch, unwrap_model(self.learn.model), unwrap_model(self.teacher.model))
+        n_data = len(self.learn.dls.train_ds) if hasattr(self.learn.dls.train_ds, '__len__') else None
+        self.objective.build(batch, unwrap_model(self.learn.model), unwrap_model(self.teacher.model), n_data=n_data)
         self.owned.created(self.learn)
         self.owned.attach(self.learn, self.scope)
 
@@ -463,7 +478,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
             try: yield
             finally: self.learn.metrics = metrics
 
-# %% ../nbs/26_callback.ipynb #85db3980
+# %% ../nbs/26_callback.ipynb #2c84d22b
 def stateful_modules(
     model:nn.Module # Any model
 )->set:
@@ -479,7 +494,7 @@ def is_elementwise(
     functions = (F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
     return isinstance(loss_func, modules) or loss_func in functions
 
-# %% ../nbs/26_callback.ipynb #0d57fe93
+# %% ../nbs/26_callback.ipynb #e6a3efc6
 @patch
 def distill(self:Learner,
     teacher:nn.Module|Learner|str|Path|Teacher, # As in `KnowledgeDistillationCallback`
@@ -499,7 +514,7 @@ def distill(self:Learner,
     self.remove_cbs(L(kd_callbacks(self)))
     return self.add_cb(kd)
 
-# %% ../nbs/26_callback.ipynb #577fd3a3
+# %% ../nbs/26_callback.ipynb #18f25466
 def recorder_table(
     learn:Learner # A Learner that has trained
 )->pd.DataFrame|None: # None if the recorder has no values

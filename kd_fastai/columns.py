@@ -7,15 +7,14 @@ Docs: https://kd-fastai.github.io/kd_fastai/columns.html.md"""
 # %% auto #0
 __all__ = ['TermColumn', 'Columns']
 
-# %% ../nbs/23_columns.ipynb #a2a555cf
+# %% ../nbs/23_columns.ipynb #ca072357
 import math
 from functools import partial
 import torch
-from torch import Tensor
 from fastai.basics import ValueMetric
 from .fastai_internals import all_reduce_sum
 
-# %% ../nbs/23_columns.ipynb #5ee506d2
+# %% ../nbs/23_columns.ipynb #90007ae8
 class TermColumn(ValueMetric):
     "A metric that shows one mean of `Columns`. Its class tells our columns from the user's metrics"
 

@@ -1,4 +1,4 @@
-"""Everything that relies on how fastai works inside: callbacks that clean up, extra parameters in an optimizer, several processes, positions of samples
+"""Everything that relies on how fastai works inside: callbacks that clean up, extra parameters in an optimizer, several processes
 
 Docs: https://kd-fastai.github.io/kd_fastai/fastai_internals.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/fastai_internals.html.md"""
 
 # %% auto #0
 __all__ = ['ScopedCallback', 'in_validation_context', 'ExtraParams', 'extra_parameters', 'is_distributed', 'broadcast_from_rank0',
-           'all_reduce_grads', 'all_reduce_sum', 'batch_indices']
+           'all_reduce_grads', 'all_reduce_sum']
 
 # %% ../nbs/24_fastai_internals.ipynb #8e58d23f
 import copy
@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import update_wrapper
 from itertools import chain
 import torch
-from torch import distributed, nn, Tensor
+from torch import distributed, nn
 from fastai.basics import Callback, Learner, Optimizer, OptimWrapper
 
 # %% ../nbs/24_fastai_internals.ipynb #c497a51e
@@ -129,7 +129,7 @@ class ScopedCallback(Callback):
         res.__dict__.update({k: copy.deepcopy(v, memo) for k,v in self.__dict__.items() if k not in skip})
         return res
 
-# %% ../nbs/24_fastai_internals.ipynb #37f89c7f
+# %% ../nbs/24_fastai_internals.ipynb #48950e2b
 def in_validation_context(
     learn:Learner # Any Learner
 )->bool:
@@ -244,20 +244,3 @@ def all_reduce_sum(
     t = torch.tensor(values, dtype=torch.float64, device=device)
     distributed.all_reduce(t)
     return t.tolist()
-
-# %% ../nbs/24_fastai_internals.ipynb #d99c3e8f
-def batch_indices(
-    dl,    # A fastai `DataLoader`, while it is iterated
-    i:int, # Number of the batch
-    n:int  # Samples in it
-)->Tensor: # `(n,)` positions in `dl.dataset`
-    "Positions of the samples in a batch. Raises `ValueError` for data without positions, and if samples were skipped"
-    order,bs = getattr(dl, '_DataLoader__idxs', None),getattr(dl, 'bs', None)  # fastai's order has no public name
-    known = bs is not None and hasattr(order, '__len__') and len(order) and order[0] is not None
-    if not known or hasattr(dl, 'make_chunks'): raise ValueError(
-        f"The samples of a {type(dl).__name__} have no positions: expected a fastai DataLoader with a batch size, "
-        "over a data set that is indexed (and not a language model's)")
-    idx = torch.as_tensor(list(order[i*bs:(i+1)*bs]))
-    if len(idx)!=n: raise ValueError(f"Expected {len(idx)} samples in batch {i}, got {n}: "
-        "does the data set skip items (SkipItemException)? Then positions are unknown")
-    return idx

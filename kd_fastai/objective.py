@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/objective.html.md"""
 __all__ = ['AUTO_RATIO', 'Batch', 'check_number', 'check_schedule', 'check_weight', 'Term', 'as_float32', 'autocast_off',
            'find_class_axis', 'Objective']
 
-# %% ../nbs/22_objective.ipynb #24b4b241
+# %% ../nbs/22_objective.ipynb #f433292d
 import copy, math, operator
 from contextlib import nullcontext
 from functools import partial, reduce
@@ -22,10 +22,10 @@ from .classes import check_class_map, shared_classes
 from .features import channels_first
 from .info import get_loss_info
 from .layers import layer_name, parse_layer_pairs, unique_names
-from .signature import loss_args, loss_name, unwrap_loss
+from .signature import accepted_kwargs, loss_args, loss_name, unwrap_loss
 from .inputs import as_plain_tensor
 
-# %% ../nbs/22_objective.ipynb #aff5ce15
+# %% ../nbs/22_objective.ipynb #7d5af636
 class Batch(NamedTuple):
     "The inputs of all losses for one batch: see `Objective.prepare`"
     pred:Tensor                   # Predictions of the student, `(B, C)` or `(B, C, *spatial)`
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
         "Whether any position has a label"
         return self.mask is None or bool(self.mask.any())
 
-# %% ../nbs/22_objective.ipynb #72d99aee
+# %% ../nbs/22_objective.ipynb #764b5440
 def check_number(
     x,        # A number
     what:str  # How the error calls it
@@ -85,7 +85,7 @@ def check_weight(
     if isinstance(weight, str): raise TypeError(f"{what} must be a number or 'auto', got {weight!r} (str)")
     return check_number(weight, what)
 
-# %% ../nbs/22_objective.ipynb #d808dd03
+# %% ../nbs/22_objective.ipynb #d5eeca2b
 class Term:
     """One part of the objective: `weight * schedule(progress) * loss`.
 
@@ -199,7 +199,7 @@ class Term:
         if pairs: res += f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in pairs)}"
         return res if self.adapt is None else res+', adapted'
 
-# %% ../nbs/22_objective.ipynb #02087491
+# %% ../nbs/22_objective.ipynb #6168e0e8
 def as_float32(
     t # A tensor, or anything else
 ):
@@ -222,7 +222,7 @@ def find_class_axis(
     shape = getattr(target, 'shape', None)
     return -1 if shape==pred.shape[:-1]!=pred[:,0].shape else 1
 
-# %% ../nbs/22_objective.ipynb #c3de0243
+# %% ../nbs/22_objective.ipynb #6a756515
 AUTO_RATIO = 1.  # norm of a term's gradient in units of the task loss's, for weight='auto'
 
 class Objective:
@@ -267,7 +267,8 @@ class Objective:
     def build(self,
         batch:Batch,       # A first batch, from `prepare`
         student:nn.Module, # The student
-        teacher:nn.Module|None=None # The teacher
+        teacher:nn.Module|None=None, # The teacher
+        **extra            # What else a loss's `build` may ask for, such as `n_data`, the number of training samples
     )->'Objective':
         """Create the weights that losses own, once, from the shapes of a first batch. Random numbers stay as they are.
 
@@ -278,7 +279,7 @@ class Objective:
                 if not hasattr(o.module, 'build'): continue
                 features = {'fm_s': {}, 'fm_t': {}, **o.features(batch.fm_s, batch.fm_t)}
                 features = {k: {n: f.detach() for n,f in fm.items()} for k,fm in features.items()}
-                o.module.build(**features, **common)
+                o.module.build(**accepted_kwargs(o.module.build, {**features, **common, **extra}))
         models = [o for o in (student, teacher) if o is not None]
         with preserving_modes(*models):
             for m in self.modules: m.to(batch.pred.device).train()

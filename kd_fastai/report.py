@@ -99,13 +99,21 @@ class ScoreTeacher(Callback):
     def after_loss(self):
         "Add one batch of the validation set"
         objective = self.kd.objective
-        pred = self.kd.teacher(*self.xb, need_pred=True)[0]
-        if pred is None: pred = get_logits(self.pred)  # a student that teaches itself
+        pred = self.teacher_pred()
+        if pred is None: return
         batch = objective.prepare(get_logits(self.pred), pred, target=self.kd.labels(self.yb))
         self.compare(batch.pred, batch.teacher_pred, batch.target)
         if objective.class_map is not None: pred = in_student_order(pred, objective.class_map)
         answered = LearnerWithPreds(self.learn, pred, self.learn.loss_func(pred, *self.yb))
         for m in self.scores: m.accumulate(answered)
+
+    def teacher_pred(self)->Tensor|None:
+        "The teacher's predictions; None for a teacher without a classifier, if no loss needs them"
+        try: pred = self.kd.teacher(*self.xb, need_pred=True)[0]
+        except TypeError:
+            if self.kd.objective.uses_teacher_pred: raise
+            return None
+        return get_logits(self.pred) if pred is None else pred  # None: a student that teaches itself
 
     def compare(self, pred, teacher_pred, target):
         "Keep confidence and class of both, and the label, if there are classes"
@@ -252,6 +260,7 @@ def kd_report(self:Learner,
     with no_random(), preserving_loader_rngs(self.dls), preserving_buffers(*models), preserving_modes(*models):
         learn = shadow_learner(self, kd)
         kd = kd_callbacks(learn)[0]
+        kd.teacher = copy.copy(kd.teacher)
         measure,score = MeasureTerms(kd),ScoreTeacher(kd, learn.metrics)
         learn.fit(0)  # raises what a fit would, and finds the dimension of the classes
         device = next((p.device for p in learn.model.parameters()), None)

@@ -1,0 +1,110 @@
+"""What a teacher costs that is asked once, that is only its answers, or that runs in a faster copy.
+
+    python benchmarks/cached.py [--rounds 15] [--device cuda]
+
+A resnet18 teaches a network of four stages on 512 images of 32x32, flipped and shifted at random. Epochs and steps take turns in one process; ratios are taken round by round, with quartiles."""
+import argparse, tempfile, warnings
+from pathlib import Path
+warnings.filterwarnings('ignore')
+import torch
+from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, Tensor, Transform, TfmdDL, noop, set_seed
+from fastai.callback.progress import ProgressCallback
+from kd_fastai.all import CachedTeacher, KnowledgeDistillationCallback, SoftTarget
+from kd_fastai.cache import StoredTeacher
+from kd_fastai.sources import fast_copy
+from common import ms, peak_mib, ratio, take_turns, target, write
+import step
+
+class Augment(Transform):
+    "Flip and shift each image of a batch"
+    def encodes(self, x:Tensor):
+        if x.ndim<4: return x
+        flips,moves = torch.rand(len(x))<0.5,torch.randint(9, (len(x),2)).tolist()
+        x = torch.nn.functional.pad(torch.where(flips[:,None,None,None].to(x.device), x.flip(-1), x), (4,)*4, mode='reflect')
+        return torch.stack([o[:,i:i+32,j:j+32] for o,(i,j) in zip(x, moves)])
+
+class _Rows(TfmdDL):
+    def create_batches(self, samples):
+        for b in self.chunkify(samples): yield self.dataset[[*b]]
+
+def data(n=512, augment=True, device='cpu'):
+    set_seed(0)
+    ds = step._Same(torch.randn(n,3,32,32), torch.randint(100, (n,)))
+    tfms = dict(after_batch=Augment()) if augment else {}
+    train = _Rows(ds, bs=64, shuffle=True, num_workers=0, device=device, **tfms)
+    train._n_inp = 1
+    return DataLoaders(train, _Rows(ds, bs=64, num_workers=0, device=device))
+
+def learner(dls, teacher=None):
+    set_seed(0)
+    cbs = [] if teacher is None else KnowledgeDistillationCallback(teacher, SoftTarget)
+    learn = Learner(dls, step.stages(16).to(dls.device or 'cpu'), loss_func=CrossEntropyLossFlat(), cbs=cbs)
+    learn.remove_cb(ProgressCallback)
+    learn.logger,learn._do_epoch_validate = noop,noop
+    return learn
+
+def epochs(rounds, device, K=2):
+    "An epoch with the teacher, with views of which all answers are there, and without a teacher"
+    teacher = step.large()[0].to(device)
+    with tempfile.TemporaryDirectory() as d:
+        CachedTeacher(teacher, d, views=K).fill(data(device=device), bar=False)
+        teachers = {'no teacher': None, 'live teacher': teacher, f'{K} views': CachedTeacher(teacher, d, views=K), 'stored': StoredTeacher(d)}
+        learners = {n: learner(data(device=device), t) for n,t in teachers.items()}
+        times = take_turns({n: lambda o=o: o.fit(1) for n,o in learners.items()}, rounds, 1)
+    rows = []
+    for n in times:
+        mid,low,high = ratio(times, n, 'no teacher')
+        rows.append({'epoch with': n, 'ms': ms(times[n]), 'to no teacher': mid, 'quartile 1': low, 'quartile 3': high})
+    return rows,[target('epoch with views to no teacher', ratio(times, f'{K} views', 'no teacher')[0], 1.05)]
+
+def sweep(students=10, n=256, n_epochs=3):
+    "Ten trainings with the live teacher, and the filling of a cache with ten trainings after it"
+    teacher = step.large()[0]
+    def live():
+        for _ in range(students): learner(data(n), teacher).fit(n_epochs)
+    def cached():
+        with tempfile.TemporaryDirectory() as d:
+            CachedTeacher(teacher, d, views=1).fill(data(n), bar=False)
+            for _ in range(students): learner(data(n), StoredTeacher(d)).fit(n_epochs)
+    times = take_turns({'live': live, 'cached': cached}, 2, 0)
+    return [{'sweep of ten': k, 's': ms(v)/1000} for k,v in times.items()],[target('sweep of ten students, cached to live', ratio(times, 'cached', 'live')[0], 0.6)]
+
+def fast(rounds):
+    "A step with fast copies of the teacher, to the loop by hand with the teacher itself"
+    teacher,student,x,y = step.large()
+    copies = {'float32, folded, channels last': fast_copy(teacher, x), 'bfloat16, folded, channels last': fast_copy(teacher, x, dtype=torch.bfloat16)}
+    ways = {'by hand': step.by_hand(teacher, student, x, y), 'live teacher': step.fastai_step(student, x, y, [KnowledgeDistillationCallback(teacher, SoftTarget)])}
+    ways.update({n: step.fastai_step(student, x, y, [KnowledgeDistillationCallback(t, SoftTarget)]) for n,t in copies.items()})
+    times,rows = take_turns(ways, rounds),[]
+    for n in ways:
+        mid,low,high = ratio(times, n, 'by hand')
+        rows.append({'teacher': n, 'ms': ms(times[n]), 'to by hand': mid, 'quartile 1': low, 'quartile 3': high})
+    best = min(ratio(times, n, 'by hand')[0] for n in copies)
+    return rows,[target('step with a fast copy to by hand', best, 0.62)]
+
+def memory():
+    "MiB at most in a step, without a teacher and with stored answers"
+    teacher,student,x,y = step.large()
+    with torch.no_grad(): answers = teacher(x)
+    ways = {'no teacher': step.fastai_step(student, x, y), 'stored answers': step.fastai_step(student, x, y, [KnowledgeDistillationCallback(StoredTeacher(answers), SoftTarget)]),
+            'live teacher': step.fastai_step(student, x, y, [KnowledgeDistillationCallback(teacher, SoftTarget)])}
+    for f in ways.values(): f()
+    mib = {n: peak_mib(f) for n,f in ways.items()}
+    return [{'step with': n, 'MiB at most': v} for n,v in mib.items()],[target('memory of a step with stored answers to no teacher', mib['stored answers']/mib['no teacher'], 1.02)]
+
+def main(rounds=15, device='cpu'):
+    "Measure, write the tables, and give the targets"
+    targets = []
+    for name,(rows,ts),said in (('cached_epoch', epochs(rounds, device), 'An epoch on augmented data, all ways taking turns.'),
+            ('cached_sweep', sweep(), 'Ten students, three epochs each.'), ('fast_teacher', fast(2*rounds), 'A step with a faster copy of the teacher.'),
+            ('cached_memory', memory(), 'Memory of a step, without the weights.')):
+        write(name, rows, said)
+        targets += ts
+    return targets
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--rounds', type=int, default=15); p.add_argument('--device', default='cpu')
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    write('targets.cached', main(a.rounds, a.device), 'Targets')
