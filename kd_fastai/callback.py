@@ -22,7 +22,7 @@ from fastai.basics import L, Learner, detuplify, find_bs, rank_distrib
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from .adapters import check_adapt
-from .capture import Capture, RandomStream
+from .capture import Capture, LiveHook, RandomStream
 from .classes import check_compatible_data
 from .columns import Columns, TermColumn
 from .fastai_internals import ScopedCallback, all_reduce_sum, in_validation_context, is_distributed
@@ -36,7 +36,7 @@ from .inputs import as_plain_tensor
 from .teacher import Teacher, get_logits, shared_tensors
 from .views import BatchTracker, batch_positions
 
-# %% ../nbs/26_callback.ipynb #18cfe08e
+# %% ../nbs/26_callback.ipynb #e04a2312
 class FitState:
     "What exists only during a fit"
     def __init__(self,
@@ -54,9 +54,9 @@ class FitState:
         self.teacher_random = RandomStream() # for a teacher that draws random numbers
 
 class FirstForward:
-    """Watches the forward pass of a model that follows `FitState.awaits_forward`, and no other.
+    """Hooks that run the teacher and capture the student's layers during the Learner's own forward pass only: the first one after `FitState.awaits_forward` is set.
 
-    Calls `ask` with its inputs right before it, and lets the student's layers be captured in it. A copy or a pickle of its hooks does nothing."""
+    Calls `ask` with the inputs right before it. A copied or pickled model gets hooks that do nothing."""
     def __init__(self,
         state:FitState, # State to update
         ask:Callable   # `ask(*inputs)`, whose result becomes `state.answer`
@@ -79,18 +79,18 @@ class FirstForward:
     def watching(self, model:nn.Module):
         "Hooks on `model` inside this context"
         self.state.capture.enabled = False
-        handles = [model.register_forward_pre_hook(self.before), model.register_forward_hook(self.after)]
+        handles = [model.register_forward_pre_hook(LiveHook(self.before)), model.register_forward_hook(LiveHook(self.after))]
         try: yield
         finally:
             for h in handles: h.remove()
 
-# %% ../nbs/26_callback.ipynb #c462b732
+# %% ../nbs/26_callback.ipynb #265aed7f
 def loss_layout(
     loss_func:Callable # The loss function of a Learner
 )->tuple: # `(class axis, ignore_index)`, None for what is not known
     "Dimension of the classes, and the label that is left out"
     axis = getattr(loss_func, 'axis', None)
-    if getattr(loss_func, 'floatify', False) or isinstance(loss_func, nn.Module): axis = 1  # element by element, or torch's own
+    if getattr(loss_func, 'floatify', False) or axis is None and isinstance(loss_func, nn.Module): axis = 1  # element by element, or torch's own
     ignore = getattr(loss_func, 'ignore_index', None)
     if ignore is not None or not callable(loss_func) or isinstance(loss_func, nn.Module): return axis,ignore
     try: parameter = inspect.signature(loss_func).parameters.get('ignore_index')
@@ -198,7 +198,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if self.owned.source.built: self.owned.attach(self.learn, self.scope)
 
     def end_fit(self):
-        "Remove hooks and columns; the end of the state `fitting`"
+        "Remove hooks and metric columns, and reset `fit_state` to None"
         self.fit_state.epoch.close()
         self.learn.metrics = [m for m in self.learn.metrics if m not in self.fit_state.columns.metrics]
         self.fit_state = None
@@ -212,7 +212,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
     def check_models(self):
         "Raise `ValueError` for models and callbacks that cannot work together"
         if kd_callbacks(self.learn)[0] is not self and self.task_weight!=1: raise ValueError(
-            "Another distillation callback comes before this one, whose sum would be weighted again: "
+            "Another distillation callback of this Learner already weights the task loss: "
             f"leave task_weight at 1 here, got {self.task_weight:g}")
         student,teacher = self.learn.model,self.teacher.model
         for who,m in dict(student=student, teacher=teacher).items():
@@ -258,7 +258,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.owned.before_train(self.learn)
         device = next((p.device for p in self.learn.model.parameters()), None)
         first = FirstForward(self.fit_state, self.ask_teacher)
-        for context in (self.track_positions(), self.teacher.ready(device), self.fit_state.capture, first.watching(self.learn.model)):
+        for context in (self.track_positions(), self.teacher.ready(device), first.watching(self.learn.model), self.fit_state.capture):
             self.fit_state.epoch.enter_context(context)
         self.fit_state.epoch.callback(setattr, self.fit_state, 'is_capturing', False)
         self.fit_state.is_capturing = True
@@ -272,7 +272,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
 
     def after_epoch(self):
         "Also remove the hooks if the epoch was cancelled during its training"
-        if self.fit_state is not None: self.fit_state.epoch.close()
+        if self.fit_state is not None and not in_validation_context(self.learn): self.fit_state.epoch.close()
 
     # ---- one batch
 
@@ -299,6 +299,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
     def compute(self)->tuple: # `(batch, task loss, values, weights)`
         "Everything about this batch that the objective computes"
         batch = self.prepare_batch()
+        if not self.fit_state.is_checked: self.objective.check_channels(batch)
         task = self.fit_state.task = self.task_loss(batch)
         values = self.objective.values(batch, self.pct_train)
         if self.objective.unknown_weights: self.find_weights(task, values)
@@ -317,7 +318,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
 
     def teacher_answer(self)->tuple:
         "The teacher's predictions and features for this batch"
-        return self.fit_state.answer or self.ask_teacher(*self.learn.xb)  # the latter if the model was not called as such
+        return self.fit_state.answer or self.ask_teacher(*self.learn.xb)  # fall back if the model's hooks did not run
 
     def student_pred(self)->Tensor:
         "The student's predictions that losses compare"
@@ -371,7 +372,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         "Add the values to the columns"
         columns = {'task_loss': task, **values}
         if self.objective.balance: columns.update({f'{k}_weight': w for k,w in weights.items()})
-        must_be_finite = [k for k,w in weights.items() if isinstance(w, Tensor) or w]
+        must_be_finite = [k for k,w in weights.items() if isinstance(w, Tensor) or w]  # a tensor is not read here: that would wait for the GPU
         self.fit_state.columns.add(f"epoch {self.epoch}, batch {self.learn.iter}", find_bs(self.learn.yb), columns, must_be_finite)
         self.fit_state.columns.has_labels |= batch.has_labels()
 
@@ -405,10 +406,9 @@ class KnowledgeDistillationCallback(ScopedCallback):
         "With the first batch of a fit: raise or warn about terms that cannot have an effect"
         if self.fit_state.is_checked: return
         self.fit_state.is_checked = True
-        self.objective.check_channels(batch)
         for o in self.terms:
             w,v = weights[o.name],values[o.name]
-            if (isinstance(w, Tensor) or w) and not v.requires_grad: self.check_frozen(o)
+            if w!=0 and not v.requires_grad: self.check_frozen(o)
             if not self.objective.balance and o.name not in self.objective.found_weights: self.check_negligible(o, v.item(), task.mean().item())
 
     def check_frozen(self, term):
@@ -425,7 +425,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         weight = self.objective.base_weight(term)
         if not 0<abs(weight*value)<1e-3*abs(self.task_weight*task): return
         default = getattr(get_loss_info(term.loss), 'weight', 0)
-        hint = f"its default weight is {default:g}" if default>abs(weight) else f"a weight of {task/value:.1g} would make it as large"
+        hint = f"its default weight is {default:g}" if default>abs(weight) else f"a weight of {abs(self.task_weight*task/value):.1g} would make it as large"
         self._warn(('small', term.name), f"{term.name} adds {weight*value:.1g} to a task loss of {self.task_weight*task:.2g}, "
             f"too little to matter: {hint}, and weight='auto' finds one")
 
@@ -478,7 +478,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
             try: yield
             finally: self.learn.metrics = metrics
 
-# %% ../nbs/26_callback.ipynb #2c84d22b
+# %% ../nbs/26_callback.ipynb #b7ae5108
 def stateful_modules(
     model:nn.Module # Any model
 )->set:
@@ -494,7 +494,7 @@ def is_elementwise(
     functions = (F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
     return isinstance(loss_func, modules) or loss_func in functions
 
-# %% ../nbs/26_callback.ipynb #e6a3efc6
+# %% ../nbs/26_callback.ipynb #2091d77b
 @patch
 def distill(self:Learner,
     teacher:nn.Module|Learner|str|Path|Teacher, # As in `KnowledgeDistillationCallback`
@@ -514,7 +514,7 @@ def distill(self:Learner,
     self.remove_cbs(L(kd_callbacks(self)))
     return self.add_cb(kd)
 
-# %% ../nbs/26_callback.ipynb #18f25466
+# %% ../nbs/26_callback.ipynb #783688cd
 def recorder_table(
     learn:Learner # A Learner that has trained
 )->pd.DataFrame|None: # None if the recorder has no values

@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/objective.html.md"""
 __all__ = ['AUTO_RATIO', 'Batch', 'check_number', 'check_schedule', 'check_weight', 'Term', 'as_float32', 'autocast_off',
            'find_class_axis', 'Objective']
 
-# %% ../nbs/22_objective.ipynb #f433292d
+# %% ../nbs/22_objective.ipynb #37dc38e2
 import copy, math, operator
 from contextlib import nullcontext
 from functools import partial, reduce
@@ -25,7 +25,7 @@ from .layers import layer_name, parse_layer_pairs, unique_names
 from .signature import accepted_kwargs, loss_args, loss_name, unwrap_loss
 from .inputs import as_plain_tensor
 
-# %% ../nbs/22_objective.ipynb #7d5af636
+# %% ../nbs/22_objective.ipynb #6bfa2636
 class Batch(NamedTuple):
     "The inputs of all losses for one batch: see `Objective.prepare`"
     pred:Tensor                   # Predictions of the student, `(B, C)` or `(B, C, *spatial)`
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     mask:Tensor|None=None         # Positions that have a label, `(B, *spatial)`; None if all have one
 
     def inputs(self)->dict:
-        "The arguments that there are for a loss, by name"
+        "The arguments for losses that are not None, by name"
         names = 'pred','teacher_pred','target','idx'
         return {k:v for k in names if (v := getattr(self, k)) is not None}
 
@@ -47,16 +47,19 @@ class Batch(NamedTuple):
         if self.mask is None: return self
         def keep(p): return None if p is None else p.movedim(1, -1)[self.mask]
         mixed = self.mixed and (self.mixed[0][self.mask], self.mixed[1])
-        return self._replace(pred=keep(self.pred), teacher_pred=keep(self.teacher_pred), target=self.target[self.mask], mixed=mixed, mask=None)
+        res = self._replace(pred=keep(self.pred), teacher_pred=keep(self.teacher_pred), target=self.target[self.mask], mixed=mixed, mask=None)
+        if self.mask.ndim>1: return res  # features have positions of their own
+        fm_s,fm_t = ({k: f[self.mask] for k,f in fm.items()} for fm in (self.fm_s, self.fm_t))
+        return res._replace(fm_s=fm_s, fm_t=fm_t, idx=None if self.idx is None else self.idx[self.mask.to(self.idx.device)])
 
     def has_labels(self)->bool:
         "Whether any position has a label"
         return self.mask is None or bool(self.mask.any())
 
-# %% ../nbs/22_objective.ipynb #764b5440
+# %% ../nbs/22_objective.ipynb #151238f6
 def check_number(
     x,        # A number
-    what:str  # How the error calls it
+    what:str  # Its name in error messages
 )->float:
     "Convert to a finite float. Raises `TypeError` for anything else than a number, and `ValueError` for NaN and infinity, naming `what`"
     error = TypeError(f"{what} must be a number, got {x!r} ({type(x).__name__})")
@@ -77,7 +80,7 @@ def check_schedule(
 
 def check_weight(
     weight,   # A number, or 'auto'
-    what:str  # How the error calls it
+    what:str  # Its name in error messages
 )->float|str:
     "A finite weight, or 'auto'. Raises `TypeError` and `ValueError` for anything else"
     if isinstance(weight, str) and weight=='auto': return weight
@@ -85,7 +88,7 @@ def check_weight(
     if isinstance(weight, str): raise TypeError(f"{what} must be a number or 'auto', got {weight!r} (str)")
     return check_number(weight, what)
 
-# %% ../nbs/22_objective.ipynb #d5eeca2b
+# %% ../nbs/22_objective.ipynb #d0936576
 class Term:
     """One part of the objective: `weight * schedule(progress) * loss`.
 
@@ -98,7 +101,7 @@ class Term:
         schedule:Callable|None=None,    # A fastai schedule that multiplies the weight; default: the callback's
         name:str|None=None,             # Name of its column; default: made from the loss
         adapt:str|Callable|list|None=None, # Trained layers that bring the student's features to the teacher's shapes; default: the callback's
-        **params                        # Parameters of the loss: constants, or schedules such as `T=SchedCos(8,2)`
+        **params                        # Parameters of the loss: constants, or schedules such as `T=SchedCos(8,2)`; a constant that is a function is given by `partial`
     ):
         scheduled = {k:v for k,v in params.items() if callable(v)}
         constants = {k:v for k,v in params.items() if not callable(v)}
@@ -145,13 +148,13 @@ class Term:
         return res
 
     def schedule_at(self,
-        progress:float # Trained part of the fit, 0 to 1
+        progress:float # Training progress, from 0 to 1
     )->float:
         "Factor of the weight at this part of the fit"
         return 1. if self.schedule is None else check_number(self.schedule(progress), f"The schedule of {self.name}")
 
     def loss_at(self,
-        progress:float # Trained part of the fit, 0 to 1
+        progress:float # Training progress, from 0 to 1
     )->Callable:
         "The loss with its scheduled parameters at this part of the fit"
         return partial(self.loss, **{k: f(progress) for k,f in self.params.items()}) if self.params else self.loss
@@ -167,14 +170,14 @@ class Term:
 
     def value(self,
         batch:Batch,       # From `Objective.prepare`
-        progress:float=0.  # Trained part of the fit, 0 to 1
+        progress:float=0.  # Training progress, from 0 to 1
     )->Tensor: # Scalar
         """The raw value of the loss. Labels of mixed samples: the loss for both labels, interpolated by the mean share. 0 if the loss requires labels and there is none.
 
         Raises `TypeError` if the loss does not return a scalar tensor."""
         takes_mask = 'valid' in self.args.accepted
         if (batch.pred.ndim>2 or self.needs_labels) and not takes_mask: batch = batch.labeled()
-        if not len(batch.pred): return batch.pred.sum()
+        if not len(batch.pred) and (self.needs_labels or not self.uses_features): return batch.pred.sum()
         inputs = {**batch.inputs(), **self.features(batch.fm_s, batch.fm_t)}
         if takes_mask and batch.pred.ndim>2: inputs['valid'] = batch.mask
         loss = self.loss_at(progress)
@@ -199,7 +202,7 @@ class Term:
         if pairs: res += f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in pairs)}"
         return res if self.adapt is None else res+', adapted'
 
-# %% ../nbs/22_objective.ipynb #6168e0e8
+# %% ../nbs/22_objective.ipynb #cee9ed16
 def as_float32(
     t # A tensor, or anything else
 ):
@@ -222,13 +225,13 @@ def find_class_axis(
     shape = getattr(target, 'shape', None)
     return -1 if shape==pred.shape[:-1]!=pred[:,0].shape else 1
 
-# %% ../nbs/22_objective.ipynb #6a756515
+# %% ../nbs/22_objective.ipynb #97f94d4a
 AUTO_RATIO = 1.  # norm of a term's gradient in units of the task loss's, for weight='auto'
 
 class Objective:
     """The task loss plus weighted terms, for one batch after another.
 
-    It keeps the weights that were found for terms with `weight='auto'`, and running magnitudes for `balance`; both are in `state_dict`."""
+    It keeps the weights that were found for terms with `weight='auto'`, and running sizes of the terms for `balance`."""
     def __init__(self,
         terms:list,              # `Term`s with layers, see `Term.with_defaults`
         task_weight:float=1.,    # Weight of the task loss
@@ -244,7 +247,7 @@ class Objective:
         if class_map is not None: self.class_map = check_class_map(class_map, [o.name for o in self.terms if o.needs_labels])
         store_attr('class_axis,ignore_index,balance')
         self.found_weights,self.magnitudes = {},{}
-        self.built,self.params,self.channels = not self.modules,[],{}  # nothing to build: built
+        self.built,self.params,self.channels = not self.modules,[],{}  # without modules there is nothing to build
 
     def __repr__(self): return ' + '.join([f"{self.task_weight:g}·task_loss", *map(repr, self.terms)])
 
@@ -255,7 +258,7 @@ class Objective:
 
     @property
     def uses_teacher_pred(self)->bool:
-        "Whether a term may need the teacher's predictions. A loss of somebody else that takes `**kwargs` may"
+        "Whether a term may need the teacher's predictions. Losses of other packages that take `**kwargs` are assumed to use them"
         def may(o): return 'teacher_pred' in o.args.accepted or o.args.has_var_kwargs and get_loss_info(o.loss) is None
         return self.class_map is not None or any(map(may, self.terms))
 
@@ -275,8 +278,10 @@ class Objective:
         Parameters of the student and the teacher that a loss refers to are not its own: they are left out of `parameters`, and their modules keep their modes."""
         common = dict(pred=batch.pred.detach(), teacher_pred=batch.teacher_pred, student=student, teacher=teacher)
         with torch.random.fork_rng():
+            built = set()
             for o in self.terms:
-                if not hasattr(o.module, 'build'): continue
+                if not hasattr(o.module, 'build') or o.module in built: continue
+                built.add(o.module)
                 features = {'fm_s': {}, 'fm_t': {}, **o.features(batch.fm_s, batch.fm_t)}
                 features = {k: {n: f.detach() for n,f in fm.items()} for k,fm in features.items()}
                 o.module.build(**accepted_kwargs(o.module.build, {**features, **common, **extra}))
@@ -359,13 +364,13 @@ class Objective:
 
     def values(self,
         batch:Batch,       # From `prepare`
-        progress:float=0.  # Trained part of the fit, 0 to 1
+        progress:float=0.  # Training progress, from 0 to 1
     )->dict: # `{name: scalar}`
         "The raw value of each term, without autocast. A term whose weight is 0 is computed without a gradient"
         with autocast_off(batch.pred.device): return {o.name: self._value(o, batch, progress) for o in self.terms}
 
     def _value(self, term, batch, progress):
-        counts = term.weight!=0 and term.schedule_at(progress)!=0
+        counts = term in self.unknown_weights or term.weight!=0 and term.schedule_at(progress)!=0
         try:
             with torch.set_grad_enabled(torch.is_grad_enabled() and counts): return term.value(batch, progress)
         except Exception as e:
@@ -375,11 +380,12 @@ class Objective:
     def weights(self,
         task:Tensor,       # The task loss
         values:dict,       # From `values`
-        progress:float=0.  # Trained part of the fit, 0 to 1
+        progress:float=0.  # Training progress, from 0 to 1
     )->dict: # `{name: number or scalar tensor}`
         "The weight of each term: its own or the one found, times its schedule; with `balance` also scaled to the task loss"
         res = {o.name: self.base_weight(o)*o.schedule_at(progress) for o in self.terms}
-        return {k: w*self._balance_factor(k, task, values[k]) for k,w in res.items()} if self.balance else res
+        if not self.balance: return res
+        return {k: w*self._balance_factor(k, task, values[k]) if w else 0. for k,w in res.items()}
 
     def base_weight(self,
         term:Term # A term of this objective
@@ -416,7 +422,7 @@ class Objective:
     def find_weights(self,
         norms:dict # From `gradient_norms`
     )->list: # Names of the terms for which there was nothing to compare
-        """Set each unknown weight so that the gradient of its term is `ratio` times that of the task loss: 1 for losses on predictions, and for losses on features.
+        """Set each unknown weight so that the gradient norm of the weighted term is `AUTO_RATIO` times that of the weighted task loss.
 
         If there is nothing to compare (a term or a task loss without a gradient, or a task loss of weight 0), the weight is the default of the loss, or 1."""
         without = []
@@ -429,8 +435,8 @@ class Objective:
         return without
 
     def _balance_factor(self, name, task, value):
-        "Task loss divided by the value. A value that passes zero counts as a tenth of its running magnitude"
-        size = value.detach().abs()
+        "Task loss divided by the size of the value, which counts as at least a tenth of its running mean"
+        size = value.detach().abs().nan_to_num()
         mean = self.magnitudes[name] = torch.lerp(self.magnitudes.get(name, size), size, 0.1)
         return task.detach().abs()/torch.maximum(size, mean/10).clamp_min(1e-8)
 

@@ -171,7 +171,7 @@ def test_picks_from_a_layer(layer, by_hand):
 
 def test_a_pick_that_fails_is_an_error():
     learn = quiet(Learner(digits(100), Picked(), loss_func=CrossEntropyLossFlat()))
-    with pytest.raises(ValueError, match="student layer .*has no item"):
+    with pytest.raises(ValueError, match="layer .*has no item"):
         learn.fit(1, cbs=KD(Picked(), FitNet, ('rnn', lambda o: o['nothing'])))
 
 class TakeLogits(Callback):

@@ -9,6 +9,7 @@ from fastai.callback.all import *
 from kd_fastai.all import *
 from kd_fastai.cache import StoredTeacher, check_repeatable, to_logits, weights_digest
 from kd_fastai.demo import small_net
+from kd_fastai.inputs import as_plain_tensor
 from kd_fastai.store import AnswerStore
 from kd_fastai.views import BatchTracker, batch_positions
 from test_cost import Images, asked, cached_fit, fit, learner, loaders, net, values, weights
@@ -44,7 +45,7 @@ def test_features_alone(tmp_path):
     "with an early exit; and a later fit may ask for more"
     t = net(8)
     args = dict(losses=[Term(Attention, 10.)], layers='0')
-    a,b = (('check','input','layer '+o,'pred') for o in '01')
+    a,b = ('check','input','layer 0'),('check','input','layer 1','pred')
     c = CachedTeacher(t, tmp_path/'c')
     assert torch.equal(weights(cached_fit(c, **args)), weights(cached_fit(t, **args)))
     assert torch.equal(weights(cached_fit(c)), weights(cached_fit(t)))

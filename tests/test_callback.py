@@ -362,7 +362,7 @@ def test_warns_of_a_small_weight_and_of_a_loss_that_does_not_fit(teacher):
     kd = KD(nn.Linear(4,3), SoftTarget)
     (w,) = said(quiet(Learner(dls, nn.Linear(4,3), loss_func=BCEWithLogitsLossFlat(), cbs=kd)))
     assert 'soft_target' in w
-    assert 'BCEWithLogitsLoss: Logits fits it' in w
+    assert 'BCEWithLogitsLoss: use Logits or MultiLabel' in w
 
 # ---- nothing stays after a fit
 
@@ -590,7 +590,7 @@ BAD_ARGUMENTS = {
 }
 
 BAD_TRAININGS = {
-    'picks no tensor':       (kd(FitNet, ('0', lambda o: None)), TypeError, 'puts out no tensor but NoneType'),
+    'picks no tensor':       (kd(FitNet, ('0', lambda o: None)), TypeError, 'returns NoneType, not a tensor'),
     'picks what is not there': (kd(FitNet, ('0', lambda o: o['x'])), ValueError, 'has no item'),
     'student layer':         (kd(Attention, [('9','0')]), ValueError, "student: No layer '9'"),
     'itself':                ('itself', ValueError, 'share 11 of their layers'),
@@ -610,7 +610,7 @@ BAD_TRAININGS = {
     'detached':              (kd(detached, '1'), ValueError, 'gives the student no gradient'),
     'indices of mixed':      ('mixed', ValueError,
         'indexed needs idx: A sample that MixUp mixed of two has no position'),
-    'indices elsewhere':     ('elsewhere', ValueError, 'The samples of a DataLoader have no positions'),
+    'indices elsewhere':     ('elsewhere', ValueError, 'got DataLoader: its samples have no positions'),
     'adapt too many':        (kd(FitNet, '1', adapt=['auto','auto']), ValueError,
         'for each of 1 pairs of layers, got 2'),
     'adapt none too many':   (kd(FitNet, ['0','1'], adapt=nn.Conv2d(4,4,1)), ValueError,
@@ -686,7 +686,7 @@ def test_a_model_compiled_and_run_before_is_an_error(teacher):
     model = torch.compile(small_net(4), backend='eager')
     learn = learner(model=model)
     for mode in (False,True): model.train(mode); model(torch.rand(20,1,8,8))
-    with pytest.raises(RuntimeError, match=r"'1' put nothing out.*torch._dynamo.reset\(\)"):
+    with pytest.raises(RuntimeError, match=r"'1' did not run in this forward.*torch._dynamo.reset\(\)"):
         fit(learn, cbs=KD(teacher, FitNet, '1'))
     torch._dynamo.reset()
     a = fit(learner(model=torch.compile(small_net(4), backend='eager')), cbs=KD(teacher, FitNet, '1'))

@@ -80,7 +80,7 @@ def test_early_exit_changes_no_number(name):
     values_,w_,ends_ = watched(f, False, layers)
     assert values==values_ and torch.equal(w, w_)
     assert ends_==10
-    assert exits is None or ends==(3 if exits else 10)  # the first batch, for losses that are built to its measure, and the one in each epoch that shows the way
+    assert exits is None or ends==(2 if exits else 10)  # the first batch of each epoch shows in which order the layers run
 
 def test_early_exit_keeps_the_errors():
     "A layer that is called twice, not at all or overwritten is refused all the same"
@@ -149,13 +149,13 @@ def asked(t):
 
 def test_a_later_look_gives_the_same_columns(monkeypatch):
     now = cached_fit(net(8))
-    monkeypatch.setattr('kd_fastai.callback._between_looks', lambda device: 3)  # of seven steps
+    monkeypatch.setattr('kd_fastai.columns.flush_interval', lambda device: 3)  # of seven steps
     assert (values(cached_fit(net(8)))==values(now)).all()
 
 @pytest.mark.parametrize('bad', [1,4,6])
 def test_a_later_look_names_the_first_bad_step(monkeypatch, bad):
     "before the validation that follows"
-    monkeypatch.setattr('kd_fastai.callback._between_looks', lambda device: 50)
+    monkeypatch.setattr('kd_fastai.columns.flush_interval', lambda device: 50)
     calls,validated = [],[]
     def breaks(pred): calls.append(1); return pred.mean()*(float('nan') if len(calls)>bad else 1.)
     class Seen(Callback):

@@ -11,7 +11,7 @@ from torch import nn
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, LongTensor, SGD, rank_distrib, set_seed
 from fastai.callback.all import GradientAccumulation, GradientClip
 from kd_fastai.all import *
-from kd_fastai.demo import _Digits, _Rows, digits, small_net
+from kd_fastai.demo import _Digits, _WholeBatchLoader, digits, small_net
 from support import KD, hooks, quiet
 
 pytest.importorskip('accelerate', reason='fastai trains in several processes by accelerate, which is not installed')
@@ -37,7 +37,7 @@ def data(joined):
     order = torch.arange(N)
     if joined: order = order.view(RANKS,-1,BS).transpose(0,1).flatten()
     ds = _Digits(x[order], y[order])
-    return DataLoaders(_Rows(ds, bs=BS*(RANKS if joined else 1)), _Rows(ds, bs=BS))
+    return DataLoaders(_WholeBatchLoader(ds, bs=BS*(RANKS if joined else 1)), _WholeBatchLoader(ds, bs=BS))
 
 def learner(joined, path='.', norm=False, model=None, **kwargs):
     layer = '2' if model is None else '4'
