@@ -36,7 +36,7 @@ from .inputs import as_plain_tensor
 from .teacher import Teacher, get_logits, shared_tensors
 from .views import BatchTracker, batch_positions
 
-# %% ../nbs/26_callback.ipynb #e04a2312
+# %% ../nbs/26_callback.ipynb #3a8f7b2b
 class FitState:
     "What exists only during a fit"
     def __init__(self,
@@ -84,7 +84,7 @@ class FirstForward:
         finally:
             for h in handles: h.remove()
 
-# %% ../nbs/26_callback.ipynb #265aed7f
+# %% ../nbs/26_callback.ipynb #f0dd424d
 def loss_layout(
     loss_func:Callable # The loss function of a Learner
 )->tuple: # `(class axis, ignore_index)`, None for what is not known
@@ -478,7 +478,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
             try: yield
             finally: self.learn.metrics = metrics
 
-# %% ../nbs/26_callback.ipynb #b7ae5108
+# %% ../nbs/26_callback.ipynb #557ed818
 def stateful_modules(
     model:nn.Module # Any model
 )->set:
@@ -494,14 +494,14 @@ def is_elementwise(
     functions = (F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
     return isinstance(loss_func, modules) or loss_func in functions
 
-# %% ../nbs/26_callback.ipynb #2091d77b
+# %% ../nbs/26_callback.ipynb #865ceaba
 @patch
 def distill(self:Learner,
     teacher:nn.Module|Learner|str|Path|Teacher, # As in `KnowledgeDistillationCallback`
     loss:Callable|Term|list=SoftTarget, # As in `KnowledgeDistillationCallback`
     layers:str|list|dict|None=None,     # Layers to compare as well: names, tuples, or what `match_feature_layers` returns
-    features:Callable=Attention,        # The loss that compares them
-    weight:float|str='auto',            # Weight of bare losses and of `features`
+    features:Callable=Attention,        # The loss that compares them, with weight='auto'
+    weight:float|str='auto',            # Weight of bare losses
     **kwargs                            # For the callback: `task_weight`, `schedule`, ...
 )->Learner:
     "Attach a `KnowledgeDistillationCallback`, and remove an earlier one. Trains nothing; returns the Learner"
@@ -509,19 +509,20 @@ def distill(self:Learner,
     for k in kwargs:
         if k not in known: raise TypeError(f"distill has no argument {k!r}: parameters of a loss are given by Term(loss, {k}=...)")
     losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
-    if layers is not None: losses.append(Term(features, weight, layers=layers))
+    if layers is not None: losses.append(Term(features, 'auto', layers=layers))
     kd = KnowledgeDistillationCallback(teacher, losses, weight=weight, **kwargs)
     self.remove_cbs(L(kd_callbacks(self)))
     return self.add_cb(kd)
 
-# %% ../nbs/26_callback.ipynb #783688cd
+# %% ../nbs/26_callback.ipynb #b813113c
 def recorder_table(
     learn:Learner # A Learner that has trained
 )->pd.DataFrame|None: # None if the recorder has no values
     "What the recorder keeps of the last fit"
     recorder = getattr(learn, 'recorder', None)
-    if not getattr(recorder, 'values', None): return None
-    return pd.DataFrame(recorder.values, columns=recorder.metric_names[1:len(recorder.values[0])+1])
+    rows = [o for o in getattr(recorder, 'values', None) or [] if len(o)]  # epochs that `start_epoch` skips are empty
+    if not rows: return None
+    return pd.DataFrame(rows, columns=recorder.metric_names[1:len(rows[-1])+1])
 
 @patch
 def kd_history(self:Learner)->pd.DataFrame: # A row for each epoch

@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/objective.html.md"""
 __all__ = ['AUTO_RATIO', 'Batch', 'check_number', 'check_schedule', 'check_weight', 'Term', 'as_float32', 'autocast_off',
            'find_class_axis', 'Objective']
 
-# %% ../nbs/22_objective.ipynb #37dc38e2
+# %% ../nbs/22_objective.ipynb #1b1a03f6
 import copy, math, operator
 from contextlib import nullcontext
 from functools import partial, reduce
@@ -25,7 +25,7 @@ from .layers import layer_name, parse_layer_pairs, unique_names
 from .signature import accepted_kwargs, loss_args, loss_name, unwrap_loss
 from .inputs import as_plain_tensor
 
-# %% ../nbs/22_objective.ipynb #6bfa2636
+# %% ../nbs/22_objective.ipynb #56382fb3
 class Batch(NamedTuple):
     "The inputs of all losses for one batch: see `Objective.prepare`"
     pred:Tensor                   # Predictions of the student, `(B, C)` or `(B, C, *spatial)`
@@ -56,7 +56,7 @@ class Batch(NamedTuple):
         "Whether any position has a label"
         return self.mask is None or bool(self.mask.any())
 
-# %% ../nbs/22_objective.ipynb #151238f6
+# %% ../nbs/22_objective.ipynb #07f9ef16
 def check_number(
     x,        # A number
     what:str  # Its name in error messages
@@ -88,7 +88,7 @@ def check_weight(
     if isinstance(weight, str): raise TypeError(f"{what} must be a number or 'auto', got {weight!r} (str)")
     return check_number(weight, what)
 
-# %% ../nbs/22_objective.ipynb #d0936576
+# %% ../nbs/22_objective.ipynb #bab3a17d
 class Term:
     """One part of the objective: `weight * schedule(progress) * loss`.
 
@@ -202,7 +202,7 @@ class Term:
         if pairs: res += f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in pairs)}"
         return res if self.adapt is None else res+', adapted'
 
-# %% ../nbs/22_objective.ipynb #cee9ed16
+# %% ../nbs/22_objective.ipynb #542b6603
 def as_float32(
     t # A tensor, or anything else
 ):
@@ -225,7 +225,7 @@ def find_class_axis(
     shape = getattr(target, 'shape', None)
     return -1 if shape==pred.shape[:-1]!=pred[:,0].shape else 1
 
-# %% ../nbs/22_objective.ipynb #97f94d4a
+# %% ../nbs/22_objective.ipynb #f6da5123
 AUTO_RATIO = 1.  # norm of a term's gradient in units of the task loss's, for weight='auto'
 
 class Objective:
@@ -312,9 +312,9 @@ class Objective:
                 "a student with other layers needs a callback of its own")
 
     def state_dict(self)->dict:
-        "Weights that losses own and weights that were found, by the names of the terms"
+        "Weights that losses own, weights that were found and running sizes for `balance`, by the names of the terms"
         losses = {o.name: o.module.state_dict() for o in self.terms if o.module is not None}
-        return {'losses': losses, 'found_weights': dict(self.found_weights)}
+        return {'losses': losses, 'found_weights': dict(self.found_weights), 'magnitudes': dict(self.magnitudes)}
 
     def load_state_dict(self,
         state:dict # From `state_dict`
@@ -327,7 +327,7 @@ class Objective:
             try: m.load_state_dict(state['losses'][name])
             except RuntimeError as e: raise ValueError(
                 f"The saved weights of {name} do not fit: they were saved with other layers or another adapt. {e}") from None
-        self.found_weights = dict(state['found_weights'])
+        self.found_weights,self.magnitudes = dict(state['found_weights']),dict(state['magnitudes'])
 
     def prepare(self,
         pred:Tensor,                # Predictions of the student

@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/owned.html.md"""
 __all__ = ['SIDECAR_FORMAT', 'tensors_of', 'OwnedWeights', 'sidecar_path', 'file_digest', 'read_sidecar', 'save_sidecar',
            'load_sidecar']
 
-# %% ../nbs/25_owned.ipynb #daf56b4f
+# %% ../nbs/25_owned.ipynb #f04b089a
 import copy, hashlib, warnings
 from pathlib import Path
 import torch
@@ -17,7 +17,7 @@ from fastai.basics import Learner, join_path_file
 from fastai.callback.schedule import LRFinder
 from .fastai_internals import ExtraParams, all_reduce_grads, broadcast_from_rank0, extra_parameters, is_distributed
 
-# %% ../nbs/25_owned.ipynb #edd868e2
+# %% ../nbs/25_owned.ipynb #69ad2c33
 def tensors_of(
     state # A state dict, nested or not
 )->list:
@@ -87,11 +87,12 @@ class OwnedWeights:
         self.pending = None if self.source.built else state
         if not self.source.built: return
         self.source.load_state_dict(state['source'])
+        if not self.params: self.extra.params = [*self.source.parameters()]
         def on_device(s, p): return {k: v.to(p.device) if isinstance(v, Tensor) and v.shape==p.shape else v for k,v in s.items()}
         if len(state['optimizer'])==len(self.params):
             self.extra.states = [[on_device(s, p) for s in states] for states,p in zip(state['optimizer'], self.params)]
 
-# %% ../nbs/25_owned.ipynb #0698f06e
+# %% ../nbs/25_owned.ipynb #6210174a
 SIDECAR_FORMAT = 'kd_fastai 1'
 
 def sidecar_path(

@@ -154,6 +154,6 @@ def test_apart_means_apart(ranks):
     assert not torch.equal(a, b)
 
 def test_one_process_saves_and_all_load(ranks):
-    assert ranks[0]['files']==['m.losses.pth','m.pth']
+    assert ranks[0]['files']==['m.kd.pth','m.pth']
     for o in ranks:
         for k in ('student','owned'): torch.testing.assert_close(o['loaded'][k], o['went on'][k], rtol=0, atol=0)

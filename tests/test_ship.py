@@ -75,7 +75,7 @@ def test_a_student_is_not_resumed_without_what_its_losses_own(tmp_path):
     half = make()
     half.fit_one_cycle(4, 1e-2, cbs=Interrupt(2))
     for remove in (False, True):
-        if remove: (tmp_path/'models/half.losses.pth').unlink()
+        if remove: (tmp_path/'models/half.kd.pth').unlink()
         learn = make()
         learn.load('half')
         set_random_states(**half.states[0])
