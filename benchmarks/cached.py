@@ -20,7 +20,8 @@ class Augment(Transform):
     def encodes(self, x:Tensor):
         if x.ndim<4: return x
         flips,moves = torch.rand(len(x))<0.5,torch.randint(9, (len(x),2)).tolist()
-        x = torch.nn.functional.pad(torch.where(flips[:,None,None,None].to(x.device), x.flip(-1), x), (4,)*4, mode='reflect')
+        x = torch.nn.functional.pad(torch.where(flips[:,None,None,None].to(x.device), x.flip(-1), x), (4,)*4,
+                                    mode='reflect')
         return torch.stack([o[:,i:i+32,j:j+32] for o,(i,j) in zip(x, moves)])
 
 class _Rows(TfmdDL):
@@ -48,7 +49,8 @@ def epochs(rounds, device, K=2):
     teacher = step.large()[0].to(device)
     with tempfile.TemporaryDirectory() as d:
         CachedTeacher(teacher, d, views=K).fill(data(device=device), bar=False)
-        teachers = {'no teacher': None, 'live teacher': teacher, f'{K} views': CachedTeacher(teacher, d, views=K), 'stored': StoredTeacher(d)}
+        teachers = {'no teacher': None, 'live teacher': teacher, f'{K} views': CachedTeacher(teacher, d, views=K),
+                    'stored': StoredTeacher(d)}
         learners = {n: learner(data(device=device), t) for n,t in teachers.items()}
         times = take_turns({n: lambda o=o: o.fit(1) for n,o in learners.items()}, rounds, 1)
     rows = []
@@ -67,14 +69,18 @@ def sweep(students=10, n=256, n_epochs=3):
             CachedTeacher(teacher, d, views=1).fill(data(n), bar=False)
             for _ in range(students): learner(data(n), StoredTeacher(d)).fit(n_epochs)
     times = take_turns({'live': live, 'cached': cached}, 2, 0)
-    return [{'sweep of ten': k, 's': ms(v)/1000} for k,v in times.items()],[target('sweep of ten students, cached to live', ratio(times, 'cached', 'live')[0], 0.6)]
+    return ([{'sweep of ten': k, 's': ms(v)/1000} for k,v in times.items()],
+            [target('sweep of ten students, cached to live', ratio(times, 'cached', 'live')[0], 0.6)])
 
 def fast(rounds):
     "A step with fast copies of the teacher, to the loop by hand with the teacher itself"
     teacher,student,x,y = step.large()
-    copies = {'float32, folded, channels last': fast_copy(teacher, x), 'bfloat16, folded, channels last': fast_copy(teacher, x, dtype=torch.bfloat16)}
-    ways = {'by hand': step.by_hand(teacher, student, x, y), 'live teacher': step.fastai_step(student, x, y, [KnowledgeDistillationCallback(teacher, SoftTarget)])}
-    ways.update({n: step.fastai_step(student, x, y, [KnowledgeDistillationCallback(t, SoftTarget)]) for n,t in copies.items()})
+    copies = {'float32, folded, channels last': fast_copy(teacher, x),
+              'bfloat16, folded, channels last': fast_copy(teacher, x, dtype=torch.bfloat16)}
+    ways = {'by hand': step.by_hand(teacher, student, x, y),
+            'live teacher': step.fastai_step(student, x, y, [KnowledgeDistillationCallback(teacher, SoftTarget)])}
+    ways.update({n: step.fastai_step(student, x, y, [KnowledgeDistillationCallback(t, SoftTarget)])
+                 for n,t in copies.items()})
     times,rows = take_turns(ways, rounds),[]
     for n in ways:
         mid,low,high = ratio(times, n, 'by hand')
@@ -86,17 +92,23 @@ def memory():
     "MiB at most in a step, without a teacher and with stored answers"
     teacher,student,x,y = step.large()
     with torch.no_grad(): answers = teacher(x)
-    ways = {'no teacher': step.fastai_step(student, x, y), 'stored answers': step.fastai_step(student, x, y, [KnowledgeDistillationCallback(StoredTeacher(answers), SoftTarget)]),
+    ways = {'no teacher': step.fastai_step(student, x, y),
+            'stored answers': step.fastai_step(student, x, y,
+                                               [KnowledgeDistillationCallback(StoredTeacher(answers), SoftTarget)]),
             'live teacher': step.fastai_step(student, x, y, [KnowledgeDistillationCallback(teacher, SoftTarget)])}
     for f in ways.values(): f()
     mib = {n: peak_mib(f) for n,f in ways.items()}
-    return [{'step with': n, 'MiB at most': v} for n,v in mib.items()],[target('memory of a step with stored answers to no teacher', mib['stored answers']/mib['no teacher'], 1.02)]
+    return ([{'step with': n, 'MiB at most': v} for n,v in mib.items()],
+            [target('memory of a step with stored answers to no teacher', mib['stored answers']/mib['no teacher'],
+                    1.02)])
 
 def main(rounds=15, device='cpu'):
     "Measure, write the tables, and give the targets"
     targets = []
-    for name,(rows,ts),said in (('cached_epoch', epochs(rounds, device), 'An epoch on augmented data, all ways taking turns.'),
-            ('cached_sweep', sweep(), 'Ten students, three epochs each.'), ('fast_teacher', fast(2*rounds), 'A step with a faster copy of the teacher.'),
+    for name,(rows,ts),said in (('cached_epoch', epochs(rounds, device),
+                                 'An epoch on augmented data, all ways taking turns.'),
+            ('cached_sweep', sweep(), 'Ten students, three epochs each.'),
+            ('fast_teacher', fast(2*rounds), 'A step with a faster copy of the teacher.'),
             ('cached_memory', memory(), 'Memory of a step, without the weights.')):
         write(name, rows, said)
         targets += ts

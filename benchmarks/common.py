@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 TABLES = Path(__file__).parent/'tables'
 
 def take_turns(ways, rounds, warm=3):
-    "Seconds that each of `{name: function}` takes, in every round: `{name: [seconds]}`. The order turns from round to round"
+    """Seconds that each of `{name: function}` takes, in every round: `{name: [seconds]}`. The order turns from
+    round to round"""
     names,times = [*ways],{n:[] for n in ways}
     for n in names:
         for _ in range(warm): ways[n]()
@@ -49,7 +50,8 @@ def saved_mib(f, known=()):
     "MiB that one call keeps for its backward, each storage once, without those of `known` tensors"
     skip,seen = {t.untyped_storage()._cdata for t in known},{}
     def pack(t):
-        if (key := t.untyped_storage()._cdata) not in skip: seen[key] = t.untyped_storage().nbytes(),t.detach()  # held, so that no storage comes twice
+        # held, so that no storage comes twice
+        if (key := t.untyped_storage()._cdata) not in skip: seen[key] = t.untyped_storage().nbytes(),t.detach()
         return t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): f()
     return sum(n for n,_ in seen.values())/2**20
@@ -67,7 +69,8 @@ def where():
     names = ', '.join(map(_version, ('torch','fastai','fasterai','torchdistill')))
     return f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} used; {platform.system()}, Python {platform.python_version()}, {names}; {datetime.date.today()}"
 
-def shown(v): return f'{v:.3g}' if isinstance(v, float) and abs(v)<100 else f'{v:.0f}' if isinstance(v, float) else str(v)
+def shown(v):
+    return f'{v:.3g}' if isinstance(v, float) and abs(v)<100 else f'{v:.0f}' if isinstance(v, float) else str(v)
 
 def write(name, rows, said):
     "A table of dicts as `tables/name.csv` and `tables/name.md`"

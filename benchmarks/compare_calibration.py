@@ -20,12 +20,14 @@ LEVEL = 0.95
 
 def verdicts(scores):
     "Verdicts of all columns but the first against it"
-    return [paired_interval(scores[w]-scores.iloc[:,0], LEVEL, scores.shape[1]-1)['verdict'] for w in scores.columns[1:]]
+    return [paired_interval(scores[w]-scores.iloc[:,0], LEVEL, scores.shape[1]-1)['verdict']
+            for w in scores.columns[1:]]
 
 def rates(task, draw, seeds, ways, draws):
     "A row of the table: shares of comparisons with a false verdict"
     said = [verdicts(draw()) for _ in range(draws)]
-    return dict(task=task, seeds=seeds, ways=ways, comparisons=draws, false_better=np.mean(['better' in o for o in said]),
+    return dict(task=task, seeds=seeds, ways=ways, comparisons=draws,
+                false_better=np.mean(['better' in o for o in said]),
                 false_verdict=np.mean([{*o}!={'undecided'} for o in said]), at_most=round(1-LEVEL, 4))
 
 def simulated(g, seeds, ways, shared=0.02, own=0.01):
@@ -38,7 +40,8 @@ class OtherOrder(Callback):
     def __init__(self, offset): self.offset = offset
     def before_fit(self): self.dls.train.rng.seed(1000*self.offset+self.dls.train.rng.randrange(10**6))
 
-def make_learner(seed): return Learner(digits(100, seed), small_net(4), lr=3e-2, metrics=accuracy, loss_func=CrossEntropyLossFlat())
+def make_learner(seed):
+    return Learner(digits(100, seed), small_net(4), lr=3e-2, metrics=accuracy, loss_func=CrossEntropyLossFlat())
 
 def noise(learn):
     "A teacher that knows nothing, too light to harm, and another order of batches"
@@ -56,8 +59,10 @@ def main():
     if a.quick: a.draws,a.pool,a.out = 20,6,Path('compare_calibration_quick.csv')
     torch.set_num_threads(1)
     g = np.random.default_rng(0)
-    rows = [rates('simulated', lambda n=n, w=w: simulated(g, n, w), n, w, a.draws) for n,w in ((3,1), (5,1), (5,3), (5,10), (10,3))]
-    ways = {'alone': None, 'order 1': lambda learn: OtherOrder(1), 'order 2': lambda learn: OtherOrder(2), 'noise teacher': noise}
+    rows = [rates('simulated', lambda n=n, w=w: simulated(g, n, w), n, w, a.draws)
+            for n,w in ((3,1), (5,1), (5,3), (5,10), (10,3))]
+    ways = {'alone': None, 'order 1': lambda learn: OtherOrder(1), 'order 2': lambda learn: OtherOrder(2),
+            'noise teacher': noise}
     runs = kd_compare(make_learner, ways, a.pool, epochs=8, rounds=0, csv=a.runs).runs
     pool = runs.pivot(index='seed', columns='way', values='accuracy')[[*ways]]
     rows.append(rates('real digits', lambda: pool.sample(5, random_state=g), 5, 3, a.draws))

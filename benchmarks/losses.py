@@ -21,8 +21,11 @@ LOSSES['RKD angle'] = partial(relation.RKD, distance=0.)
 
 def inputs(name, B, C):
     "Arguments of one loss"
-    def feat(): return {'a': torch.randn(B, C, 8, 8), 'b': torch.randn(B, C, 8, 8)} if name in ('FSP','IRG') else {'a': torch.randn(B, C)} if name in EMBEDDINGS else {'a': torch.randn(B, C, 8, 8)}
-    x = dict(pred=torch.randn(B, CLASSES), teacher_pred=torch.randn(B, CLASSES), fm_s=feat(), fm_t=feat(), target=torch.randint(CLASSES, (B,)))
+    def feat():
+        return ({'a': torch.randn(B, C, 8, 8), 'b': torch.randn(B, C, 8, 8)} if name in ('FSP','IRG')
+                else {'a': torch.randn(B, C)} if name in EMBEDDINGS else {'a': torch.randn(B, C, 8, 8)})
+    x = dict(pred=torch.randn(B, CLASSES), teacher_pred=torch.randn(B, CLASSES), fm_s=feat(), fm_t=feat(),
+             target=torch.randint(CLASSES, (B,)))
     if name=='BoundedRegression': x['target'] = torch.randn(B, CLASSES)
     return {k:v for k,v in x.items() if k in loss_args(LOSSES[name]).accepted}
 
@@ -34,12 +37,17 @@ def io(v, kind='output'): return {k: {kind: t} for k,t in v.items()} if isinstan
 def on(make, s='fm_s', t='fm_t'):
     def _(x): loss = make(); return lambda: loss(io(x[s]), io(x[t]))
     return _
-def both_ends(*a): return dict(zip(('student_module_path','student_module_io','teacher_module_path','teacher_module_io'), a or ('a','output','a','output')))
+def both_ends(*a):
+    return dict(zip(('student_module_path','student_module_io','teacher_module_path','teacher_module_io'),
+                    a or ('a','output','a','output')))
 def pairs(**kw): return {'p': dict(teacher=dict(io='output', path='a'), student=dict(io='output', path='a'), **kw)}
-def hcl(x): loss = td.HierarchicalContextLoss(**both_ends()); return lambda: loss({'a': {'output': (x['fm_s']['a'], None)}}, io(x['fm_t']))
+def hcl(x):
+    loss = td.HierarchicalContextLoss(**both_ends())
+    return lambda: loss({'a': {'output': (x['fm_s']['a'], None)}}, io(x['fm_t']))
 def srd(x):
     loss = td.SRDLoss('a','output','a','output','z','output','z','output', exponent=4.)
-    return lambda: loss({**io(x['fm_s']), 'z': {'output': x['pred']}}, {**io(x['fm_t']), 'z': {'output': x['teacher_pred']}})
+    return lambda: loss({**io(x['fm_s']), 'z': {'output': x['pred']}},
+                        {**io(x['fm_t']), 'z': {'output': x['teacher_pred']}})
 def nst(x):
     def k(a, b): return (a[:,:,None]*b[:,None]).sum(-1).pow(2).mean()
     def unit(f): return F.normalize(f.flatten(2), dim=2)
@@ -47,11 +55,13 @@ def nst(x):
         s,t = unit(x['fm_s']['a']),unit(x['fm_t']['a'])
         return k(t, t).detach()+k(s, s)-2*k(s, t)
     return _
-FSP_ENDS = {f'{who}_{n}': dict(io='output', path=p) for who in ('student','teacher') for n,p in (('first','a'),('second','b'))}
-PEERS = {'NST': nst} if td is None else {'NST': nst, 'HCL': hcl, 'SRD': srd,
+FSP_ENDS = {f'{who}_{n}': dict(io='output', path=p) for who in ('student','teacher')
+            for n,p in (('first','a'),('second','b'))}
+PEERS = ({'NST': nst} if td is None else {'NST': nst, 'HCL': hcl, 'SRD': srd,
     'SoftTarget': on(lambda: td.KDLoss(**both_ends(), temperature=5., alpha=0., beta=1.), 'pred', 'teacher_pred'),
     'DIST': on(lambda: td.DISTLoss(**both_ends()), 'pred', 'teacher_pred'),
-    'Attention': on(lambda: td.ATLoss(pairs(factor=1))), 'AttentionNorm': on(lambda: td.ATLoss(pairs(factor=1), mode='paper')),
+    'Attention': on(lambda: td.ATLoss(pairs(factor=1))),
+    'AttentionNorm': on(lambda: td.ATLoss(pairs(factor=1), mode='paper')),
     'ActivationBoundaries': on(lambda: td.AltActTransferLoss(pairs(factor=1), margin=2, reduction='mean')),
     'FSP': on(lambda: td.FSPLoss({'p': dict(FSP_ENDS, weight=1)})),
     'FactorTransfer': on(lambda: td.FTLoss(paraphraser_path='a', translator_path='a')),
@@ -61,11 +71,14 @@ PEERS = {'NST': nst} if td is None else {'NST': nst, 'HCL': hcl, 'SRD': srd,
     'PKT': on(lambda: td.PKTLoss('a', 'output', 'a', 'output')),
     'RKD': on(lambda: td.RKDLoss('a', 'a', dist_factor=25., angle_factor=50., reduction='mean')),
     'RKD angle': on(lambda: td.RKDLoss('a', 'a', dist_factor=0., angle_factor=50., reduction='mean')),
-    'CorrelationCongruence': on(lambda: td.CCKDLoss('a', 'a', dict(type='gaussian', gamma=.4, max_p=2), reduction='batchmean')),
+    'CorrelationCongruence': on(lambda: td.CCKDLoss('a', 'a', dict(type='gaussian', gamma=.4, max_p=2),
+                                                    reduction='batchmean')),
     'ICKD': on(lambda: td.ChSimLoss(pairs(weight=1))),
-}
+})
 LIKE_PEER = {'CorrelationCongruence': dict(normalize=False)}  # where our default does more than the peer does
-def largest(name, B, C): return 4*{'NST': B*C*C*64, 'Affinity': B*C*64*64, 'RKD': B*B*max(B, C), 'RKD angle': B*B*max(B, C)}.get(name, B*C*64)
+def largest(name, B, C):
+    return (4*{'NST': B*C*C*64, 'Affinity': B*C*64*64, 'RKD': B*B*max(B, C),
+               'RKD angle': B*B*max(B, C)}.get(name, B*C*64))
 
 # --- measuring
 
@@ -82,7 +95,9 @@ def measure(name, B, C, seconds):
     start = time.perf_counter(); [f() for f in steps.values()]; once = time.perf_counter()-start
     times = take_turns(steps, max(3 if once>1 else 7, min(300, int(seconds/once))), warm=1)
     row = {'loss': name, 'B': B, 'C': C, 'ms': ms(times['ours']), 'MiB': peak_mib(steps['ours'])}
-    if 'peer' in fs: row.update({'peer ms': ms(times['peer']), 'peer MiB': peak_mib(steps['peer']), 'time to peer': ratio(times, 'ours', 'peer')[0]})
+    if 'peer' in fs:
+        row.update({'peer ms': ms(times['peer']), 'peer MiB': peak_mib(steps['peer']),
+                    'time to peer': ratio(times, 'ours', 'peer')[0]})
     return row
 
 def limits(row):
@@ -93,17 +108,20 @@ def limits(row):
 
 def main(seconds=0.7, batch=(64,256), channels=(256,512), only=None):
     "Measure, write the table, and give the targets"
-    rows = [measure(name, B, C, seconds) for name in only or LOSSES for B in batch for C in (channels if 'fm_s' in loss_args(LOSSES[name]).accepted else [CLASSES])]
+    rows = [measure(name, B, C, seconds) for name in only or LOSSES for B in batch
+            for C in (channels if 'fm_s' in loss_args(LOSSES[name]).accepted else [CLASSES])]
     write('losses', rows, "Every loss, forward and backward, beside its peer's form. A ratio below 1: ours is quicker.")
     def targets(r):
         where = f"{r['loss']} B{r['B']} C{r['C']}"
-        return [target(f'{where}: time to peer', r['time to peer'], limits(r)[0]), target(f'{where}: memory to peer', r['MiB']/r['peer MiB'], limits(r)[1])]
+        return [target(f'{where}: time to peer', r['time to peer'], limits(r)[0]),
+                target(f'{where}: memory to peer', r['MiB']/r['peer MiB'], limits(r)[1])]
     return [t for r in rows if 'peer ms' in r for t in targets(r)]
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--seconds', type=float, default=0.7)
-    p.add_argument('--batch', type=int, nargs='+', default=[64,256]); p.add_argument('--channels', type=int, nargs='+', default=[256,512])
+    p.add_argument('--batch', type=int, nargs='+', default=[64,256])
+    p.add_argument('--channels', type=int, nargs='+', default=[256,512])
     p.add_argument('--only', nargs='*', choices=LOSSES)
     torch.set_num_threads(1)
     write('targets.losses', main(**vars(p.parse_args())), 'Targets')

@@ -11,25 +11,35 @@ from kd_fastai.all import Attention, CachedTeacher, KnowledgeDistillationCallbac
 from common import ms, peak_mib, take_turns, write
 from step import conv, fastai_step
 
-def net(channels, classes): return nn.Sequential(conv(3, channels), *(conv(channels, channels) for _ in range(3)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+def net(channels, classes):
+    return nn.Sequential(conv(3, channels), *(conv(channels, channels) for _ in range(3)), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(channels, classes))
 
 def measure(batch=32, layers=1, channels=64, classes=100, topk=None, rounds=7):
     "A step's milliseconds and MiB, by part and by way"
     set_seed(0)
-    teacher,student,x,y = net(channels, classes).eval(),net(channels, classes),torch.randn(batch,3,32,32),torch.randint(classes, (batch,))
-    def kd(t): return fastai_step(student, x, y, [KnowledgeDistillationCallback(t, [SoftTarget, *[Term(Attention, 100.)]*bool(layers)], [str(i) for i in range(layers)] or None)])
+    teacher,student,x,y = (net(channels, classes).eval(),net(channels, classes),torch.randn(batch,3,32,32),
+                           torch.randint(classes, (batch,)))
+    def kd(t):
+        return fastai_step(student, x, y,
+                           [KnowledgeDistillationCallback(t, [SoftTarget, *[Term(Attention, 100.)]*bool(layers)],
+                                                          [str(i) for i in range(layers)] or None)])
     def ask():
         with torch.no_grad(): teacher(x)
-    fs = {'student alone': fastai_step(student, x, y), 'teacher forward': ask, 'distilled': kd(teacher), 'distilled, cached': kd(CachedTeacher(teacher, topk=topk))}
+    fs = {'student alone': fastai_step(student, x, y), 'teacher forward': ask, 'distilled': kd(teacher),
+          'distilled, cached': kd(CachedTeacher(teacher, topk=topk))}
     times = take_turns(fs, rounds, warm=2)
-    return {**{f'ms {n}': ms(t) for n,t in times.items()}, **{f'MiB {n}': peak_mib(fs[n]) for n in ('student alone','distilled','distilled, cached')}}
+    return {**{f'ms {n}': ms(t) for n,t in times.items()},
+            **{f'MiB {n}': peak_mib(fs[n]) for n in ('student alone','distilled','distilled, cached')}}
 
 GROWTH = dict(batch=[8,32,128], layers=[0,1,2,3], channels=[16,64,128,256], classes=[10,1000,10000,100000])
 
 def main(rounds=7):
     "Measure, and write the table"
-    def row(what, n): return {'grows': what, 'to': n, **measure(**{what: n}, topk=5 if what=='classes' else None, rounds=rounds)}
-    write('scale', [row(what, n) for what,ns in GROWTH.items() for n in ns], 'What a step costs as one thing grows. Where classes grow, the cache keeps the 5 likeliest of them.')
+    def row(what, n):
+        return {'grows': what, 'to': n, **measure(**{what: n}, topk=5 if what=='classes' else None, rounds=rounds)}
+    write('scale', [row(what, n) for what,ns in GROWTH.items() for n in ns],
+          'What a step costs as one thing grows. Where classes grow, the cache keeps the 5 likeliest of them.')
     return []
 
 if __name__=='__main__':

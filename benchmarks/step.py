@@ -15,7 +15,8 @@ from fastai.callback.progress import ProgressCallback
 from kd_fastai.all import Attention, CachedTeacher, KnowledgeDistillationCallback, SoftTarget
 from kd_fastai.demo import small_net
 from common import ms, peak_mib, ratio, saved_mib, take_turns, target, write
-try: from fasterai.distill.all import KnowledgeDistillationCallback as FasteraiCallback, SoftTarget as FasteraiSoftTarget
+try:
+    from fasterai.distill.all import KnowledgeDistillationCallback as FasteraiCallback, SoftTarget as FasteraiSoftTarget
 except ImportError: FasteraiCallback = None
 try: from torchdistill.core.distillation import DistillationBox
 except ImportError: DistillationBox = None
@@ -24,7 +25,8 @@ logging.disable(logging.INFO)
 def conv(ni, nf): return nn.Sequential(nn.Conv2d(ni, nf, 3, 2, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU())
 def stages(width):
     "Maps of 16x16 to 2x2, twice as many channels each"
-    return nn.Sequential(conv(3, width), conv(width, 2*width), conv(2*width, 4*width), conv(4*width, 8*width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8*width, 100))
+    return nn.Sequential(conv(3, width), conv(width, 2*width), conv(2*width, 4*width), conv(4*width, 8*width),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8*width, 100))
 def large():
     "A resnet18 teaches a network of four stages, 64 images of 32x32"
     return resnet18(num_classes=100).eval(),stages(16),torch.randn(64,3,32,32),torch.randint(100, (64,))
@@ -45,7 +47,8 @@ class _Whole(DataLoader):
 def fastai_step(student, x, y, cbs=()):
     "One batch of a Learner that is in the middle of a fit"
     dl = _Whole(_Same(x, y), bs=len(x))
-    learn = Learner(DataLoaders(dl, dl), deepcopy(student), loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=1e-3, cbs=cbs)
+    learn = Learner(DataLoaders(dl, dl), deepcopy(student), loss_func=CrossEntropyLossFlat(),
+                    opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=1e-3, cbs=cbs)
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
     learn.create_opt(); learn.opt.set_hyper('lr', 1e-3)
@@ -69,8 +72,10 @@ def by_hand(teacher, student, x, y):
 
 def torchdistill_box(teacher, student, x, y):
     def ends(who): return {'forward_proc': 'forward_batch_only', 'requires_grad': who=='student'}
-    kd = dict(key='KDLoss', kwargs=dict(student_module_path='.', student_module_io='output', teacher_module_path='.', teacher_module_io='output', temperature=5., alpha=0.5))
-    config = dict(num_epochs=1, teacher=ends('teacher'), student=ends('student'), optimizer=dict(key='SGD', kwargs=dict(lr=1e-3)),
+    kd = dict(key='KDLoss', kwargs=dict(student_module_path='.', student_module_io='output', teacher_module_path='.',
+                                        teacher_module_io='output', temperature=5., alpha=0.5))
+    config = dict(num_epochs=1, teacher=ends('teacher'), student=ends('student'),
+                  optimizer=dict(key='SGD', kwargs=dict(lr=1e-3)),
                   criterion=dict(key='WeightedSumLoss', kwargs=dict(sub_terms=dict(kd=dict(criterion=kd, weight=1.)))))
     box = DistillationBox(deepcopy(teacher), deepcopy(student), {}, config, torch.device('cpu'), None, False, 1.)
     box.teacher_model.eval(); box.student_model.train()
@@ -95,10 +100,13 @@ class Constant(Callback):
 def ways(teacher, student, x, y):
     def kd(t): return [KnowledgeDistillationCallback(t, SoftTarget, weight=0.5)]
     with torch.no_grad(): answer = teacher(x)
-    res = {'by hand': by_hand(teacher, student, x, y), 'fastai, no teacher': fastai_step(student, x, y), 'teacher and loss': teacher_and_loss(teacher, student, x, y),
-           'kd_fastai': fastai_step(student, x, y, kd(teacher)), 'kd_fastai, cached': fastai_step(student, x, y, kd(CachedTeacher(teacher))),
+    res = {'by hand': by_hand(teacher, student, x, y), 'fastai, no teacher': fastai_step(student, x, y),
+           'teacher and loss': teacher_and_loss(teacher, student, x, y),
+           'kd_fastai': fastai_step(student, x, y, kd(teacher)),
+           'kd_fastai, cached': fastai_step(student, x, y, kd(CachedTeacher(teacher))),
            'fastai, constant answers': fastai_step(student, x, y, [Constant(answer)])}
-    if FasteraiCallback: res['fasterai'] = fastai_step(student, x, y, [FasteraiCallback(deepcopy(teacher), FasteraiSoftTarget)])
+    if FasteraiCallback:
+        res['fasterai'] = fastai_step(student, x, y, [FasteraiCallback(deepcopy(teacher), FasteraiSoftTarget)])
     if DistillationBox:  res['torchdistill'] = torchdistill_box(teacher, student, x, y)
     return res
 
@@ -113,19 +121,23 @@ def measure(size, rounds):
     for n,f in fs.items():
         mid,low,high = ratio(times, n, 'by hand')
         saved[n] = saved_mib(f, known)
-        rows.append({'size': size.__name__, 'way': n, 'ms': ms(times[n]), 'to by hand': mid, 'quartile 1': low, 'quartile 3': high, 'MiB saved for backward': saved[n], 'MiB at most': peak_mib(f)})
+        rows.append({'size': size.__name__, 'way': n, 'ms': ms(times[n]), 'to by hand': mid, 'quartile 1': low,
+                     'quartile 3': high, 'MiB saved for backward': saved[n], 'MiB at most': peak_mib(f)})
     return rows,times,saved
 
 def early_exit(rounds):
-    "Rows for features of one layer, with the exit and without. The student is narrow: the smaller it is, the more of a step is the teacher's"
+    """Rows for features of one layer, with the exit and without. The student is narrow: the smaller it is, the more
+    of a step is the teacher's"""
     set_seed(0)
     teacher,_,x,y = large()
     student,pairs = stages(8),[(str(i), f'layer{i}') for i in (1,2,3)]
-    def step(pair, exit): return fastai_step(student, x, y, [KnowledgeDistillationCallback(teacher, Attention, [pair], early_exit=exit)])
+    def step(pair, exit):
+        return fastai_step(student, x, y, [KnowledgeDistillationCallback(teacher, Attention, [pair], early_exit=exit)])
     times,rows = take_turns({(p,e): step(p, e) for p in pairs for e in (True,False)}, rounds),[]
     for p in pairs:
         mid,low,high = ratio(times, (p,True), (p,False))
-        rows.append({'layer': p[1], 'ms to its end': ms(times[p,False]), 'ms with exit': ms(times[p,True]), 'ratio': mid, 'quartile 1': low, 'quartile 3': high})
+        rows.append({'layer': p[1], 'ms to its end': ms(times[p,False]), 'ms with exit': ms(times[p,True]),
+                     'ratio': mid, 'quartile 1': low, 'quartile 3': high})
     return rows
 
 def main(rounds=40):
@@ -137,15 +149,23 @@ def main(rounds=40):
         if size is large:
             T += [target('large: kd_fastai to by hand', ratio(times, 'kd_fastai', 'by hand')[0], 1.02),
                   target('large: bytes saved for backward, to by hand', saved['kd_fastai']/saved['by hand'], 1.02),
-                  target('large: cached to constant answers', ratio(times, 'kd_fastai, cached', 'fastai, constant answers')[0], 1.05)]
-            if FasteraiCallback: T.append(target('large: kd_fastai to fasterai', ratio(times, 'kd_fastai', 'fasterai')[0], 0.35))
+                  target('large: cached to constant answers',
+                         ratio(times, 'kd_fastai, cached', 'fastai, constant answers')[0], 1.05)]
+            if FasteraiCallback:
+                T.append(target('large: kd_fastai to fasterai', ratio(times, 'kd_fastai', 'fasterai')[0], 0.35))
         else:
-            over = sorted(a-b-c for a,b,c in zip(times['kd_fastai'], times['fastai, no teacher'], times['teacher and loss']))[len(times['kd_fastai'])//2]
+            over = sorted(a-b-c for a,b,c in zip(times['kd_fastai'], times['fastai, no teacher'],
+                                                 times['teacher and loss']))[len(times['kd_fastai'])//2]
             T.append(target('tiny: ms over fastai and teacher and loss', 1000*over, 0.25))
-            if FasteraiCallback: T.append(target('tiny: kd_fastai to fasterai', ratio(times, 'kd_fastai', 'fasterai')[0], 0.75))
-    write('step', rows, 'One step, all ways taking turns: medians, and ratios to the loop written by hand with their quartiles.')
-    exits = write('early_exit', early_exit(max(rounds//2, 4)), 'A step that looks at one layer of a resnet18: the teacher runs to its end, or stops behind the layer.')
-    T += [target(f"early exit at {r['layer']}: to a whole forward", r['ratio'], l) for r,l in zip(exits, (0.50, 0.64, 0.79))]
+            if FasteraiCallback:
+                T.append(target('tiny: kd_fastai to fasterai', ratio(times, 'kd_fastai', 'fasterai')[0], 0.75))
+    write('step', rows,
+          'One step, all ways taking turns: medians, and ratios to the loop written by hand with their quartiles.')
+    exits = write('early_exit', early_exit(max(rounds//2, 4)),
+                  'A step that looks at one layer of a resnet18: the teacher runs to its end, or stops behind the '
+                  'layer.')
+    T += [target(f"early exit at {r['layer']}: to a whole forward", r['ratio'], l)
+          for r,l in zip(exits, (0.50, 0.64, 0.79))]
     return T
 
 if __name__=='__main__':

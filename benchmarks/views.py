@@ -34,7 +34,8 @@ def train(dls, width, epochs, seed, cbs=()):
 
 def ways(teacher):
     "How the teacher is asked, by name; without shifts for the first"
-    return {'no shifts': CachedTeacher(teacher), **{f'{k} views': CachedTeacher(teacher, views=k) for k in (1,2,4,8)}, 'fresh views': teacher}
+    return {'no shifts': CachedTeacher(teacher), **{f'{k} views': CachedTeacher(teacher, views=k) for k in (1,2,4,8)},
+            'fresh views': teacher}
 
 def main(seeds=8, labels=300, epochs=24):
     teacher = train(shifted(990, 0), 32, 12, 0).model

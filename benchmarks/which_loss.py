@@ -32,22 +32,27 @@ WIDTH,LABELS = 16,200
 MAPS,LAST = ['1','2'],['2']
 OTHER = {'regression': {'BoundedRegression'}}                            # losses for other tasks
 LINEAR = {'SRRL','SimKD'}                                                # ask for a linear classifier
-LAYERS = {**dict.fromkeys(('PKT','RKD','DarkRank','CorrelationCongruence','SRD'), LAST),  # relations of samples: the last maps
+# relations of samples: the last maps
+LAYERS = {**dict.fromkeys(('PKT','RKD','DarkRank','CorrelationCongruence','SRD'), LAST),
           **dict.fromkeys(('ActivationBoundaries','PartialL2','OFD'), ['1.norm','2.norm']), # before the ReLU
-          **dict.fromkeys(('CRD','CRDBank','ITRD','SRRL','SimKD'), LAST),                # embeddings of samples, what the classifier reads
+          # embeddings of samples, what the classifier reads
+          **dict.fromkeys(('CRD','CRDBank','ITRD','SRRL','SimKD'), LAST),
           'CATKD': ['cam']}                                                               # a map for each class
 
 def conv(ni, nf, stride, thin):
     "A convolution with normalisation; a thin one is separable"
-    return (nn.Sequential(nn.Conv2d(ni, ni, 3, stride, 1, groups=ni, bias=False), nn.Conv2d(ni, nf, 1, bias=False)) if thin
+    return (nn.Sequential(nn.Conv2d(ni, ni, 3, stride, 1, groups=ni, bias=False), nn.Conv2d(ni, nf, 1, bias=False))
+            if thin
             else nn.Conv2d(ni, nf, 3, stride, 1, bias=False))
 
 def net(thin):
     "Three stages of 8x8, 4x4 and 2x2, a map for each class, and its mean"
-    def stage(ni, nf, stride): return nn.Sequential(OrderedDict(conv=conv(ni, nf, stride, thin), norm=nn.BatchNorm2d(nf), act=nn.ReLU()))
+    def stage(ni, nf, stride):
+        return nn.Sequential(OrderedDict(conv=conv(ni, nf, stride, thin), norm=nn.BatchNorm2d(nf), act=nn.ReLU()))
     w = WIDTH
     return nn.Sequential(OrderedDict({'0': stage(1, w, 1), '1': stage(w, 2*w, 2), '2': stage(2*w, 4*w, 2),
-                                      'cam': nn.Conv2d(4*w, 10, 1), 'pool': nn.AdaptiveAvgPool2d(1), 'flat': nn.Flatten()}))
+                                      'cam': nn.Conv2d(4*w, 10, 1), 'pool': nn.AdaptiveAvgPool2d(1),
+                                      'flat': nn.Flatten()}))
 
 def linear(model):
     "The same function with the mean before the classifier, which then is a linear layer of the same weights"

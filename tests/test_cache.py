@@ -36,7 +36,8 @@ def test_trains_as_without_a_cache(name, where, tmp_path):
     plain = cached_fit(t, loaders(**LOADERS[name]))
     seen = asked(t)
     cached = cached_fit(CachedTeacher(t, tmp_path/'c' if where=='file' else None), loaders(**LOADERS[name]))
-    apart = name in ('weighted','drop_last')  # a batch of which some are there is asked in part, and may be rounded otherwise
+    # a batch of which some are there is asked in part, and may be rounded otherwise
+    apart = name in ('weighted','drop_last')
     torch.testing.assert_close(weights(cached), weights(plain), rtol=1e-4*apart, atol=1e-5*apart)
     np.testing.assert_allclose(values(cached), values(plain), rtol=1e-5*apart)
     assert sum(seen)<=LOADERS[name].get('n', 100)  # each once
@@ -69,11 +70,13 @@ def test_half_and_topk(tmp_path):
     assert records(tmp_path/'h')['pred'].dtype==np.float16
     args = dict(losses=[Term(SoftTarget)], layers=None)
     few,all_but_one = (weights(cached_fit(CachedTeacher(t, topk=k), **args)) for k in (3,9))
-    torch.testing.assert_close(all_but_one, weights(cached_fit(t, **args)), rtol=1e-4, atol=1e-5)  # the rest is one class then
+    # the rest is one class then
+    torch.testing.assert_close(all_but_one, weights(cached_fit(t, **args)), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(few, all_but_one, atol=1e-5)
     with pytest.raises(ValueError, match='topk=10 needs logits of more classes'): cached_fit(CachedTeacher(t, topk=10))
     big = net(8); big[-1].weight.data.mul_(1e7)
-    with pytest.raises(ValueError, match='more than float16 can hold'): cached_fit(CachedTeacher(big, half=True), losses=[Term(SoftTarget)], layers=None)
+    with pytest.raises(ValueError, match='more than float16 can hold'):
+        cached_fit(CachedTeacher(big, half=True), losses=[Term(SoftTarget)], layers=None)
 
 def halved(x): return x/2
 class Shift(Transform):
@@ -91,7 +94,8 @@ def test_a_stale_cache_is_refused(tmp_path):
     other = loaders(); other.train.dataset.x = other.train.dataset.x.flip(0)
     shifted = dict(dls=loaders(after_batch=[Shift(0.5)]))
     for text,kwargs in {'another teacher': dict(teacher=moved), 'another samples': dict(dls=loaders(90)),
-                        'another inputs': dict(dls=other), 'another half': dict(half=True), 'another topk': dict(topk=3),
+                        'another inputs': dict(dls=other), 'another half': dict(half=True),
+                        'another topk': dict(topk=3),
                         'another inputs:': shifted, 'another teacher_tfm': dict(teacher_tfm=halved)}.items():
         with pytest.raises(ValueError, match=f'made with {text}|and {text}'): use(**kwargs)
     relu = deepcopy(t); relu[0][2] = nn.LeakyReLU()
@@ -134,7 +138,8 @@ def test_inputs_that_a_callback_changes_are_noticed():
 
 def test_where_there_are_no_positions():
     dl = torch.utils.data.DataLoader(Images(), batch_size=20)
-    with pytest.raises(ValueError, match='Expected a fastai DataLoader'): cached_fit(CachedTeacher(net(8)), DataLoaders(dl, dl))
+    with pytest.raises(ValueError, match='Expected a fastai DataLoader'):
+        cached_fit(CachedTeacher(net(8)), DataLoaders(dl, dl))
 
 CRASH = '''
 import sys, os, signal, warnings; warnings.filterwarnings('ignore')
@@ -158,7 +163,9 @@ def test_a_crash_while_filling_loses_nothing(tmp_path):
     CachedTeacher(t, tmp_path/'c', layers=['1']).fill(loaders(), bar=False)
     assert sum(seen)==52
     x = torch.stack([o for o,_ in Images()])
-    with torch.no_grad(): torch.testing.assert_close(torch.from_numpy(records(tmp_path/'c')['pred'].copy()), t.eval()(x), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(records(tmp_path/'c')['pred'].copy()), t.eval()(x), rtol=1e-5,
+                                   atol=1e-6)
 
 def test_an_exception_in_training_loses_nothing(tmp_path):
     class Stop(Callback):
@@ -218,8 +225,11 @@ def test_processes_that_train_together_share_a_cache(tmp_path):
     import socket
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     code = DISTRIBUTED.format(tests=str(Path(__file__).parent), path=str(tmp_path/'c'))
-    def start(r): return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, 'RANK':str(r), 'LOCAL_RANK':str(r), 'WORLD_SIZE':'2', 'MASTER_ADDR':'127.0.0.1', 'MASTER_PORT':str(port)})
+    def start(r):
+        return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT,
+env={**os.environ, 'RANK':str(r), 'LOCAL_RANK':str(r), 'WORLD_SIZE':'2', 'MASTER_ADDR':'127.0.0.1',
+     'MASTER_PORT':str(port)})
     procs = [start(r) for r in (0,1)]
     try: outs = [p.communicate(timeout=200)[0] for p in procs]
     finally:
@@ -228,7 +238,9 @@ def test_processes_that_train_together_share_a_cache(tmp_path):
     assert sum(int(re.search(r'asked (\d+)', o)[1]) for o in outs)<=100  # each once
     assert records(tmp_path/'c')['check'].all()
     x = torch.stack([o for o,_ in Images()])
-    with torch.no_grad(): torch.testing.assert_close(torch.from_numpy(records(tmp_path/'c')['pred'].copy()), net(8).eval()(x), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(records(tmp_path/'c')['pred'].copy()), net(8).eval()(x), rtol=1e-5,
+                                   atol=1e-6)
 
 # ---- disks
 
@@ -255,7 +267,8 @@ def mounted(tmp_path):
     d = tmp_path/'disk'
     d.mkdir()
     def mount(*options): return subprocess.run(['mount', *options, str(d)], capture_output=True).returncode==0
-    if not sys.platform.startswith('linux') or not mount('-t', 'tmpfs', '-o', 'size=300k', 'tmpfs'): pytest.skip('cannot mount a tmpfs here')
+    if not sys.platform.startswith('linux') or not mount('-t', 'tmpfs', '-o', 'size=300k', 'tmpfs'):
+        pytest.skip('cannot mount a tmpfs here')
     yield d,lambda options: mount('-o', f'remount,{options}')
     subprocess.run(['umount', '-l', str(d)], check=True)  # a cache that is still mapped keeps it busy
 
@@ -275,7 +288,8 @@ def test_a_complete_cache_on_a_read_only_disk(mounted):
     CachedTeacher(t, d/'c', layers=['1']).fill(loaders(), bar=False)
     assert remount('ro')
     assert torch.equal(weights(cached_fit(CachedTeacher(t, d/'c'))), weights(cached_fit(StoredTeacher(d/'c'))))
-    with pytest.raises(OSError, match='Read-only'): cached_fit(CachedTeacher(t, d/'c'), losses=[Term(Attention, 10.)], layers='0')
+    with pytest.raises(OSError, match='Read-only'):
+        cached_fit(CachedTeacher(t, d/'c'), losses=[Term(Attention, 10.)], layers='0')
 
 def test_no_hard_links_are_needed(tmp_path, monkeypatch):
     def refused(*args, **kwargs): raise OSError(95, 'Operation not supported')
@@ -294,7 +308,8 @@ def test_a_flipped_byte_is_found_when_the_row_is_read(tmp_path):
     CachedTeacher(t, tmp_path/'c').fill(loaders(), bar=False)
     flip(tmp_path/'c', 42)
     with pytest.warns(UserWarning, match='1 rows are damaged, the first is 42'):
-        with pytest.raises(ValueError, match='Not all of the 16 samples'): cached_fit(StoredTeacher(tmp_path/'c'), losses=SoftTarget, layers=None)
+        with pytest.raises(ValueError, match='Not all of the 16 samples'):
+            cached_fit(StoredTeacher(tmp_path/'c'), losses=SoftTarget, layers=None)
     seen = asked(t)
     with pytest.warns(UserWarning, match='1 rows are damaged, the first is 42'):
         cached_fit(CachedTeacher(t, tmp_path/'c'), losses=SoftTarget, layers=None)
@@ -329,7 +344,9 @@ def test_threads_fill_one_folder(tmp_path):
     assert not errors
     assert records(tmp_path/'c')['check'].all()
     x = Images().x
-    with torch.no_grad(): torch.testing.assert_close(torch.from_numpy(records(tmp_path/'c')['pred'].copy()), t.eval()(x), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(records(tmp_path/'c')['pred'].copy()), t.eval()(x), rtol=1e-4,
+                                   atol=1e-5)
 
 # ---- what is kept
 
@@ -394,7 +411,8 @@ def test_the_digest_of_quantized_models():
 def test_version(tmp_path):
     t = net(8)
     cached_fit(CachedTeacher(t, tmp_path/'c', version='1'), n=1)
-    with pytest.raises(ValueError, match='another version'): cached_fit(CachedTeacher(t, tmp_path/'c', version='2'), n=1)
+    with pytest.raises(ValueError, match='another version'):
+        cached_fit(CachedTeacher(t, tmp_path/'c', version='2'), n=1)
 
 # ---- which sample is which
 
@@ -423,7 +441,8 @@ def exact_fit(teacher, live, dls, n=4, cbs=(), **kwargs):
 def test_skipped_samples(tmp_path):
     "fastai filters them before it makes batches, so that counting gives other samples' positions"
     t,ds = net(8),Skips()
-    dls = DataLoaders(TfmdDL(ds, bs=16, shuffle=True, drop_last=True, num_workers=0), TfmdDL(Images(), bs=16, num_workers=0))
+    dls = DataLoaders(TfmdDL(ds, bs=16, shuffle=True, drop_last=True, num_workers=0),
+                      TfmdDL(Images(), bs=16, num_workers=0))
     seen = asked(t)
     assert exact_fit(CachedTeacher(t, tmp_path/'c'), t, dls)==4*96
     assert sum(seen)<=98
@@ -443,7 +462,8 @@ def test_some_replaced_samples_are_noticed(tmp_path):
     dls = loaders()
     dls.train.dataset.x = dls.train.dataset.x.clone(); dls.train.dataset.x[31:41] = dls.train.dataset.x[:10]
     for teacher in (CachedTeacher(t, tmp_path/'c'), StoredTeacher(tmp_path/'c')):
-        with pytest.raises(ValueError, match='no longer what the cache holds'): cached_fit(teacher, dls, 1, SoftTarget, None)
+        with pytest.raises(ValueError, match='no longer what the cache holds'):
+            cached_fit(teacher, dls, 1, SoftTarget, None)
 
 def test_a_training_set_that_is_exchanged_in_a_fit():
     class Exchange(Callback):
@@ -477,7 +497,9 @@ def test_resize_of_images_that_have_the_size():
     class Pictures(Images):
         def __getitem__(self, i): return PILImageBW.create(((self.x[i,0]+1)*100).byte()),self.y[i]
     ds = Pictures()
-    def dls(size): return DataLoaders(*(TfmdDL(ds, bs=16, shuffle=o, num_workers=0, after_item=[Resize(size), ToTensor, IntToFloatTensor]) for o in (True, False)))
+    def dls(size):
+        return DataLoaders(*(TfmdDL(ds, bs=16, shuffle=o, num_workers=0,
+                                    after_item=[Resize(size), ToTensor, IntToFloatTensor]) for o in (True, False)))
     t = net(8)
     assert exact_fit(CachedTeacher(t), t, dls(8), 2)==200
 
@@ -525,29 +547,37 @@ def test_stored_features():
 
 def test_what_a_stored_teacher_refuses(tmp_path):
     a = live_answers(net(8))
-    for text,answers in {'another samples': a[:90], 'No answers for all of': {'pred': a}, 'No predictions are stored': {'1': torch.rand(100,8,4,4)}}.items():
-        with pytest.raises(ValueError, match=text): cached_fit(StoredTeacher(answers), layers='1' if 'No' in text else None, losses=None if 'No' in text else SoftTarget)
-    for text,answers in {'Expected numbers of shape': a[:,0], 'rows of pred have NaN': a*float('nan'), 'Expected one row a sample': {'pred': a, '1': a[:5]},
+    for text,answers in {'another samples': a[:90], 'No answers for all of': {'pred': a},
+                         'No predictions are stored': {'1': torch.rand(100,8,4,4)}}.items():
+        with pytest.raises(ValueError, match=text):
+            cached_fit(StoredTeacher(answers), layers='1' if 'No' in text else None,
+                       losses=None if 'No' in text else SoftTarget)
+    for text,answers in {'Expected numbers of shape': a[:,0], 'rows of pred have NaN': a*float('nan'),
+                         'Expected one row a sample': {'pred': a, '1': a[:5]},
                          'Expected numbers': np.array([['a']])}.items():
         with pytest.raises(ValueError, match=text): StoredTeacher(answers)
     with pytest.raises(ValueError, match='not what a cache begins with'): StoredTeacher(tmp_path)
-    with pytest.raises(ValueError, match='no use for teacher_tfm'): cached_fit(StoredTeacher(a), losses=SoftTarget, layers=None, teacher_tfm=halved)
+    with pytest.raises(ValueError, match='no use for teacher_tfm'):
+        cached_fit(StoredTeacher(a), losses=SoftTarget, layers=None, teacher_tfm=halved)
     half_filled = CachedTeacher(net(8), tmp_path/'c')
     half_filled.prepare(loaders().train)
     half_filled(Images().x[:10], idx=torch.arange(10))
-    with pytest.raises(ValueError, match='fill the cache first'): cached_fit(StoredTeacher(tmp_path/'c'), losses=SoftTarget, layers=None)
+    with pytest.raises(ValueError, match='fill the cache first'):
+        cached_fit(StoredTeacher(tmp_path/'c'), losses=SoftTarget, layers=None)
 
 # ---- views
 
 class Jitter(Transform):
     "Random numbers of all three kinds, of an item or of a batch"
-    def encodes(self, x:Tensor): return x+torch.rand(x.shape)+random.random()+np.random.rand() if x.is_floating_point() else x
+    def encodes(self, x:Tensor):
+        return x+torch.rand(x.shape)+random.random()+np.random.rand() if x.is_floating_point() else x
 def jittered(item=True, batch=True, n=100, **kwargs):
     if item: kwargs['after_item'] = [Jitter]
     if batch: kwargs['after_batch'] = [Jitter]
     return loaders(n, **kwargs)
 
-VIEWS = dict(item=dict(batch=False), batch=dict(item=False), both={}, workers=dict(num_workers=2), drop_last=dict(drop_last=True),
+VIEWS = dict(item=dict(batch=False), batch=dict(item=False), both={}, workers=dict(num_workers=2),
+             drop_last=dict(drop_last=True),
     keeps_last=dict(n=90), weighted=dict(cls=WeightedDL, wgts=[1+i%7 for i in range(100)]), ordered=dict(shuffle=False),
     sorts=dict(before_batch=by_label), both_workers=dict(num_workers=2, n=90, drop_last=True))
 
@@ -585,7 +615,8 @@ def test_views_are_filled_without_a_student(tmp_path):
     states = torch.get_rng_state(),random.getstate(),np.random.get_state()[1]
     rng = dls.train.rng.getstate()
     c = CachedTeacher(t, tmp_path/'c', views=3).fill(dls, bar=False)
-    assert torch.equal(states[0], torch.get_rng_state()) and states[1]==random.getstate() and (states[2]==np.random.get_state()[1]).all()
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1]==random.getstate()
+    assert (states[2]==np.random.get_state()[1]).all()
     assert rng==dls.train.rng.getstate()
     seen = asked(t)
     assert exact_fit(c, t, jittered(drop_last=True), 6)==6*96
@@ -613,7 +644,8 @@ def test_another_batch_size():
     assert not seen
     both = CachedTeacher(t, views=2)
     both.fill(jittered(), bar=False)
-    with pytest.raises(ValueError, match='no longer what the cache holds: batch_size was 16, is 20'): exact_fit(both, t, jittered(bs=20), 2)
+    with pytest.raises(ValueError, match='no longer what the cache holds: batch_size was 16, is 20'):
+        exact_fit(both, t, jittered(bs=20), 2)
 
 class Harder(Jitter):
     def encodes(self, x:Tensor): return super().encodes(x)*1.1 if x.is_floating_point() else x
@@ -621,9 +653,11 @@ def test_changed_transforms_are_an_error(tmp_path):
     t = net(8)
     CachedTeacher(t, tmp_path/'c', views=2).fill(jittered(), bar=False)
     for teacher in (CachedTeacher(t, tmp_path/'c', views=2), StoredTeacher(tmp_path/'c')):
-        with pytest.raises(ValueError, match='another inputs'): exact_fit(teacher, t, loaders(after_item=[Harder], after_batch=[Jitter]), 1)
+        with pytest.raises(ValueError, match='another inputs'):
+            exact_fit(teacher, t, loaders(after_item=[Harder], after_batch=[Jitter]), 1)
     for text,kwargs in {'another views': dict(views=3), 'another seed': dict(views=2, seed=1)}.items():
-        with pytest.raises(ValueError, match=text): exact_fit(CachedTeacher(t, tmp_path/'c', **kwargs), t, jittered(), 1)
+        with pytest.raises(ValueError, match=text):
+            exact_fit(CachedTeacher(t, tmp_path/'c', **kwargs), t, jittered(), 1)
 
 class OwnGenerator(Transform):
     def __init__(self): self.rng = np.random.default_rng(0)
@@ -640,10 +674,12 @@ def test_fastai_and_torchvision_augmentation(tmp_path):
     from fastai.data.transforms import ToTensor
     crop = tv.RandomCrop(24, padding=2)
     class Pictures(Images):
-        def __getitem__(self, i): return PILImageBW.create(crop(PILImageBW.create(((self.x[i,0]+1)*100).byte()).resize((24,24)))),self.y[i]
+        def __getitem__(self, i):
+            return PILImageBW.create(crop(PILImageBW.create(((self.x[i,0]+1)*100).byte()).resize((24,24)))),self.y[i]
     ds = Pictures(60)
-    def dls(): return DataLoaders(*(TfmdDL(ds, bs=16, shuffle=o, num_workers=0, after_item=[RandomResizedCrop(16), ToTensor],
-        after_batch=[IntToFloatTensor, *aug_transforms(), RandomErasing(p=0.5)]) for o in (True, False)))
+    def dls():
+        return DataLoaders(*(TfmdDL(ds, bs=16, shuffle=o, num_workers=0, after_item=[RandomResizedCrop(16), ToTensor],
+ after_batch=[IntToFloatTensor, *aug_transforms(), RandomErasing(p=0.5)]) for o in (True, False)))
     t = net(8)
     seen = asked(t)
     assert exact_fit(CachedTeacher(t, tmp_path/'c', views=2), t, dls(), 4)==240
@@ -654,8 +690,11 @@ def test_text_in_a_shuffled_sorted_loader(tmp_path):
     "the padding of a sample depends on its batch, so that orders are replayed"
     from fastai.text.data import SortedDL, TensorText, pad_input
     g = torch.Generator().manual_seed(0)
-    ds = [(TensorText(torch.randint(2, 50, (int(n),), generator=g)),i%2) for i,n in enumerate(torch.randint(3, 30, (90,), generator=g))]
-    def dls(): return DataLoaders(*(SortedDL(ds, bs=16, shuffle=o, num_workers=0, before_batch=pad_input, res=[len(x) for x,_ in ds]) for o in (True, False)))
+    ds = [(TensorText(torch.randint(2, 50, (int(n),), generator=g)),i%2)
+          for i,n in enumerate(torch.randint(3, 30, (90,), generator=g))]
+    def dls():
+        return DataLoaders(*(SortedDL(ds, bs=16, shuffle=o, num_workers=0, before_batch=pad_input,
+                                      res=[len(x) for x,_ in ds]) for o in (True, False)))
     class Words(nn.Module):
         def __init__(self): super().__init__(); self.emb,self.out = nn.Embedding(50,8),nn.Linear(8,2)
         def forward(self, x): return self.out(self.emb(as_plain_tensor(x)).cumsum(1)[:,-1])
@@ -666,10 +705,12 @@ def test_text_in_a_shuffled_sorted_loader(tmp_path):
     assert sum(seen)==180
     assert exact_fit(c, t, dls(), 3, model=Words())==270
     assert sum(seen)==180
-    with pytest.raises(ValueError, match='depends on its batch, by Pipeline.* .padding'): exact_fit(CachedTeacher(t), t, dls(), 1, model=Words())
+    with pytest.raises(ValueError, match='depends on its batch, by Pipeline.* .padding'):
+        exact_fit(CachedTeacher(t), t, dls(), 1, model=Words())
 
 def test_mixed_samples_are_refused_with_views():
-    with pytest.raises(ValueError, match='MixUp mixed'): exact_fit(CachedTeacher(net(8), views=2), net(8), jittered(), 1, cbs=[MixUp()])
+    with pytest.raises(ValueError, match='MixUp mixed'):
+        exact_fit(CachedTeacher(net(8), views=2), net(8), jittered(), 1, cbs=[MixUp()])
 
 def test_nothing_stays_on_the_loader():
     class Stop(Callback):
@@ -679,7 +720,8 @@ def test_nothing_stays_on_the_loader():
     before = {*vars(dls.train)}
     exact_fit(CachedTeacher(net(8), views=2), net(8), dls, 2)
     with pytest.raises(KeyboardInterrupt): exact_fit(CachedTeacher(net(8), views=2), net(8), dls, 2, cbs=[Stop()])
-    assert {*vars(dls.train)}-before<={'_DataLoader__idxs','it','_n_inp','_types'} and type(dls.train.after_batch) is Pipeline
+    assert {*vars(dls.train)}-before<={'_DataLoader__idxs','it','_n_inp','_types'}
+    assert type(dls.train.after_batch) is Pipeline
 
 def test_positions_are_tracked_twice_at_once():
     dl = loaders(shuffle=True).train

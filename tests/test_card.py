@@ -32,11 +32,14 @@ def teacher(): return learner(16, None, 5)
 
 @pytest.fixture(scope='module')
 def trained(teacher):
-    kd = KnowledgeDistillationCallback(teacher, [Term(partial(SoftTarget, T=4), 0.9, schedule=SchedCos(0,1))], task_weight=0.1)
+    kd = KnowledgeDistillationCallback(teacher, [Term(partial(SoftTarget, T=4), 0.9, schedule=SchedCos(0,1))],
+                                       task_weight=0.1)
     return learner(cbs=kd),kd
 
 @pytest.fixture(scope='module')
-def card(trained, teacher): return trained[0].kd_card(teacher, learner(), 'A | title', kd=trained[1], intended='For digits.', limits=['Only digits.'], license='apache-2.0')
+def card(trained, teacher):
+    return trained[0].kd_card(teacher, learner(), 'A | title', kd=trained[1], intended='For digits.',
+                              limits=['Only digits.'], license='apache-2.0')
 
 def test_scores_are_those_of_validate(card, trained, teacher):
     for name,learn in (('student',trained[0]), ('teacher',teacher)):
@@ -44,17 +47,20 @@ def test_scores_are_those_of_validate(card, trained, teacher):
         assert tuple(card.scores.loc[name, ['valid_loss','accuracy']])==pytest.approx((loss, acc), abs=1e-6)
     x,_ = trained[0].dls.valid.one_batch()
     equal = trained[0].model.eval()(x).argmax(1)==teacher.model.eval()(x).argmax(1)
-    assert card.scores.agreement['student']==pytest.approx(equal.float().mean().item()) and card.scores.agreement['teacher']==1
+    assert card.scores.agreement['student']==pytest.approx(equal.float().mean().item())
+    assert card.scores.agreement['teacher']==1
 
 def test_latency_is_measured_at_two_batch_sizes(card):
-    assert (card.scores[['ms_batch_1','ms_batch_64']]>0).all(axis=None) and {*card.scores.index}=={'student','teacher','alone'}
+    assert (card.scores[['ms_batch_1','ms_batch_64']]>0).all(axis=None)
+    assert {*card.scores.index}=={'student','teacher','alone'}
 
 def test_a_class_that_is_lost_comes_first(teacher):
     "with its samples"
     learn = Learner(teacher.dls, Confuses(teacher.model), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     card = learn.kd_card(deepcopy(teacher.model))
     assert card.recall.index[0]==1 and card.recall.student[1]==0 and (card.recall.change[1:]>=0).all()
-    right = (predicted_right := teacher.model.eval()(teacher.dls.valid.one_batch()[0]).argmax(1)==teacher.dls.valid.one_batch()[1])
+    right = (predicted_right := teacher.model.eval()(teacher.dls.valid.one_batch()[0]).argmax(
+        1)==teacher.dls.valid.one_batch()[1])
     assert len(card.lost)==(right & (teacher.dls.valid.one_batch()[1]==1)).sum()
     assert {*card.lost.label}=={1} and {*card.lost.student}=={7}
     assert 'wrong_now' in [p[0] for p in card.parts if isinstance(p, tuple)]
@@ -68,27 +74,34 @@ def test_lost_samples_are_where_they_are_said_to_be(card, trained, teacher):
 
 def test_front_matter_and_tables_are_valid(card):
     front = re.match(r'---\n(.*?)\n---\n\n# ', card.markdown, re.S)[1]
-    assert yaml.safe_load(front)==dict(library_name='fastai', tags=['knowledge-distillation','fastai','kd_fastai'], metrics=['accuracy'], license='apache-2.0')
+    assert yaml.safe_load(front)==dict(library_name='fastai', tags=['knowledge-distillation','fastai','kd_fastai'],
+                                       metrics=['accuracy'], license='apache-2.0')
     tables = re.findall(r'(?:^\|.*\|\n)+', card.markdown, re.M)
     assert len(tables)==3
     for t in tables: assert len({len(re.findall(r'(?<!\\)\|', l)) for l in t.splitlines()})==1
 
 def test_the_hub_reads_it(card):
-    hub = pytest.importorskip('huggingface_hub', reason='the Hub reads cards by huggingface_hub, which is not installed')
+    hub = pytest.importorskip('huggingface_hub',
+                              reason='the Hub reads cards by huggingface_hub, which is not installed')
     data = hub.ModelCard(card.markdown).data
     assert (data.library_name, data.license, data.metrics)==('fastai','apache-2.0',['accuracy'])
 
 def test_says_how_it_was_trained(card, trained):
-    for o in (repr(trained[1]), 'epochs: 6', 'training samples: 100', data_fingerprint(trained[0].dls.valid), f'torch {torch.__version__.split("+")[0]}',
-              'schedule of soft_target', 'For digits.', '- Only digits.', 'loss function: FlattenedLoss of CrossEntropyLoss()'): assert o in card.markdown
+    for o in (repr(trained[1]), 'epochs: 6', 'training samples: 100', data_fingerprint(trained[0].dls.valid),
+              f'torch {torch.__version__.split("+")[0]}',
+              'schedule of soft_target', 'For digits.', '- Only digits.',
+              'loss function: FlattenedLoss of CrossEntropyLoss()'):
+        assert o in card.markdown
 
 def test_files(card, tmp_path):
     "Each picture that the Markdown names is there, and the page needs no file"
     assert card.save(tmp_path/'new')==tmp_path/'new/README.md'
     named = re.findall(r'!\[\w+\]\((.*?)\)', (tmp_path/'new/README.md').read_text())
-    assert {*named}=={'recall.png','history.png','wrong_now.png'} and {o.name for o in (tmp_path/'new').iterdir()}=={'README.md','card.html',*named}
+    assert {*named}=={'recall.png','history.png','wrong_now.png'}
+    assert {o.name for o in (tmp_path/'new').iterdir()}=={'README.md','card.html',*named}
     page = (tmp_path/'new/card.html').read_text()
-    assert page.count('data:image/png;base64')==3 and '<title>A | title</title>' in page and '<table' in card._repr_html_()
+    assert page.count('data:image/png;base64')==3 and '<title>A | title</title>' in page
+    assert '<table' in card._repr_html_()
 
 def test_html_is_escaped(teacher):
     html = teacher.kd_card(small_net(2), title='<b>', intended='a < b & c').html
@@ -100,7 +113,8 @@ def test_changes_nothing(teacher):
     values,before = [*learn.recorder.values],deepcopy(learn.model.state_dict())
     state = torch.get_rng_state()
     learn.kd_card(other)
-    assert learn.recorder.values==values and learn.model.training and other.training and torch.equal(state, torch.get_rng_state())
+    assert learn.recorder.values==values and learn.model.training and other.training
+    assert torch.equal(state, torch.get_rng_state())
     for k,v in learn.model.state_dict().items(): assert torch.equal(v, before[k])
     assert not any(m._forward_hooks for m in (*learn.model.modules(), *other.modules()))
 
@@ -122,11 +136,13 @@ def test_vocabulary_names_the_classes(teacher):
 def test_recall_by_hand():
     answers = pd.DataFrame(dict(target=[0,0,0,0,1], student=[0,0,0,1,0], teacher=[0,0,1,1,0]))
     res = recall_by_class(answers, ['student','teacher'])
-    assert res.student.to_dict()=={1:0., 0:.75} and res.change.to_dict()=={1:0., 0:.25} and res.samples.to_dict()=={0:4, 1:1}
+    assert res.student.to_dict()=={1:0., 0:.75} and res.change.to_dict()=={1:0., 0:.25}
+    assert res.samples.to_dict()=={0:4, 1:1}
 
 def test_fingerprint():
     a,b = [torch.tensor([1.,2.])],[torch.tensor([2.,1.])]
     assert data_fingerprint([a])==data_fingerprint([a]) and data_fingerprint([a])!=data_fingerprint([b])
 
 def test_resized_batches():
-    assert [*resize_batch((torch.arange(3),), 7)[0]]==[0,1,2,0,1,2,0] and len(resize_batch((torch.zeros(5,2),), 1)[0])==1
+    assert [*resize_batch((torch.arange(3),), 7)[0]]==[0,1,2,0,1,2,0]
+    assert len(resize_batch((torch.zeros(5,2),), 1)[0])==1

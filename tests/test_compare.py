@@ -37,8 +37,10 @@ def test_table_by_hand():
     assert [*t.verdict.fillna('')]==['','better','undecided']
     assert [*t.kb]==[1,2,4] and [*t.runs]==[3,3,3]
 
-@pytest.mark.parametrize('d,lower,verdict', [([1.,1.1,.9],False,'better'), ([1.,1.1,.9],True,'worse'), ([-1.,-1.1,-.9],False,'worse'),
-    ([1.,-1.],False,'undecided'), ([1.],False,'undecided'), ([],False,'undecided'), ([.1]*5,False,'undecided'), ([0.]*5,False,'undecided')])
+@pytest.mark.parametrize('d,lower,verdict',
+                         [([1.,1.1,.9],False,'better'), ([1.,1.1,.9],True,'worse'), ([-1.,-1.1,-.9],False,'worse'),
+    ([1.,-1.],False,'undecided'), ([1.],False,'undecided'), ([],False,'undecided'), ([.1]*5,False,'undecided'),
+    ([0.]*5,False,'undecided')])
 def test_verdict(d, lower, verdict): assert paired_interval(pd.Series(d, dtype=float), lower=lower)['verdict']==verdict
 
 def test_more_ways_widen_the_interval():
@@ -49,12 +51,14 @@ def test_a_missing_run_is_left_out_of_its_pair():
     t = comparison_table(RUNS.drop(index=3), 'accuracy')
     assert t.loc['b','gain']==pytest.approx(.105) and t.loc['b','runs']==2
 
-@pytest.mark.parametrize('name,verdict', [('valid_loss','worse'), ('error_rate','worse'), ('accuracy','better'), ('f1_score','better')])
+@pytest.mark.parametrize('name,verdict',
+                         [('valid_loss','worse'), ('error_rate','worse'), ('accuracy','better'), ('f1_score','better')])
 def test_direction_is_told_by_the_name(name, verdict):
     assert comparison_table(RUNS.rename(columns={'accuracy':name}), name).loc['b','verdict']==verdict
 
 def test_unknown_baseline():
-    with pytest.raises(ValueError, match=r"baseline 'x' has no run; expected one of \['a', 'b', 'c'\]"): comparison_table(RUNS, 'accuracy', 'x')
+    with pytest.raises(ValueError, match=r"baseline 'x' has no run; expected one of \['a', 'b', 'c'\]"):
+        comparison_table(RUNS, 'accuracy', 'x')
 
 def test_false_verdicts_are_as_rare_as_promised():
     "600 comparisons of three equal ways with the baseline: at most 5% have any verdict, within three standard errors"
@@ -62,19 +66,24 @@ def test_false_verdicts_are_as_rare_as_promised():
     wrong = 0
     for _ in range(600):
         scores = g.standard_normal((5,1))*.02+g.standard_normal((5,4))*.01
-        wrong += any(paired_interval(pd.Series(scores[:,i]-scores[:,0]), n_ways=3)['verdict']!='undecided' for i in (1,2,3))
+        wrong += any(paired_interval(pd.Series(scores[:,i]-scores[:,0]), n_ways=3)['verdict']!='undecided'
+                     for i in (1,2,3))
     assert .005 < wrong/600 < .05+3*(.05*.95/600)**.5
 
 # ---- the runs
 
 @pytest.fixture(scope='module')
-def result(): return kd_compare(make_learner, {'alone': None, 'draws': draws, 'distil': distil}, 2, 1, teacher=small_net(4), progress=False, rounds=3)
+def result():
+    return kd_compare(make_learner, {'alone': None, 'draws': draws, 'distil': distil}, 2, 1, teacher=small_net(4),
+                      progress=False, rounds=3)
 
 def test_same_start_data_and_batches(result):
     "A way that draws random numbers, and one whose teacher does not count, train the same student"
-    a,b = (result.runs[result.runs.way==o].drop(columns=['way','seconds']).reset_index(drop=True) for o in ('alone','draws'))
+    a,b = (result.runs[result.runs.way==o].drop(columns=['way','seconds']).reset_index(drop=True)
+           for o in ('alone','draws'))
     pd.testing.assert_frame_equal(a, b)
-    still = quick(make_learner, named(lambda learn: KnowledgeDistillationCallback(small_net(4), SoftTarget, weight=0.)), 1).runs
+    still = quick(make_learner, named(lambda learn: KnowledgeDistillationCallback(small_net(4), SoftTarget, weight=0.)),
+                  1).runs
     assert still.accuracy.nunique()==1 and still.valid_loss.nunique()==1
 
 def test_seeds_differ_and_distillation_matters(result):
@@ -161,7 +170,8 @@ def test_latency_takes_turns():
 # ---- the file
 
 def test_goes_on_where_it_was(tmp_path):
-    "An interrupt in the third run leaves two rows; the rest is trained, and all equals a comparison without an interrupt"
+    """An interrupt in the third run leaves two rows; the rest is trained, and all equals a comparison without an
+    interrupt"""
     count,file = [],tmp_path/'runs.csv'
     def interrupted(seed):
         count.append(seed)
@@ -174,21 +184,28 @@ def test_goes_on_where_it_was(tmp_path):
     res = quick(lambda seed: (count.append(seed), make_learner(seed))[1], ways, 2, csv=file)
     assert count==[1,1]
     whole = quick(make_learner, ways, 2)
-    pd.testing.assert_frame_equal(res.runs.drop(columns='seconds'), whole.runs.drop(columns='seconds'), check_dtype=False)
+    pd.testing.assert_frame_equal(res.runs.drop(columns='seconds'), whole.runs.drop(columns='seconds'),
+                                  check_dtype=False)
 
 def test_the_file_of_another_comparison_is_refused(tmp_path):
     file = tmp_path/'runs.csv'
     quick(make_learner, named(None), 1, csv=file)
     before = file.read_bytes()
-    def bigger(seed): return Learner(digits(LABELS, seed), small_net(3), metrics=accuracy, loss_func=CrossEntropyLossFlat())
+    def bigger(seed):
+        return Learner(digits(LABELS, seed), small_net(3), metrics=accuracy, loss_func=CrossEntropyLossFlat())
     def other(seed): l = make_learner(seed); l.metrics = l.metrics+[AvgMetric(error_rate)]; return l
-    for kw,match in [(dict(ways={'alone':None, 'x':None}), 'runs of other ways: way; expected alone, x'), (dict(epochs=2), r'runs of \[1\] epochs, expected 2'),
-                     (dict(make_learner=other, seeds=2), 'lacks theirs: error_rate'), (dict(teacher=small_net(2), seeds=2), 'lacks theirs: agreement'),
-                     (dict(make_learner=bigger, ways=dict(named(None), third=None)), 'seed 0 begin from different weights')]:
-        with pytest.raises(ValueError, match=match): quick(**{**dict(make_learner=make_learner, ways=named(None), seeds=1, csv=file), **kw})
+    for kw,match in [(dict(ways={'alone':None, 'x':None}), 'runs of other ways: way; expected alone, x'),
+                     (dict(epochs=2), r'runs of \[1\] epochs, expected 2'),
+                     (dict(make_learner=other, seeds=2), 'lacks theirs: error_rate'),
+                     (dict(teacher=small_net(2), seeds=2), 'lacks theirs: agreement'),
+                     (dict(make_learner=bigger, ways=dict(named(None), third=None)),
+                      'seed 0 begin from different weights')]:
+        with pytest.raises(ValueError, match=match):
+            quick(**{**dict(make_learner=make_learner, ways=named(None), seeds=1, csv=file), **kw})
         assert file.read_bytes()==before
     (tmp_path/'x.csv').write_text('a,b\n1,2\n')
-    with pytest.raises(ValueError, match='not a file of kd_compare: it has no column seed, way'): quick(make_learner, named(None), 1, csv=tmp_path/'x.csv')
+    with pytest.raises(ValueError, match='not a file of kd_compare: it has no column seed, way'):
+        quick(make_learner, named(None), 1, csv=tmp_path/'x.csv')
 
 def test_ways_may_be_added(tmp_path):
     file = tmp_path/'runs.csv'
@@ -198,7 +215,8 @@ def test_ways_may_be_added(tmp_path):
 def test_caught_errors_are_rows(tmp_path):
     res = quick(make_learner, dict(named(fails), other=None), 2, csv=tmp_path/'r.csv', catch=(ValueError,))
     assert [*res.runs.error.dropna()]==['ValueError: this way']*2
-    assert res.table.loc['way','runs']==0 and res.table.loc['way','verdict']=='undecided' and res.table.loc['other','runs']==2
+    assert res.table.loc['way','runs']==0 and res.table.loc['way','verdict']=='undecided'
+    assert res.table.loc['other','runs']==2
     again = quick(make_learner, dict(named(fails), other=None), 2, csv=tmp_path/'r.csv', catch=(ValueError,))
     assert again.runs.error.notna().sum()==2
     with pytest.raises(ValueError, match='this way'): quick(make_learner, named(fails), 1)
@@ -211,13 +229,18 @@ def test_a_start_that_is_not_the_same():
         count.append(seed)
         torch.manual_seed(len(count))
         return make_learner(seed)
-    with pytest.raises(ValueError, match='seed 0 begin from different weights, so that they cannot be paired'): quick(careless, named(None), 1)
+    with pytest.raises(ValueError, match='seed 0 begin from different weights, so that they cannot be paired'):
+        quick(careless, named(None), 1)
 
-@pytest.mark.parametrize('kw,error,match', [(dict(ways={'a':None}), ValueError, 'at least two ways to compare, got 1'), (dict(baseline='x'), ValueError, "baseline 'x' is not one of the ways: alone, way"),
-    (dict(metric='f1'), ValueError, "No metric 'f1'; the runs have seed, way"), (dict(make_learner=lambda seed: small_net(2)), TypeError, 'must return a Learner, got Sequential'),
+@pytest.mark.parametrize('kw,error,match', [(dict(ways={'a':None}), ValueError, 'at least two ways to compare, got 1'),
+                                            (dict(baseline='x'), ValueError,
+                                             "baseline 'x' is not one of the ways: alone, way"),
+    (dict(metric='f1'), ValueError, "No metric 'f1'; the runs have seed, way"),
+    (dict(make_learner=lambda seed: small_net(2)), TypeError, 'must return a Learner, got Sequential'),
     (dict(workers=2, ways=named(lambda learn: None)), TypeError, 'from a module, not lambdas')])
 def test_bad_input(kw, error, match):
-    with pytest.raises(error, match=match): quick(**{**dict(make_learner=make_learner, ways=named(None), seeds=1), **kw})
+    with pytest.raises(error, match=match):
+        quick(**{**dict(make_learner=make_learner, ways=named(None), seeds=1), **kw})
 
 def test_several_processes_give_the_same_rows():
     "in any order"

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
 
 def learner(dls=None, cbs=None, model=None):
     set_seed(0)
-    learn = Learner(dls or digits(100), model or small_net(4), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs)
+    learn = Learner(dls or digits(100), model or small_net(4), loss_func=CrossEntropyLossFlat(), metrics=accuracy,
+                    cbs=cbs)
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
     return learn
@@ -36,7 +37,8 @@ class Flow(nn.Module):
     "A teacher whose forward is `f(self, x)`"
     def __init__(self, f):
         super().__init__()
-        self.f,self.a,self.b,self.act,self.bn,self.head = f,nn.Conv2d(1,4,3,padding=1),nn.Conv2d(4,4,3,padding=1),nn.ReLU(),nn.BatchNorm2d(4),nn.Linear(4,10)
+        self.f,self.a,self.b,self.act,self.bn,self.head = (f,nn.Conv2d(1,4,3,padding=1),nn.Conv2d(4,4,3,padding=1),
+                                                           nn.ReLU(),nn.BatchNorm2d(4),nn.Linear(4,10))
         self.inplace,self.h,self.hs = nn.ReLU(inplace=True),0.,[0.]
     def forward(self, x): return self.head(self.f(self, x).mean((2,3)))
 
@@ -59,17 +61,22 @@ def swallows(m, x):
     except BaseException: f = m.a(x)
     return m.b(f)
 
-FLOWS = dict(straight=(straight, ['act'], True), two=(straight, ['act','a'], True), in_place_behind=(in_place_behind, ['act'], True), first_call=(twice, ['act@0'], False),
-             last_call=(twice, ['act@-1'], False), order_by_data=(order_by_data, ['a','act','b'], None), hidden=(hidden, ['act'], False), hidden_in_list=(hidden_in_list, ['act'], False),
-             statistics=(statistics, ['act'], False), random_behind=(random_behind, ['act'], False), swallows=(swallows, ['act'], False))
+FLOWS = dict(straight=(straight, ['act'], True), two=(straight, ['act','a'], True),
+             in_place_behind=(in_place_behind, ['act'], True), first_call=(twice, ['act@0'], False),
+             last_call=(twice, ['act@-1'], False), order_by_data=(order_by_data, ['a','act','b'], None),
+             hidden=(hidden, ['act'], False), hidden_in_list=(hidden_in_list, ['act'], False),
+             statistics=(statistics, ['act'], False), random_behind=(random_behind, ['act'], False),
+             swallows=(swallows, ['act'], False))
 
 def watched(f, early_exit, layers, n=2):
     "Train by features of a teacher; its columns, the student's weights, and how often the teacher ran to its end"
     set_seed(5)
     t,ends = Flow(f).eval(),[]
     t.head.register_forward_hook(lambda *_: ends.append(1))
-    student = nn.Sequential(OrderedDict(a=nn.Conv2d(1,4,3,padding=1), d=nn.Dropout(0.2), act=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(4,10)))
-    kd = KnowledgeDistillationCallback(t, [Term(Attention, 10.), Term(Similarity)], [('act',o) for o in layers], early_exit=early_exit)
+    student = nn.Sequential(OrderedDict(a=nn.Conv2d(1,4,3,padding=1), d=nn.Dropout(0.2), act=nn.ReLU(),
+                                        pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(4,10)))
+    kd = KnowledgeDistillationCallback(t, [Term(Attention, 10.), Term(Similarity)], [('act',o) for o in layers],
+                                       early_exit=early_exit)
     learn = fit(learner(cbs=kd, model=student), n)
     return [o[:-1] for o in learn.recorder.values],weights(learn),len(ends)
 
@@ -80,11 +87,13 @@ def test_early_exit_changes_no_number(name):
     values_,w_,ends_ = watched(f, False, layers)
     assert values==values_ and torch.equal(w, w_)
     assert ends_==10
-    assert exits is None or ends==(2 if exits else 10)  # the first batch of each epoch shows in which order the layers run
+    # the first batch of each epoch shows in which order the layers run
+    assert exits is None or ends==(2 if exits else 10)
 
 def test_early_exit_keeps_the_errors():
     "A layer that is called twice, not at all or overwritten is refused all the same"
-    for f,layer,text in ((twice, 'act', 'ran 2 times'), (straight, 'inplace', 'did not run'), (lambda m,x: m.inplace(m.a(x)), 'a', 'changed in place')):
+    for f,layer,text in ((twice, 'act', 'ran 2 times'), (straight, 'inplace', 'did not run'),
+                         (lambda m,x: m.inplace(m.a(x)), 'a', 'changed in place')):
         with pytest.raises(RuntimeError, match=text): watched(f, True, [layer])
 
 def test_no_exit_where_predictions_are_wanted():
@@ -102,7 +111,8 @@ def test_no_exit_where_everything_is_wanted():
 
 def test_no_exit_of_compiled_teachers():
     torch._dynamo.reset()
-    a,b = (fit(learner(cbs=KnowledgeDistillationCallback(t, Attention, '1', weight=10.))) for t in (net(8), torch.compile(net(8), backend='eager')))
+    a,b = (fit(learner(cbs=KnowledgeDistillationCallback(t, Attention, '1', weight=10.)))
+           for t in (net(8), torch.compile(net(8), backend='eager')))
     torch.testing.assert_close(weights(a), weights(b))
     assert a.knowledge_distillation.teacher.early_exit and not b.knowledge_distillation.teacher.early_exit
     torch._dynamo.reset()
@@ -117,7 +127,9 @@ def test_a_loss_that_is_built_gets_the_first_prediction():
 
 def test_two_callbacks_stop_one_teacher_each_for_itself():
     t = net(8)
-    def train(early_exit): return fit(learner(cbs=[KnowledgeDistillationCallback(t, Term(Attention, 10.), l, early_exit=early_exit) for l in ('0','2')]))
+    def train(early_exit):
+        return fit(learner(cbs=[KnowledgeDistillationCallback(t, Term(Attention, 10.), l, early_exit=early_exit)
+                                for l in ('0','2')]))
     assert torch.equal(weights(train(True)), weights(train(False)))
 
 # ---- data that count their readings
@@ -135,7 +147,9 @@ def loaders(n=100, bs=16, cls=TfmdDL, **kwargs):
 
 def cached_fit(teacher, dls=None, n=3, losses=None, layers='1', **kwargs):
     "Train by predictions and features"
-    return fit(learner(dls or loaders(), KnowledgeDistillationCallback(teacher, losses or [Term(SoftTarget), Term(Attention, 10.)], layers, **kwargs)), n)
+    return fit(learner(dls or loaders(),
+                       KnowledgeDistillationCallback(teacher, losses or [Term(SoftTarget), Term(Attention, 10.)],
+                                                     layers, **kwargs)), n)
 
 def values(learn): return np.array([o[:-1] for o in learn.recorder.values])
 

@@ -3,16 +3,23 @@ import subprocess, sys
 from pathlib import Path
 import pytest
 
-def demo(*args, cwd=None): return subprocess.run([str(Path(sys.executable).parent/'kd-demo'), *map(str, args)], text=True, capture_output=True, cwd=cwd)
+def demo(*args, cwd=None):
+    return subprocess.run([str(Path(sys.executable).parent/'kd-demo'), *map(str, args)], text=True, capture_output=True,
+                          cwd=cwd)
 
 def test_prints_a_table_and_draws_a_plot(tmp_path):
     r = demo('--seeds', 2, '--epochs', 3, cwd=tmp_path)
     assert r.returncode==0, r.stderr
-    for o in ('teacher, all 1000 labels', 'student alone', 'with SoftTarget', 'with SoftTarget + Attention', '±', 'better in', '94186', '6274'): assert o in r.stdout
+    for o in ('teacher, all 1000 labels', 'student alone', 'with SoftTarget', 'with SoftTarget + Attention', '±',
+              'better in', '94186', '6274'):
+        assert o in r.stdout
     assert (tmp_path/'kd_demo.png').stat().st_size>5000
 
-@pytest.mark.parametrize('args,says', [(['--labels',5],'--labels must be 10 to 990, got 5'), (['--seeds',0],'--seeds must be at least 1'), (['--epochs',0],'--epochs must be'),
-    (['--temperature',0],'--temperature must be'), (['--out','nowhere/x.png'],"no folder 'nowhere'"), (['--out','x.doc'],'--out must end in'), (['--seeds','many'],'invalid int value')])
+@pytest.mark.parametrize('args,says',
+                         [(['--labels',5],'--labels must be 10 to 990, got 5'),
+                          (['--seeds',0],'--seeds must be at least 1'), (['--epochs',0],'--epochs must be'),
+    (['--temperature',0],'--temperature must be'), (['--out','nowhere/x.png'],"no folder 'nowhere'"),
+    (['--out','x.doc'],'--out must end in'), (['--seeds','many'],'invalid int value')])
 def test_bad_values_get_a_sentence(args, says, tmp_path):
     r = demo(*args, cwd=tmp_path)
     assert r.returncode and says in r.stderr and 'Traceback' not in r.stderr

@@ -238,6 +238,7 @@ def test_shift_of_logits(name):
             assert value.isfinite()
             assert all(g.isfinite().all() for g in grads)
             assert value>=-1e-9
-            if name!='StreamlinedKD': torch.testing.assert_close(value, plain, rtol=1e-6, atol=1e-9)  # of raw directions
+            # of raw directions
+            if name!='StreamlinedKD': torch.testing.assert_close(value, plain, rtol=1e-6, atol=1e-9)
             same = loss(**{**x, 'pred': x['teacher_pred']+c, 'teacher_pred': x['teacher_pred']+c})
             if get_loss_info(loss).at_equality=='zero': assert abs(same)<1e-6

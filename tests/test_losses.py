@@ -1,4 +1,5 @@
-"The same tests for every loss without weights. What a loss reads and its value at equality are facts of the loss (`loss_info`): a new loss needs no line here."
+"""The same tests for every loss without weights. What a loss reads and its value at equality are facts of the loss
+(`loss_info`): a new loss needs no line here."""
 import inspect, io, json, math, re, shutil, sys
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,9 @@ def others_entropy(x, gamma=1.5):
     p = np.stack([np.delete(r, y) for r,y in zip(x['teacher_pred'].softmax(1).numpy(), x['target'])])
     return gamma*scipy.special.entr(p/p.sum(1, keepdims=True)).sum(1).mean()
 
-def ladder(x): return at(**{k: lambda x: {n: torch.tensor([0.,3.,10.,30.]).to(f)[:,None] for n,f in x[k].items()} for k in ('fm_s','fm_t')})(x)
+def ladder(x):
+    return at(**{k: lambda x: {n: torch.tensor([0.,3.,10.,30.]).to(f)[:,None] for n,f in x[k].items()}
+                 for k in ('fm_s','fm_t')})(x)
 
 ZERO,STATIONARY,UNBOUNDED = 'zero','stationary','unbounded'  # see `loss_info(at_equality=)`
 
@@ -52,7 +55,8 @@ MINIMA = {   # of losses with at_equality='elsewhere': inputs at the minimum, an
 }
 
 def kind(loss):
-    "What a loss reads: 'both' predictions and features, 'features', 'predictions', these with 'labels', or 'numbers' of a regression"
+    """What a loss reads: 'both' predictions and features, 'features', 'predictions', these with 'labels', or
+    'numbers' of a regression"""
     names = loss_args(loss).required
     if 'fm_s' in names: return 'both' if 'teacher_pred' in names else 'features'
     if 'target' not in names: return 'predictions'
@@ -79,7 +83,8 @@ VARIANTS = { # the same tests for other parameters, and for wrappers
     'KTA, p=2': partial(KTA, p=2, q=1),
     'CATKD, raw': partial(CATKD, normalize=False), 'PKD, teacher resized': partial(PKD, resize_stu=False),
     'normalized(RKD)': unit_length(RKD),
-    'CorrelationCongruence, bilinear': partial(CorrelationCongruence, kernel='bilinear', normalize=False, squared=False),
+    'CorrelationCongruence, bilinear': partial(CorrelationCongruence, kernel='bilinear', normalize=False,
+                                               squared=False),
 }
 VARIANTS = {n: row(f) for n,f in VARIANTS.items()}
 ALL = {**LOSSES, **VARIANTS}
@@ -95,7 +100,8 @@ GRIDS = {'shape': (((4,6,6),(8,3,3)), ((4,6,6),(8,3,3))), 'size': (((4,6,6),(8,3
 
 def must_match(name):
     "What must be equal in student and teacher"
-    return 'batch' if name.startswith('pooled') else 'size' if name=='FactorTransfer, attention' else get_loss_info(ALL[name][0]).must_match
+    return ('batch' if name.startswith('pooled') else 'size' if name=='FactorTransfer, attention'
+            else get_loss_info(ALL[name][0]).must_match)
 
 def inputs(name, B=4, C=5, dtype=torch.float32, seed=0, same=False, grids=None):
     "Random arguments for a loss, as different in shape as it allows"
@@ -113,7 +119,8 @@ def changed(x, f, who=('pred','teacher_pred','fm_s','fm_t')):
     def on(v): return {k: f(t) for k,t in v.items()} if isinstance(v, dict) else f(v)
     return {k: on(v) if k in who else v for k,v in x.items()}
 
-def tensors(x, *names): return [t for n in names if n in x for t in (x[n].values() if isinstance(x[n], dict) else [x[n]])]
+def tensors(x, *names):
+    return [t for n in names if n in x for t in (x[n].values() if isinstance(x[n], dict) else [x[n]])]
 
 def run(name, x):
     "Value and gradients of the student's tensors"
@@ -126,12 +133,15 @@ def run(name, x):
     return loss.detach(),grads
 
 def close(a, b, tol=1e-4):
-    for p,q in zip(tree_leaves(a), tree_leaves(b)): torch.testing.assert_close(p, q, rtol=tol, atol=tol*max(1e-2, float(q.abs().max())))
+    for p,q in zip(tree_leaves(a), tree_leaves(b)):
+        torch.testing.assert_close(p, q, rtol=tol, atol=tol*max(1e-2, float(q.abs().max())))
 
 # --- golden numbers
 
-EXCLUDED = {'kd_ce_combined', 'decoupled_kd_normalized', 'hkd', 'cc_repdistiller', 'kdsvd', 'mlkd_authors_full',  # golden/README.md: informative, or not to be built
-            'pad_l2'}                                                                                          # learns a variance: a loss with weights
+# golden/README.md: informative, or not to be built
+EXCLUDED = {'kd_ce_combined', 'decoupled_kd_normalized', 'hkd', 'cc_repdistiller', 'kdsvd', 'mlkd_authors_full',
+            # learns a variance: a loss with weights
+            'pad_l2'}
 STATELESS = [k for k,m in load_index(golden)['methods'].items() if not m['parameterised'] and k not in EXCLUDED]
 
 @pytest.mark.parametrize('method', STATELESS)
@@ -170,7 +180,8 @@ def test_cases_left_to_their_value_give_a_reason():
 
 def test_counts_of_golden_readme():
     methods = load_index(golden)['methods']
-    assert f"{len(methods)} methods, {sum(len(m['cases']) for m in methods.values())} cases" in (golden/'README.md').read_text()
+    assert f"{len(methods)} methods, {sum(len(m['cases']) for m in methods.values())} cases" in (
+        golden/'README.md').read_text()
 
 # --- the table, names and docs
 
@@ -191,10 +202,13 @@ def test_documented(name):
     assert a.complexity in ('low','medium','high')
     assert a.cost
     assert a.weight>0
-    page = next(p for m,p in ((output,'11_losses.output'),(feature,'12_losses.feature'),(relation,'13_losses.relation')) if name in m.__all__)
-    prose = [''.join(c['source']) for c in json.loads((root/'nbs'/f'{page}.ipynb').read_text())['cells'] if c['cell_type']=='markdown']
+    page = next(p for m,p in ((output,'11_losses.output'),(feature,'12_losses.feature'),(relation,'13_losses.relation'))
+                if name in m.__all__)
+    prose = [''.join(c['source']) for c in json.loads((root/'nbs'/f'{page}.ipynb').read_text())['cells']
+             if c['cell_type']=='markdown']
     entry, = [c for c in prose if c.startswith(f'## {name}\n')]
-    marks = ['$$', '**Paper**', '**Reduction**', '**Range**', '**Default weight**', '**At equality**', '**Differs from the paper in**']
+    marks = ['$$', '**Paper**', '**Reduction**', '**Range**', '**Default weight**', '**At equality**',
+             '**Differs from the paper in**']
     assert [m for m in marks if m not in entry]==[]
     assert marks==sorted(marks, key=entry.index)
     assert re.search(r'\*\*Paper\*\*: .+\]\(https://', entry)
@@ -203,9 +217,12 @@ def test_documented(name):
 
 T,D = torch.Tensor,dict[str, torch.Tensor]
 SIGNATURES = {
-    'SoftTarget': [('pred',T), ('teacher_pred',T), ('T',float,5)], 'Logits': [('pred',T), ('teacher_pred',T)], 'Mutual': [('pred',T), ('teacher_pred',T)],
-    'Attention': [('fm_s',D), ('fm_t',D), ('p',int,2)], 'ActivationBoundaries': [('fm_s',D), ('fm_t',D), ('m',float,2)], 'FitNet': [('fm_s',D), ('fm_t',D)],
-    'Similarity': [('fm_s',D), ('fm_t',D), ('pred',T), ('p',int,2)], 'PKT': [('fm_s',D), ('fm_t',D), ('eps',float,1e-7)],
+    'SoftTarget': [('pred',T), ('teacher_pred',T), ('T',float,5)], 'Logits': [('pred',T), ('teacher_pred',T)],
+    'Mutual': [('pred',T), ('teacher_pred',T)],
+    'Attention': [('fm_s',D), ('fm_t',D), ('p',int,2)], 'ActivationBoundaries': [('fm_s',D), ('fm_t',D), ('m',float,2)],
+    'FitNet': [('fm_s',D), ('fm_t',D)],
+    'Similarity': [('fm_s',D), ('fm_t',D), ('pred',T), ('p',int,2)],
+    'PKT': [('fm_s',D), ('fm_t',D), ('eps',float,1e-7)],
     'RKD': [('fm_s',D), ('fm_t',D), ('distance',float,25.), ('angle',float,50.)],
 }
 @pytest.mark.parametrize('name', SIGNATURES)
@@ -220,7 +237,8 @@ def test_signature(name):
     "Uniform: data without defaults, parameters with defaults, `**kwargs`; wrappers and partials keep names and facts"
     f = ALL[name][0]
     params = inspect.signature(f).parameters
-    assert all((p.default is p.empty)==(k in ('pred','teacher_pred','fm_s','fm_t','target')) for k,p in params.items() if k!='kwargs')
+    assert all((p.default is p.empty)==(k in ('pred','teacher_pred','fm_s','fm_t','target'))
+               for k,p in params.items() if k!='kwargs')
     assert 'kwargs' in params
     assert loss_name(f) in LOSSES
     assert get_loss_info(f) is get_loss_info(LOSSES[loss_name(f)][0])
@@ -240,7 +258,8 @@ def test_equality(name):
     elif equality==STATIONARY: assert value>0 and all(g.abs().max()<1e-12 for g in grads)
     else:
         where,least = equality
-        if name=='DarkRank': value = run(name, changed(x, lambda t: t/20))[0]  # random embeddings are so far apart that any ranking is certain
+        # random embeddings are so far apart that any ranking is certain
+        if name=='DarkRank': value = run(name, changed(x, lambda t: t/20))[0]
         assert value>1e-3
         y = where(inputs(name, dtype=torch.float64))
         least = least(y) if callable(least) else least
@@ -252,7 +271,8 @@ def test_gradient(name):
     x = changed(inputs(name), lambda t: t.requires_grad_())
     ALL[name][0](**x).backward()
     assert all(t.grad is None for t in tensors(x, 'teacher_pred', 'fm_t'))
-    assert all(t.grad.isfinite().all() and t.grad.abs().sum()>0 for t in tensors(x, 'fm_s') + ([] if name=='Similarity' else tensors(x, 'pred')))
+    assert all(t.grad.isfinite().all() and t.grad.abs().sum()>0
+               for t in tensors(x, 'fm_s') + ([] if name=='Similarity' else tensors(x, 'pred')))
 
 def _channel(f):
     f = f.clone(); f[:,0] = 0
@@ -260,7 +280,8 @@ def _channel(f):
 def _row(f):
     f = f.clone(); f[0] = 0
     return f
-EXTREME = dict(logits60=lambda t: 60*t.sign(), zeros=torch.zeros_like, constant=torch.ones_like, dead_channel=_channel, zero_row=_row, equal_rows=lambda t: t[:1].expand_as(t).clone(),
+EXTREME = dict(logits60=lambda t: 60*t.sign(), zeros=torch.zeros_like, constant=torch.ones_like, dead_channel=_channel,
+               zero_row=_row, equal_rows=lambda t: t[:1].expand_as(t).clone(),
                large=lambda t: 1e4*t, small=lambda t: 1e-12*t, relu=lambda t: (t-3).relu())
 @every
 @pytest.mark.parametrize('how', EXTREME)
@@ -279,7 +300,9 @@ def test_opposite(name):
     if LOSSES.get(name, ALL[name])[1]=='labels': x['target'] = torch.ones_like(x['target'])
     value,grads = run(name, {**x, 'pred': pred, 'teacher_pred': pred.flip(1)})
     assert value.isfinite() and all(g.isfinite().all() for g in grads)
-    if name in ('SoftTarget','Mutual','DecoupledKD','DecoupledKD, soft','NormalizedKD','TTM','MFT','HardTarget','JSD, forward','MultiLabel'): assert grads[0].abs().max()>1e-3
+    if name in ('SoftTarget','Mutual','DecoupledKD','DecoupledKD, soft','NormalizedKD','TTM','MFT','HardTarget',
+                'JSD, forward','MultiLabel'):
+        assert grads[0].abs().max()>1e-3
 
 @every
 def test_batch_of_one(name):
@@ -292,7 +315,8 @@ def test_half(name, dtype):
     "Half tensors, large ones too, under the callback's rule: autocast off, on float copies"
     for scale in (1, 300):
         x = changed(inputs(name), lambda t: (scale*t).to(dtype))
-        with torch.autocast('cpu', dtype=torch.bfloat16), torch.autocast('cpu', enabled=False): value,grads = run(name, changed(x, torch.Tensor.float))
+        with torch.autocast('cpu', dtype=torch.bfloat16), torch.autocast('cpu', enabled=False):
+            value,grads = run(name, changed(x, torch.Tensor.float))
         assert value.dtype==torch.float32 and value.isfinite() and all(g.isfinite().all() for g in grads)
         if scale==1: close(value, run(name, changed(x, lambda t: t.double()))[0].float(), 2e-3)
 
@@ -307,7 +331,8 @@ def test_permutation(name):
 @with_maps
 def test_channels_last(name):
     x = inputs(name, dtype=torch.float64)
-    close(run(name, changed(x, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim==4 else t)), run(name, x), 1e-9)
+    close(run(name, changed(x, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim==4 else t)),
+          run(name, x), 1e-9)
 
 @with_maps
 def test_tokens(name):
@@ -317,7 +342,9 @@ def test_tokens(name):
     x = inputs(name, grids=grids, dtype=torch.float64)
     tokens = changed(x, lambda t: t.mT if t.ndim==3 else t, ('fm_s','fm_t'))
     value,grads = run(name, tokens)
-    if name.startswith(('HCL','CATKD','FSP','PKD','IRG','pooled')): assert value.isfinite() and all(g.abs().sum()>0 for g in grads)  # pooling a row is not pooling a plane
+    # pooling a row is not pooling a plane
+    if name.startswith(('HCL','CATKD','FSP','PKD','IRG','pooled')):
+        assert value.isfinite() and all(g.abs().sum()>0 for g in grads)
     else: close(value, run(name, changed(x, lambda t: t[...,None], ('fm_s','fm_t')))[0], 1e-8)
 
 @with_preds
@@ -335,15 +362,19 @@ def test_compile(name):
     x = inputs(name, dtype=torch.float64)
     expected = run(name, x)
     ALL['compiled'] = (torch.compile(f, fullgraph=True, backend='aot_eager'), *rest)
-    try: close(run('compiled', x) if name!='Similarity' else ALL['compiled'][0](**x), expected if name!='Similarity' else expected[0], 1e-8)
+    try:
+        close(run('compiled', x) if name!='Similarity' else ALL['compiled'][0](**x),
+              expected if name!='Similarity' else expected[0], 1e-8)
     finally: del ALL['compiled']
 
 @every
 def test_gradcheck(name):
     if name=='WSLD': pytest.skip("its weights have no gradient: see test_wsld")
-    small = {'shape': (((2,3,3),(4,2,2)),)*2, 'size': (((2,3,3),(4,2,2)), ((3,3,3),(6,2,2))), 'channels': (((2,3,3),(4,2,2)), ((2,2,2),(4,3,3))), 'batch': (((2,3,3),(4,2,2)), ((3,2,2),(6,2,2)))}
+    small = {'shape': (((2,3,3),(4,2,2)),)*2, 'size': (((2,3,3),(4,2,2)), ((3,3,3),(6,2,2))),
+             'channels': (((2,3,3),(4,2,2)), ((2,2,2),(4,3,3))), 'batch': (((2,3,3),(4,2,2)), ((3,2,2),(6,2,2)))}
     x = inputs(name, B=3, C=4, dtype=torch.float64, seed=1, grids=small[must_match(name)])
-    keys = [(n,k) for n in ('pred','fm_s') if n in x and not (n=='pred' and name=='Similarity') for k in (x[n] if isinstance(x[n], dict) else [None])]
+    keys = [(n,k) for n in ('pred','fm_s') if n in x and not (n=='pred' and name=='Similarity')
+            for k in (x[n] if isinstance(x[n], dict) else [None])]
     def f(*leaves):
         y = {**x, **({'fm_s': dict(x['fm_s'])} if 'fm_s' in x else {})}
         for (n,k),t in zip(keys, leaves):
@@ -380,11 +411,13 @@ def test_lean(name):
 @with_preds
 def test_unequal_predictions(name):
     x = inputs(name)
-    with pytest.raises(ValueError, match=r'\(4, 5\).*\(4, 1\)'): ALL[name][0](**{**x, 'teacher_pred': x['teacher_pred'][:,:1]})
+    with pytest.raises(ValueError, match=r'\(4, 5\).*\(4, 1\)'):
+        ALL[name][0](**{**x, 'teacher_pred': x['teacher_pred'][:,:1]})
 
 @with_preds
 def test_one_class(name):
-    x = changed(inputs(name), lambda t: t[:,:1], ('pred','teacher_pred') + (('target',) if ALL[name][1]=='numbers' else ()))
+    x = changed(inputs(name), lambda t: t[:,:1],
+                ('pred','teacher_pred') + (('target',) if ALL[name][1]=='numbers' else ()))
     if get_loss_info(ALL[name][0]).softmax:
         with pytest.raises(ValueError, match=r'at least two classes, got \(4, 1\)'): ALL[name][0](**x)
     else: assert run(name, x)[0].isfinite()
@@ -401,13 +434,15 @@ def test_bad_features(name):
     with pytest.raises(ValueError, match='got 2 and 1'): f(**{**x, 'fm_t': dict([*x['fm_t'].items()][:1])})
     with pytest.raises(ValueError, match='got 0 and 0'): f(**{**x, 'fm_s': {}, 'fm_t': {}})
     with pytest.raises(TypeError, match='fm_s must be a dict'): f(**{**x, 'fm_s': [*x['fm_s'].values()]})
-    bad = {'batch': lambda t: t[:3], 'channels': lambda t: t[:,:1], 'size': lambda t: t[:,:,:2,:2], 'shape': lambda t: t[:,:1]}
+    bad = {'batch': lambda t: t[:3], 'channels': lambda t: t[:,:1], 'size': lambda t: t[:,:,:2,:2],
+           'shape': lambda t: t[:,:1]}
     for k in {'batch', must_match(name)}:
         fm_t = {n: bad[k](t) for n,t in x['fm_t'].items()}
         a,b = (re.escape(str(tuple(fm[n].shape))) for fm,n in ((x['fm_s'],'s0'), (fm_t,'t0')))
         with pytest.raises(ValueError, match=f'{a}.*{b}'): f(**{**x, 'fm_t': fm_t})
 
-@pytest.mark.parametrize('f', [partial(SoftTarget, T=0), partial(JSD, beta=1.5), partial(SkewKL, alpha=-1), partial(AlphaBeta, alpha=-1), partial(MultiLevel, levels=()),
+@pytest.mark.parametrize('f', [partial(SoftTarget, T=0), partial(JSD, beta=1.5), partial(SkewKL, alpha=-1),
+                               partial(AlphaBeta, alpha=-1), partial(MultiLevel, levels=()),
     partial(StreamlinedKD, instance=0, direction=0)], ids=loss_name)
 def test_bad_parameters(f):
     with pytest.raises(ValueError, match='Expected|compares nothing'): f(torch.rand(2,3), torch.rand(2,3))
@@ -424,7 +459,8 @@ def test_jsd(beta):
     m = beta*p+(1-beta)*q
     expected = {0: kl(p,q), 1: kl(q,p)}.get(beta, beta*kl(p,m)+(1-beta)*kl(q,m))
     assert math.isclose(JSD(**x, beta=beta, T=3), 9*expected, rel_tol=1e-9)
-    if beta==.5: assert math.isclose(expected, (scipy.spatial.distance.jensenshannon(p, q, axis=1)**2).mean(), rel_tol=1e-9)
+    if beta==.5:
+        assert math.isclose(expected, (scipy.spatial.distance.jensenshannon(p, q, axis=1)**2).mean(), rel_tol=1e-9)
 
 @pytest.mark.parametrize('alpha', [0, .1, .7, 1])
 def test_skew(alpha):
@@ -437,7 +473,9 @@ def test_skew(alpha):
 def test_alpha_beta(a, b):
     "The published formula in a loop; at its poles the limit, by coming near"
     x = inputs('AlphaBeta', dtype=torch.float64)
-    def formula(a, b): return np.mean([sum(-(p**a*q**b - a/(a+b)*p**(a+b) - b/(a+b)*q**(a+b))/(a*b) for p,q in zip(*pq)) for pq in zip(*probabilities(x))])
+    def formula(a, b):
+        return np.mean([sum(-(p**a*q**b - a/(a+b)*p**(a+b) - b/(a+b)*q**(a+b))/(a*b) for p,q in zip(*pq))
+                        for pq in zip(*probabilities(x))])
     e = 1e-4
     expected = formula(a, b) if a and b else (formula(a or e, b or e) + formula(a or -e, b or -e))/2
     assert math.isclose(AlphaBeta(**x, alpha=a, beta=b), expected, rel_tol=1e-9 if a and b else 1e-3)
@@ -445,7 +483,8 @@ def test_alpha_beta(a, b):
 def test_hard_target():
     x = inputs('HardTarget', dtype=torch.float64)
     _,q = probabilities(x)
-    assert math.isclose(HardTarget(**x), -np.mean([math.log(r[t.argmax()]) for r,t in zip(q, x['teacher_pred'])]), rel_tol=1e-9)
+    assert math.isclose(HardTarget(**x), -np.mean([math.log(r[t.argmax()]) for r,t in zip(q, x['teacher_pred'])]),
+                        rel_tol=1e-9)
 
 def test_multi_label():
     x = inputs('MultiLabel', dtype=torch.float64)
@@ -499,7 +538,8 @@ def test_both_forms_of_nst():
 SAMPLES = [n for n,(f,*_) in ALL.items() if get_loss_info(f).per_sample]
 per_sample_losses = pytest.mark.parametrize('name', SAMPLES)
 
-def sample(x, i): return {k: {n: t[i:i+1] for n,t in v.items()} if isinstance(v, dict) else v[i:i+1] for k,v in x.items()}
+def sample(x, i):
+    return {k: {n: t[i:i+1] for n,t in v.items()} if isinstance(v, dict) else v[i:i+1] for k,v in x.items()}
 
 @per_sample_losses
 def test_per_sample_equals_loop(name):

@@ -74,10 +74,12 @@ def test_softened():
 def test_agreement():
     s,t = torch.eye(3)[[0,0,1,2,2]],torch.eye(3)[[0,1,1,2,0]]
     table = class_agreement(s, t, ['a','b','c'])
-    assert table.loc['b','a']==1 and table.loc['a','c']==1 and table.loc['a','a']==1 and table.values.sum()==5 and (table.index.name, table.columns.name)==('teacher','student')
+    assert table.loc['b','a']==1 and table.loc['a','c']==1 and table.loc['a','a']==1 and table.values.sum()==5
+    assert (table.index.name, table.columns.name)==('teacher','student')
     ax = plot_class_agreement(s, t, ['a','b','c'])
     assert np.array_equal(shown(ax), table.values) and '60.0%' in ax.get_title() and words(ax).count('1')==5
-    assert (ax.get_ylabel(), ax.get_xlabel())==('teacher','student') and [o.get_text() for o in ax.get_yticklabels()]==['a','b','c']
+    assert (ax.get_ylabel(), ax.get_xlabel())==('teacher','student')
+    assert [o.get_text() for o in ax.get_yticklabels()]==['a','b','c']
     with pytest.raises(ValueError, match=r'\(5, 3\) and \(5, 2\)'): class_agreement(s, t[:,:2])
 
 def test_agreement_of_dense_predictions():
@@ -95,7 +97,8 @@ def test_learner_agreement(student, teacher):
 def test_learner_agreement_names_classes():
     "The axes have the vocabulary of the data."
     ims = [np.full((8,8), v, np.uint8) for v in (0,255)]
-    d = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: [0,1]*4, get_x=lambda i: ims[i], get_y=lambda i: 'dark light'.split()[i]).dataloaders(None, bs=2)
+    d = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: [0,1]*4, get_x=lambda i: ims[i],
+                  get_y=lambda i: 'dark light'.split()[i]).dataloaders(None, bs=2)
     learn = Learner(d, nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), loss_func=CrossEntropyLossFlat())
     learn.model(d.one_batch()[0])
     ax = learn.plot_agreement(copy.deepcopy(learn.model))
@@ -118,7 +121,8 @@ def test_learner_agreement_finds_the_teacher_of_the_learner(student, teacher):
     learn = Learner(dls, student.model, loss_func=CrossEntropyLossFlat())
     with pytest.raises(ValueError, match='There is no teacher: give one'): learn.plot_agreement()
     learn.distill(teacher, teacher_tfm=lambda x: x*0)
-    assert np.array_equal(shown(learn.plot_agreement()), shown(student.plot_agreement(teacher, teacher_tfm=lambda x: x*0)))
+    assert np.array_equal(shown(learn.plot_agreement()),
+                          shown(student.plot_agreement(teacher, teacher_tfm=lambda x: x*0)))
 
 def by_definition(a, b):
     "CKA from HSIC of linear kernels, centered by the matrix H"

@@ -18,7 +18,8 @@ def test_a_function_teaches_as_its_model():
     expected = weights(cached_fit(t, **args))
     assert torch.equal(weights(cached_fit(FunctionTeacher(run(deepcopy(t))), **args)), expected)
     def probabilities(x): return torch.from_numpy(run(t)(x)).double().softmax(1).numpy()
-    torch.testing.assert_close(weights(cached_fit(FunctionTeacher(probabilities, probabilities=True), **args)), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights(cached_fit(FunctionTeacher(probabilities, probabilities=True), **args)),
+                               expected, rtol=1e-3, atol=1e-4)
 
 def test_a_function_is_cached(tmp_path):
     calls,t = [],net(8)
@@ -37,7 +38,8 @@ def test_onnx(tmp_path):
     torch.onnx.export(t, torch.randn(2,1,8,8), file, dynamo=False, input_names=['x'], dynamic_axes={'x': {0: 'n'}})
     teacher = onnx_teacher(ort.InferenceSession(str(file), providers=['CPUExecutionProvider']))
     args = dict(losses=SoftTarget, layers=None, n=1)
-    torch.testing.assert_close(weights(cached_fit(teacher, **args)), weights(cached_fit(t, **args)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights(cached_fit(teacher, **args)), weights(cached_fit(t, **args)), rtol=1e-3,
+                               atol=1e-4)
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_a_fast_copy_teaches_nearly_the_same(dtype):
@@ -53,7 +55,8 @@ def test_a_fast_copy_teaches_nearly_the_same(dtype):
 
 class UsedTwice(nn.Module):
     "The convolution's output is also used without the norm"
-    def __init__(self): super().__init__(); self.conv,self.norm,self.head = nn.Conv2d(1,4,3),nn.BatchNorm2d(4),nn.Linear(4,10)
+    def __init__(self):
+        super().__init__(); self.conv,self.norm,self.head = nn.Conv2d(1,4,3),nn.BatchNorm2d(4),nn.Linear(4,10)
     def forward(self, x): x = self.conv(x); return self.head((x+self.norm(x)).mean((2,3)))
 
 def test_what_cannot_be_folded_is_not():
@@ -63,4 +66,5 @@ def test_what_cannot_be_folded_is_not():
     assert isinstance(fast.norm, nn.BatchNorm2d)
     torch.testing.assert_close(fast(x), t.eval()(x))
     assert isinstance(fast_copy(net(8), x, layers=['0.1'])[0][1], nn.BatchNorm2d)
-    with pytest.raises(ValueError, match='at most 1e-09 is allowed'): fast_copy(net(8), x, dtype=torch.bfloat16, tolerance=1e-9)
+    with pytest.raises(ValueError, match='at most 1e-09 is allowed'):
+        fast_copy(net(8), x, dtype=torch.bfloat16, tolerance=1e-9)

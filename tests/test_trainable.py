@@ -1,4 +1,5 @@
-"One menu of tests for every loss that owns weights. What each takes, and the layers that it trains on, stand in `LOSSES`; a new loss joins by a line."
+"""One menu of tests for every loss that owns weights. What each takes, and the layers that it trains on, stand in
+`LOSSES`; a new loss joins by a line."""
 import io, json, pickle, re, subprocess, sys
 from copy import deepcopy
 from functools import partial, wraps
@@ -42,7 +43,8 @@ class Row(NamedTuple):
 
 two,wider = ((4,6,6),(8,3,3)),((6,6,6),(12,3,3))
 LOSSES = {
-    'FitNetRegressor': Row(FitNetRegressor, ((4,6,6),(8,3,3),(8,5,5)), ((6,3,3),(12,6,6),(9,3,3)), ('fitnet_regressor',)),
+    'FitNetRegressor': Row(FitNetRegressor, ((4,6,6),(8,3,3),(8,5,5)), ((6,3,3),(12,6,6),(9,3,3)),
+                           ('fitnet_regressor',)),
     'VID': Row(VID, ((4,6,6),(8,3,3)), ((6,4,4),(12,6,6)), ('vid',)),
     'PADL2': Row(PADL2, two, two, ('pad_l2',), width=4, fits='shape'),
     'ReviewKD': Row(ReviewKD, (*two,(8,)), (*wider,(12,)), ('reviewkd',)),
@@ -66,7 +68,8 @@ LOSSES = {
 VARIANTS = {
     'VID, narrow': Row(partial(VID, mid_channels=3, init_pred_var=2.), two, wider),
     'ReviewKD, other sizes': Row(partial(ReviewKD, mid_channels=5), two, ((6,4,4),(12,2,2))),
-    'OFD, batch margins': Row(partial(OFD, margin='batch'), two, wider, ('ofd_connector',), ['0.1','1.1','2.1'], fits='size'),
+    'OFD, batch margins': Row(partial(OFD, margin='batch'), two, wider, ('ofd_connector',), ['0.1','1.1','2.1'],
+                              fits='size'),
     'SRRL, maps': Row(SRRL, ((8,4,4),), ((12,3,3),), (), '2'),
     'SimKD, embedding': Row(partial(SimKD, factor=4), ((8,),), ((12,),), (), '4'),
     'MGD, channel': Row(partial(MGD, 'channel'), two, two, ('mgd_channel',), width=4, fits='size'),
@@ -82,7 +85,8 @@ each  = pytest.mark.parametrize('name', LOSSES)
 methods = pytest.mark.parametrize('method', [m for r in ALL.values() for m in r.golden])
 
 def inputs(name, B=4, dtype=torch.float32, seed=0, shapes=None):
-    "Random arguments for `build`: a teacher of batch norms and a classifier, which makes the predictions of the last feature"
+    """Random arguments for `build`: a teacher of batch norms and a classifier, which makes the predictions of the
+    last feature"""
     g = torch.Generator().manual_seed(seed)
     def rand(*shape): return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
     s,t = shapes or (ALL[name].student, ALL[name].teacher)
@@ -91,17 +95,24 @@ def inputs(name, B=4, dtype=torch.float32, seed=0, shapes=None):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         channels = {n: f.shape[2 if f.ndim==3 else 1] for n,f in fm_t.items()}
-        teacher = nn.ModuleDict({**{n: nn.BatchNorm2d(c) for n,c in channels.items()}, 'classifier': nn.Linear([*channels.values()][-1], 5)}).to(dtype)
-    teacher_pred = teacher['classifier'](last.mean(1) if last.ndim==3 else last.flatten(2).mean(2) if last.ndim>2 else last).detach()
-    return dict(fm_s=fm_s, fm_t=fm_t, pred=rand(B,5), teacher_pred=teacher_pred, target=torch.randint(5, (B,), generator=g), student=nn.Linear(2,2), teacher=teacher, idx=torch.randperm(100, generator=g)[:B])
+        teacher = nn.ModuleDict({**{n: nn.BatchNorm2d(c) for n,c in channels.items()},
+                                 'classifier': nn.Linear([*channels.values()][-1], 5)}).to(dtype)
+    teacher_pred = teacher['classifier'](last.mean(1) if last.ndim==3 else last.flatten(2).mean(2) if last.ndim>2
+                                         else last).detach()
+    return dict(fm_s=fm_s, fm_t=fm_t, pred=rand(B,5), teacher_pred=teacher_pred,
+                target=torch.randint(5, (B,), generator=g), student=nn.Linear(2,2), teacher=teacher,
+                idx=torch.randperm(100, generator=g)[:B])
 
 def built(name, x=None):
     torch.manual_seed(0)
     return ALL[name].make().build(**(x or inputs(name)))
 
-def changed(x, f, who=('fm_s','fm_t')): return {k: {n: f(t) for n,t in v.items()} if k in who else v for k,v in x.items()}
+def changed(x, f, who=('fm_s','fm_t')):
+    return {k: {n: f(t) for n,t in v.items()} if k in who else v for k,v in x.items()}
 
-def student(loss, x): return [t for k in ('fm_s','pred') if k in loss_args(loss).accepted for t in (x[k].values() if k=='fm_s' else [x[k]])]
+def student(loss, x):
+    return [t for k in ('fm_s','pred') if k in loss_args(loss).accepted
+            for t in (x[k].values() if k=='fm_s' else [x[k]])]
 
 def run(loss, x):
     "Value, and gradients of the student's tensors and the loss's own weights; the loss stays as it was"
@@ -116,7 +127,8 @@ def run(loss, x):
     return value.detach(),grads
 
 def close(a, b, tol=1e-4):
-    for p,q in zip(tree_leaves(a), tree_leaves(b), strict=True): torch.testing.assert_close(p, q, rtol=tol, atol=tol*max(1e-2, float(q.abs().max())))
+    for p,q in zip(tree_leaves(a), tree_leaves(b), strict=True):
+        torch.testing.assert_close(p, q, rtol=tol, atol=tol*max(1e-2, float(q.abs().max())))
 
 # --- golden numbers
 
@@ -136,7 +148,8 @@ def test_golden_default_weight(method):
     m = load_index(golden)['methods'][method]
     with np.load(golden/m['file']) as z: c = load_case(z, m['cases'][0]['key'])
     def t(d): return {k: tens(v, torch.float64) for k,v in d.items()}
-    case = dict(pred=None, teacher_pred=None, fm_s=t(c['fm_s']), fm_t=t(c['fm_t']), target=None, aux=t(c['aux']), state=t(c['state']))
+    case = dict(pred=None, teacher_pred=None, fm_s=t(c['fm_s']), fm_t=t(c['fm_t']), target=None, aux=t(c['aux']),
+                state=t(c['state']))
     assert torch.equal(TRAINABLE[method](**case), TRAINABLE[method](**case, **m['defaults']))
 
 def cases(method):
@@ -146,14 +159,17 @@ def cases(method):
         for e in m['cases']:
             c = load_case(z, e['key'])
             def t(d): return {k: tens(v, torch.float64) for k,v in d.items()}
-            case = dict(fm_s=t(c['fm_s']), fm_t=t(c['fm_t']), **{k: tens(c[k], torch.float64) for k in ('pred','teacher_pred','target')})
+            case = dict(fm_s=t(c['fm_s']), fm_t=t(c['fm_t']),
+                        **{k: tens(c[k], torch.float64) for k in ('pred','teacher_pred','target')})
             torch.manual_seed(0)
             yield c,TRAINABLE[method].build(**case, state=t(c['state']), aux=t(c['aux']), **e['hp']),case
 
 @methods
 def test_golden_weights(method):
-    "Gradients of the weights, which check.py does not judge; every weight of the authors' is one of ours, and the other way round"
-    if method=='pad_l2': pytest.skip("its reference has no weights, but is given variances, whose gradients check.py judges")
+    """Gradients of the weights, which check.py does not judge; every weight of the authors' is one of ours, and the
+    other way round"""
+    if method=='pad_l2':
+        pytest.skip("its reference has no weights, but is given variances, whose gradients check.py judges")
     if method=='ofa': pytest.skip("its cases have no exits, and so no weights")
     if method=='itrd_mutual': pytest.skip("its cases hold no gradients of weights")
     checked = 0
@@ -172,7 +188,9 @@ def test_golden_weights(method):
 
 def test_golden_margins():
     for c,loss,_ in cases('ofd_authors'):
-        for k,m in enumerate(loss.margins, 1): torch.testing.assert_close(m.detach(), torch.from_numpy(c['state'][f'margin{k}']).double(), rtol=1e-6, atol=1e-9)
+        for k,m in enumerate(loss.margins, 1):
+            torch.testing.assert_close(m.detach(), torch.from_numpy(c['state'][f'margin{k}']).double(), rtol=1e-6,
+                                       atol=1e-9)
 
 # --- names, facts and docs
 
@@ -187,28 +205,38 @@ def test_table():
 def test_facts(name):
     loss = ALL[name].make()
     f = get_loss_info(loss)
-    assert f.trains and f.must_match==ALL[name].fits and loss_name(loss)==type(loss).__name__ and isinstance(loss, TrainableLoss)
+    assert f.trains and f.must_match==ALL[name].fits and loss_name(loss)==type(loss).__name__
+    assert isinstance(loss, TrainableLoss)
     assert loss_args(loss).required<=loss_args(loss).accepted and loss_args(loss).has_var_kwargs
 
 @each
 def test_documented(name):
     cls,a = getattr(trainable, name),get_loss_info(getattr(trainable, name))
-    assert len(cls.__doc__)>30 and cls.forward.__doc__ and all(v for o in ([cls] if '__init__' in vars(cls) else [])+[cls.forward] for k,v in docments(o).items() if k not in ('kwargs','self','return'))
-    assert a.url.startswith('https://') and re.search(r'\b(19|20)\d\d$', a.paper) and a.best_for and a.complexity in ('low','medium','high') and a.cost and a.weight>0
+    assert len(cls.__doc__)>30 and cls.forward.__doc__
+    assert all(v for o in ([cls] if '__init__' in vars(cls) else [])+[cls.forward]
+               for k,v in docments(o).items() if k not in ('kwargs','self','return'))
+    assert a.url.startswith('https://') and re.search(r'\b(19|20)\d\d$', a.paper) and a.best_for
+    assert a.complexity in ('low','medium','high')
+    assert a.cost
+    assert a.weight>0
     pages = sorted((root/'nbs').glob('1[4-8]_losses.*.ipynb'))
     cells = [c for p in pages for c in json.loads(p.read_text())['cells']]
     prose = [''.join(c['source']) for c in cells if c['cell_type']=='markdown']
     entry, = [c for c in prose if c.startswith(f'## {name}\n')]
-    marks = ['$$', '**Paper**', '**Reduction**', '**Range**', '**Default weight**', '**At equality**', '**Differs from the paper in**', '**Trains**', '**Adds**']
-    assert [m for m in marks if m not in entry]==[] and [entry.index(m) for m in marks]==sorted(entry.index(m) for m in marks)
-    assert float(re.search(r'\*\*Default weight\*\*: ([\d.]+)', entry)[1])==a.weight and re.search(r'\*\*Paper\*\*: .+\]\(https://', entry)
+    marks = ['$$', '**Paper**', '**Reduction**', '**Range**', '**Default weight**', '**At equality**',
+             '**Differs from the paper in**', '**Trains**', '**Adds**']
+    assert [m for m in marks if m not in entry]==[]
+    assert [entry.index(m) for m in marks]==sorted(entry.index(m) for m in marks)
+    assert float(re.search(r'\*\*Default weight\*\*: ([\d.]+)', entry)[1])==a.weight
+    assert re.search(r'\*\*Paper\*\*: .+\]\(https://', entry)
 
 # --- building
 
 @every
 def test_not_built(name):
     loss,x = ALL[name].make(),inputs(name)
-    with pytest.raises(RuntimeError, match=f'{loss_name(loss)} has no weights yet.*call build'): loss(**loss_args(loss).select(x))
+    with pytest.raises(RuntimeError, match=f'{loss_name(loss)} has no weights yet.*call build'):
+        loss(**loss_args(loss).select(x))
     with pytest.raises(TypeError, match=rf'{loss_name(loss)}.build needs'): loss.build()
     assert not loss.built and not [*loss.parameters()]
 
@@ -218,10 +246,12 @@ def test_build(name):
     x = inputs(name, dtype=torch.float64)
     before = deepcopy(x['teacher'].state_dict())
     loss = built(name, x)
-    assert loss.built and all(p.dtype==torch.float64 for p in loss.parameters()) and any(p.requires_grad for p in loss.parameters())
+    assert loss.built and all(p.dtype==torch.float64 for p in loss.parameters())
+    assert any(p.requires_grad for p in loss.parameters())
     weights = [p for p in loss.parameters()]
     assert loss.build(**x) is loss and all(p is q for p,q in zip(weights, loss.parameters(), strict=True))
-    assert not {*map(id, x['teacher'].parameters())} & {*map(id, loss.parameters())} and all(p.requires_grad for p in x['teacher'].parameters())
+    assert not {*map(id, x['teacher'].parameters())} & {*map(id, loss.parameters())}
+    assert all(p.requires_grad for p in x['teacher'].parameters())
     assert x['teacher'].training and all(torch.equal(v, before[k]) for k,v in x['teacher'].state_dict().items())
 
 @every
@@ -247,7 +277,8 @@ def test_gradient(name):
     for t in student(loss, x): assert t.grad.isfinite().all() and t.grad.abs().sum()>0
     for n,p in loss.named_parameters():
         if not p.requires_grad: assert p.grad is None
-        else: assert p.grad.isfinite().all() and (p.grad.abs().sum()>0 or n.endswith('bias')), n   # batch norm takes away the bias before it
+        # batch norm takes away the bias before it
+        else: assert p.grad.isfinite().all() and (p.grad.abs().sum()>0 or n.endswith('bias')), n
 
 @every
 def test_learns(name):
@@ -263,7 +294,8 @@ def test_learns(name):
         opt.zero_grad(); v.backward(); opt.step()
     assert values[-1]<values[0]-(1e-3 if name=='AFD' else 1e-2)   # its attention can only choose
 
-EXTREME = dict(zeros=torch.zeros_like, constant=torch.ones_like, equal_rows=lambda t: t[:1].expand_as(t).clone(), large=lambda t: 1e4*t, small=lambda t: 1e-12*t, relu=lambda t: (t-3).relu())
+EXTREME = dict(zeros=torch.zeros_like, constant=torch.ones_like, equal_rows=lambda t: t[:1].expand_as(t).clone(),
+               large=lambda t: 1e4*t, small=lambda t: 1e-12*t, relu=lambda t: (t-3).relu())
 @every
 @pytest.mark.parametrize('how', EXTREME)
 def test_extreme(name, how):
@@ -279,16 +311,19 @@ def test_half(name, dtype):
     loss = built(name)
     for scale in (1, 300):
         x = changed(inputs(name), lambda t: (scale*t).to(dtype))
-        with torch.autocast('cpu', dtype=dtype), torch.autocast('cpu', enabled=False): value,grads = run(loss, changed(x, torch.Tensor.float))
+        with torch.autocast('cpu', dtype=dtype), torch.autocast('cpu', enabled=False):
+            value,grads = run(loss, changed(x, torch.Tensor.float))
         assert value.dtype==torch.float32 and value.isfinite() and all(g.isfinite().all() for g in grads)
         if scale==1: close(value, run(loss, inputs(name))[0], 5e-2)
 
 @every
 def test_permutation(name):
-    if name in DRAWN or name=='SemCKD': pytest.skip("masks and negatives are drawn in order, SemCKD's attention reads rows of the batch in order")
+    if name in DRAWN or name=='SemCKD':
+        pytest.skip("masks and negatives are drawn in order, SemCKD's attention reads rows of the batch in order")
     order = torch.tensor([2,0,3,1])
     x = inputs(name, dtype=torch.float64)
-    y = {k: v if k in ('student','teacher') else {n: t[order] for n,t in v.items()} if isinstance(v, dict) else v[order] for k,v in x.items()}
+    y = {k: v if k in ('student','teacher') else {n: t[order] for n,t in v.items()} if isinstance(v, dict) else v[order]
+         for k,v in x.items()}
     loss = built(name, x)
     close(run(loss, y)[0], run(loss, x)[0], 1e-8)
 
@@ -296,7 +331,8 @@ def test_permutation(name):
 def test_channels_last(name):
     x = inputs(name, dtype=torch.float64)
     loss = built(name, x)
-    close(run(loss, changed(x, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim==4 else t)), run(loss, x), 1e-9)
+    close(run(loss, changed(x, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim==4 else t)),
+          run(loss, x), 1e-9)
 
 @every
 def test_tokens(name):
@@ -322,9 +358,12 @@ def test_compile(name):
     close(run(compiled, x), run(loss, x), 1e-8)
 
 PARAMETERS = {   # as the page says, for the last pair, of C_s and C_t channels
-    'FitNetRegressor': lambda s,t: s*t+3*t, 'VID': lambda s,t: t*(s+t+t)+t, 'VID, narrow': lambda s,t: 3*(s+3+t)+t, 'PADL2': lambda s,t: s*t+2*t,
-    'ReviewKD': lambda s,t: s*(s+9*t)+2*(s+t), 'OFD': lambda s,t: s*t+2*t, 'SRRL': lambda s,t: s*t+2*t, 'SimKD': lambda s,t: t//2*(s+9*(t//2)+t)+4*(t//2)+2*t,
-    'MGD': lambda s,t: s*t+18*t*t+3*t, 'SemCKD': lambda s,t: 2*s*t+38*t*t+8*t+2*30, 'ITRD': lambda s,t: s*t+t, 'ICKDEmbed': lambda s,t: s*t+2*t, 'AFD': lambda s,t: t*t+3*t//2,
+    'FitNetRegressor': lambda s,t: s*t+3*t, 'VID': lambda s,t: t*(s+t+t)+t, 'VID, narrow': lambda s,t: 3*(s+3+t)+t,
+    'PADL2': lambda s,t: s*t+2*t,
+    'ReviewKD': lambda s,t: s*(s+9*t)+2*(s+t), 'OFD': lambda s,t: s*t+2*t, 'SRRL': lambda s,t: s*t+2*t,
+    'SimKD': lambda s,t: t//2*(s+9*(t//2)+t)+4*(t//2)+2*t,
+    'MGD': lambda s,t: s*t+18*t*t+3*t, 'SemCKD': lambda s,t: 2*s*t+38*t*t+8*t+2*30, 'ITRD': lambda s,t: s*t+t,
+    'ICKDEmbed': lambda s,t: s*t+2*t, 'AFD': lambda s,t: t*t+3*t//2,
     'CRD': lambda s,t: 8*(s+t+2), 'CRDBank': lambda s,t: 8*(s+t+2), 'CTKD': lambda s,t: 1,
     'PEFD': lambda s,t: 3*(s*t+t), 'ViTKD': lambda s,t: s*t+t+18*t*t+3*t, 'OFA, narrow exits': lambda s,t: 3*(s+5+2)+5,
     'DCD': lambda s,t: 8*(s+t+2)+1, 'RRD': lambda s,t: 8*(s+1),
@@ -348,26 +387,38 @@ def test_bad_features(name):
     n = len(x['fm_s'])
     if name!='SemCKD':   # which compares all with all
         with pytest.raises(ValueError, match=f'got {n} and {n+1}'): call(fm_t={**x['fm_t'], 'more': x['fm_t']['t0']})
-    with pytest.raises(ValueError, match=re.escape(str(tuple(x['fm_s']['s0'].shape)))): call(fm_t={n: t[:3] for n,t in x['fm_t'].items()})
+    with pytest.raises(ValueError, match=re.escape(str(tuple(x['fm_s']['s0'].shape)))):
+        call(fm_t={n: t[:3] for n,t in x['fm_t'].items()})
     wide = {n: torch.cat([t,t], 1) for n,t in x['fm_s'].items()}
-    with pytest.raises(ValueError, match=r"built for \(student, teacher\) channels \[\(\d+, \d+\)|Expected equal shapes"): call(fm_s=wide)
+    with pytest.raises(ValueError,
+                       match=r"built for \(student, teacher\) channels \[\(\d+, \d+\)|Expected equal shapes"):
+        call(fm_s=wide)
     deep = {k: {n: torch.rand(4,4,2,2,2) for n in x[k]} for k in ('fm_s','fm_t')}
-    with pytest.raises(ValueError, match=r'\(B, C, H, W\), \(B, N, D\) or \(B, C\), got \[\(4, 4, 2, 2, 2\)'): ALL[name].make().build(**{**x, **deep})
+    with pytest.raises(ValueError, match=r'\(B, C, H, W\), \(B, N, D\) or \(B, C\), got \[\(4, 4, 2, 2, 2\)'):
+        ALL[name].make().build(**{**x, **deep})
     if ALL[name].fits in ('size','shape'):
-        with pytest.raises(ValueError, match=rf'equal.*{re.escape(repr([*x["fm_s"]][0]))}.*\(4, \d+, 2, 2\) of the teacher'): call(fm_t={n: t[...,:2,:2] for n,t in x['fm_t'].items()})
+        with pytest.raises(ValueError,
+                           match=rf'equal.*{re.escape(repr([*x["fm_s"]][0]))}.*\(4, \d+, 2, 2\) of the teacher'):
+            call(fm_t={n: t[...,:2,:2] for n,t in x['fm_t'].items()})
 
 def test_bad_sizes_of_a_regressor():
     for s,t in (((4,2,2),(6,5,5)), ((4,2,4),(6,4,2)), ((4,3,3),(6,6,4))):
-        with pytest.raises(ValueError, match=re.escape(f'got {(4,*s)} of the student and {(4,*t)} of the teacher')): ALL['FitNetRegressor'].make().build(**inputs('FitNetRegressor', shapes=((s,),(t,))))
+        with pytest.raises(ValueError, match=re.escape(f'got {(4,*s)} of the student and {(4,*t)} of the teacher')):
+            ALL['FitNetRegressor'].make().build(**inputs('FitNetRegressor', shapes=((s,),(t,))))
     for s,t in (((4,5,6),(6,3,3)), ((4,7,3),(6,7,6)), ((4,1,1),(6,2,2)), ((4,2,2),(6,1,1))):  # each side by itself
         x = inputs('FitNetRegressor', shapes=((s,),(t,)))
         assert built('FitNetRegressor', x)(x['fm_s'], x['fm_t']).isfinite()
-    with pytest.raises(ValueError, match=r"'t0' \(4, 6, 4, 4\) of the teacher"): built('FitNetRegressor', x)(x['fm_s'], {'t0': torch.rand(4,6,4,4)})
+    with pytest.raises(ValueError, match=r"'t0' \(4, 6, 4, 4\) of the teacher"):
+        built('FitNetRegressor', x)(x['fm_s'], {'t0': torch.rand(4,6,4,4)})
 
-@pytest.mark.parametrize('make,match', [(lambda: VID(init_pred_var=0.), 'init_pred_var > eps > 0'), (lambda: OFD(margin='bn'), "margin is 'norm' or 'batch', got 'bn'"),
-    (lambda: MGD('pixel'), "position or channel, got 'pixel'"), (lambda: MGD(ratio=1.), 'ratio from 0 to below 1'), (lambda: ITRD(corr=0, mutual=0), 'compares nothing'),
-    (lambda: CTKD(T=.5), '0 < low < T < high'), (lambda: CTKD(low=0.), '0 < low < T < high'), (lambda: CTKD(high=math.inf), '0 < low < T < high'),
-    (lambda: SemCKD(soft=0.), 'got factor=2 and soft=0.0'), (lambda: SemCKD(factor=0), 'got factor=0'), (lambda: CRD(T=0.), 'above 0, got T=0.0'),
+@pytest.mark.parametrize('make,match', [(lambda: VID(init_pred_var=0.), 'init_pred_var > eps > 0'),
+                                        (lambda: OFD(margin='bn'), "margin is 'norm' or 'batch', got 'bn'"),
+    (lambda: MGD('pixel'), "position or channel, got 'pixel'"), (lambda: MGD(ratio=1.), 'ratio from 0 to below 1'),
+    (lambda: ITRD(corr=0, mutual=0), 'compares nothing'),
+    (lambda: CTKD(T=.5), '0 < low < T < high'), (lambda: CTKD(low=0.), '0 < low < T < high'),
+    (lambda: CTKD(high=math.inf), '0 < low < T < high'),
+    (lambda: SemCKD(soft=0.), 'got factor=2 and soft=0.0'), (lambda: SemCKD(factor=0), 'got factor=0'),
+    (lambda: CRD(T=0.), 'above 0, got T=0.0'),
     (lambda: CRDBank(1), 'got n_data=1,'), (lambda: CRDBank(10, K=0), 'K=0 and'),
     (lambda: PEFD(0), 'at least 1 projector'), (lambda: ViTKD(ratio=0.), 'ratio above 0'),
     (lambda: OFA(T=0.), 'got eps=1.0 and T=0.0'),
@@ -392,7 +443,8 @@ def teachers():
 
 def learner(cbs=None, dls=None, model=None, **kwargs):
     set_seed(0)
-    learn = Learner(dls or digits(100), model or small_net(4), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs, **kwargs)
+    learn = Learner(dls or digits(100), model or small_net(4), loss_func=CrossEntropyLossFlat(), metrics=accuracy,
+                    cbs=cbs, **kwargs)
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
     return learn
@@ -421,13 +473,16 @@ def test_training(name, teachers):
     fit(learn, 3)
     last = state(own(learn))
     for n,p in own(learn).named_parameters(): assert torch.equal(first[n], last[n])!=p.requires_grad, n
-    assert same(before, state(teacher)) and not any(m._forward_hooks for m in (*teacher.modules(), *learn.model.modules()))
-    column = [v[learn.recorder.metric_names.index(learn.knowledge_distillation.terms[0].name)-1] for v in learn.recorder.values]
+    assert same(before, state(teacher))
+    assert not any(m._forward_hooks for m in (*teacher.modules(), *learn.model.modules()))
+    column = [v[learn.recorder.metric_names.index(learn.knowledge_distillation.terms[0].name)-1]
+              for v in learn.recorder.values]
     assert len(column)==3 and column[-1]<column[0]
 
 @every
 def test_two_fits(name, teachers, tmp_path):
-    "With save and load between them, and a new callback and Learner, they equal the same two fits without, to the last bit"
+    """With save and load between them, and a new callback and Learner, they equal the same two fits without, to the
+    last bit"""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -437,7 +492,8 @@ def test_two_fits(name, teachers, tmp_path):
     finally: torch.set_num_threads(threads)
     assert same(state(a.model), state(c.model)) and same(state(own(a)), state(own(c)))
     assert not same(state(own(b)), state(own(c)))
-    assert same(state(learner(path=tmp_path).load('m').model), state(b.model))   # the student's file needs nothing of ours
+    # the student's file needs nothing of ours
+    assert same(state(learner(path=tmp_path).load('m').model), state(b.model))
 
 @every
 def test_lr_find(name, teachers):
@@ -464,14 +520,16 @@ def test_adapted(teachers):
     first = state(own(learn))
     fit(learn)
     last = state(own(learn))
-    assert any(k.startswith('adapters') for k in first) and any('branches' in k for k in first) and not any(torch.equal(v, last[k]) for k,v in first.items())
+    assert any(k.startswith('adapters') for k in first) and any('branches' in k for k in first)
+    assert not any(torch.equal(v, last[k]) for k,v in first.items())
 
 @each
 def test_export(name, teachers, tmp_path):
     learn = fit(distilled(name, teachers, path=tmp_path))
     learn.export('m.pkl')
     data = (tmp_path/'m.pkl').read_bytes()
-    assert b'kd_fastai.demo' in data and not any(o in data for o in (b'kd_fastai.losses', b'kd_fastai.callback', b'kd_fastai.scope'))
+    assert b'kd_fastai.demo' in data
+    assert not any(o in data for o in (b'kd_fastai.losses', b'kd_fastai.callback', b'kd_fastai.scope'))
     assert same(state(load_learner(tmp_path/'m.pkl').model), state(learn.model))
 
 # --- variances, and margins of the overhaul
@@ -480,13 +538,18 @@ def test_first_variance():
     loss = VID(init_pred_var=2., eps=.5).build(**inputs('VID'))
     for v in loss.log_scales: close(nn.functional.softplus(v)+.5, torch.full_like(v, 2.), 1e-6)
 
-def margins(name, teacher, channels): return OFD().build(fm_s={'s': torch.rand(4,3,2,2)}, fm_t={name: torch.rand(4,channels,2,2)}, teacher=teacher).margins[0]
+def margins(name, teacher, channels):
+    return OFD().build(fm_s={'s': torch.rand(4,3,2,2)}, fm_t={name: torch.rand(4,channels,2,2)},
+                       teacher=teacher).margins[0]
 
 def test_which_batch_norm():
     "The layer itself, the last one inside it, or the last before it"
     net = small_net(4)
     for k,b in enumerate((.1,.5,1.)): nn.init.constant_(net[k][1].bias, b)
-    for name in ('1.1', '1', '1.2', '1.1#2', '1@0', '1.1:0'): assert torch.equal(margins(name, net, 8), margins('1.1', nn.Sequential(nn.Identity(), nn.Sequential(nn.Identity(), net[1][1])), 8)), name
+    for name in ('1.1', '1', '1.2', '1.1#2', '1@0', '1.1:0'):
+        assert torch.equal(margins(name, net, 8),
+                           margins('1.1', nn.Sequential(nn.Identity(), nn.Sequential(nn.Identity(), net[1][1])),
+                                   8)), name
     assert not torch.equal(margins('2.1', net, 16)[:,:8], margins('1.1', net, 8))
     assert torch.equal(margins('5', nn.DataParallel(net), 16), margins('2.1', net, 16))
     for name,channels,match in (('0', 8, 'has one of 4'), ('0.0', 4, 'has none in it or before it')):
@@ -508,9 +571,11 @@ def test_margins_are_expectations():
 @pytest.mark.parametrize('make', [SRRL, SimKD])
 def test_classifier(make):
     "The last linear layer or one that is named; refused if it does not make the predictions"
-    def build(teacher, t, pred, **kw): return make(**kw).build(fm_s={'s': torch.rand(4,3)}, fm_t={'last': t}, teacher=teacher, teacher_pred=pred)
+    def build(teacher, t, pred, **kw):
+        return make(**kw).build(fm_s={'s': torch.rand(4,3)}, fm_t={'last': t}, teacher=teacher, teacher_pred=pred)
     t = torch.randn(4,8)
-    teacher = nn.ModuleDict(dict(head=nn.Sequential(nn.Dropout(0.9), nn.Linear(8,5)), aux=nn.Linear(8,5), narrow=nn.Linear(6,5)))
+    teacher = nn.ModuleDict(dict(head=nn.Sequential(nn.Dropout(0.9), nn.Linear(8,5)), aux=nn.Linear(8,5),
+                                 narrow=nn.Linear(6,5)))
     pred = teacher['head'].eval()(t).detach()
     loss = build(teacher, t, pred, classifier='head').train()
     close(loss.classifier(t), pred)                              # no dropout, though the loss is in train mode
@@ -525,15 +590,20 @@ def test_classifier(make):
 @pytest.mark.parametrize('name', ['SRRL','SimKD'])
 def test_classifier_that_is_captured(name, teachers):
     "Its copy does not answer for it"
-    learn = learner(KnowledgeDistillationCallback(teachers[6], [Term(ALL[name].make(), layers=ALL[name].layers), Term(FitNet, layers='5')]))
+    learn = learner(KnowledgeDistillationCallback(teachers[6],
+                                                  [Term(ALL[name].make(), layers=ALL[name].layers),
+                                                   Term(FitNet, layers='5')]))
     fit(learn)
     assert not any(m._forward_hooks for m in own(learn).modules())
 
 @pytest.mark.parametrize('layer', [('2','2'), ('1','2'), ('3','3'), ('4','4')], ids=str)
 def test_simkd_student(layer, teachers, tmp_path):
-    "Its body, the projector and the teacher's classifier: better than its own head, which was not trained, and of torch alone"
+    """Its body, the projector and the teacher's classifier: better than its own head, which was not trained, and of
+    torch alone"""
     kd = KnowledgeDistillationCallback(teachers[6], simkd := SimKD(), [layer], weight=1., task_weight=0)
-    learn = fit(learner(kd, model=small_net(4) if layer!=('1','2') else nn.Sequential(*small_net(4)[:2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10))), 10)
+    learn = fit(learner(kd, model=small_net(4) if layer!=('1','2')
+                        else nn.Sequential(*small_net(4)[:2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10))),
+                        10)
     before = state(learn.model)
     final = learner(model=simkd.student(learn.model), path=tmp_path)
     assert same(before, state(learn.model))
@@ -598,7 +668,8 @@ def test_semckd_by_hand(ns, nt):
     "Sample by sample and pair by pair; weights of the authors' names, for any number of layers"
     x = inputs('SemCKD', dtype=torch.float64, shapes=([(3+i,4,4) for i in range(ns)], [(5+j,4,4) for j in range(nt)]))
     loss,s,t = SemCKD(soft=2.).build(**x),[*x['fm_s'].values()],[*x['fm_t'].values()]
-    named = {TRAINABLE['semckd'].name(f'regressor{i}{j}.regressor.0.weight'): (2*(5+j),3+i,1,1) for i in range(ns) for j in range(nt)}
+    named = {TRAINABLE['semckd'].name(f'regressor{i}{j}.regressor.0.weight'): (2*(5+j),3+i,1,1) for i in range(ns)
+             for j in range(nt)}
     assert {k: tuple(v.shape) for k,v in loss.state_dict().items() if k in named}==named
     def vectors(embeddings, fm): return [unit(e(f.flatten(1)@f.flatten(1).T)) for e,f in zip(embeddings, fm)]
     q,k = vectors(loss.query, s),vectors(loss.key, t)
@@ -616,9 +687,11 @@ def test_semckd_smaller_batches():
     loss = built('SemCKD', x)
     part = changed(x, lambda t: t[:3])
     whole = changed(x, lambda t: torch.cat([t[:3], 0*t[3:]]))
-    torch.testing.assert_close(loss.attention(part['fm_s'], part['fm_t']), loss.attention(whole['fm_s'], whole['fm_t'])[:3])
+    torch.testing.assert_close(loss.attention(part['fm_s'], part['fm_t']),
+                               loss.attention(whole['fm_s'], whole['fm_t'])[:3])
     assert loss(part['fm_s'], part['fm_t']).isfinite()
-    with pytest.raises(ValueError, match='at most 4, got 8'): loss(**changed({k: x[k] for k in ('fm_s','fm_t')}, lambda t: torch.cat([t,t])))
+    with pytest.raises(ValueError, match='at most 4, got 8'):
+        loss(**changed({k: x[k] for k in ('fm_s','fm_t')}, lambda t: torch.cat([t,t])))
 
 def test_itrd_dead_channels():
     "A teacher's channel that does not vary counts as uncorrelated"
@@ -628,7 +701,8 @@ def test_itrd_dead_channels():
     value,grads = run(loss, dead)
     assert value.isfinite() and all(g.isfinite().all() for g in grads)
     s,t = (x['fm_s']['s0'].mean((2,3)),dead['fm_t']['t0'].mean((2,3)))
-    c = [0. if k==2 else np.corrcoef(loss.embed[0](s).detach()[:,k], t[:,k])[0,1]*3/4 for k in range(12)]  # the unbiased deviation beside a mean
+    # the unbiased deviation beside a mean
+    c = [0. if k==2 else np.corrcoef(loss.embed[0](s).detach()[:,k], t[:,k])[0,1]*3/4 for k in range(12)]
     assert math.isclose(value, 2*math.log2(sum(abs(o-1)**2.02 for o in c)), rel_tol=1e-9)
 
 def unit(t): return t/t.pow(2).sum(1, keepdim=True).sqrt()
@@ -638,11 +712,15 @@ def test_crd_is_a_softmax_over_batch_and_queue():
     loss = built('CRD', x)
     pair,(s,),(t,) = loss.pairs[0],x['fm_s'].values(),x['fm_t'].values()
     vs,vt = unit(pair.heads.student(s)).detach(),unit(pair.heads.teacher(t)).detach()
-    def contrast(a, keys): return np.mean([-math.log(math.exp(a[b]@keys[b]/.07)/sum(math.exp(a[b]@k/.07) for k in keys)) for b in range(4)])
+    def contrast(a, keys):
+        return np.mean([-math.log(math.exp(a[b]@keys[b]/.07)/sum(math.exp(a[b]@k/.07) for k in keys))
+                        for b in range(4)])
     assert math.isclose(loss(x['fm_s'], x['fm_t']), contrast(vs, vt)+contrast(vt, vs), rel_tol=1e-9)
     torch.testing.assert_close(pair.queue_t, torch.cat([vt, torch.zeros(36,8).double()]))
     value = loss(**changed({k: x[k] for k in ('fm_s','fm_t')}, lambda t: t.flip(0)))
-    assert math.isclose(value, contrast(vs.flip(0), torch.cat([vt.flip(0), vt]))+contrast(vt.flip(0), torch.cat([vs.flip(0), vs])), rel_tol=1e-9)
+    assert math.isclose(value,
+                        contrast(vs.flip(0), torch.cat([vt.flip(0), vt]))+contrast(
+                            vt.flip(0), torch.cat([vs.flip(0), vs])), rel_tol=1e-9)
     torch.testing.assert_close(pair.queue_s[:8], torch.cat([vs.flip(0), vs]))
     before = state(loss)
     loss.eval()(x['fm_s'], x['fm_t'])
@@ -673,13 +751,15 @@ def test_bank():
     x = inputs('CRDBank')
     loss = built('CRDBank', x)
     drawn = loss.draw(x['idx'].repeat(30))
-    assert torch.equal(drawn[:4,0], x['idx']) and (drawn[:,1:]!=drawn[:,:1]).all() and {*drawn[::4,1:].flatten().tolist()}=={*range(100)}-{x['idx'][0].item()}
+    assert torch.equal(drawn[:4,0], x['idx']) and (drawn[:,1:]!=drawn[:,:1]).all()
+    assert {*drawn[::4,1:].flatten().tolist()}=={*range(100)}-{x['idx'][0].item()}
     before = state(loss)
     loss.eval()(x['fm_s'], x['fm_t'], x['idx'])
     now = state(loss)
     assert same({k: v for k,v in before.items() if k!='draws'}, {k: v for k,v in now.items() if k!='draws'}) and {*before}>={f'pairs.0.{k}' for k in ('bank_s','bank_t','log_z_s','log_z_t')}
     for idx in (x['idx']+100, x['idx']-100, x['idx'][:3]):
-        with pytest.raises(ValueError, match='positions in the training data, each from 0 to below n_data=100'): loss(x['fm_s'], x['fm_t'], idx)
+        with pytest.raises(ValueError, match='positions in the training data, each from 0 to below n_data=100'):
+            loss(x['fm_s'], x['fm_t'], idx)
 
 def test_bank_remembers_the_samples_of_a_training(teachers):
     "Every sample's vector has moved, to where the network puts the sample"
@@ -707,7 +787,8 @@ def test_bank_needs_positions(teachers):
     learn = distilled('CRDBank', teachers)
     learn.add_cb(MixUp())
     before = [p.detach().clone() for p in learn.model.parameters()]
-    with pytest.raises(ValueError, match='crd_bank needs idx: A sample that MixUp mixed of two has no position'): fit(learn)
+    with pytest.raises(ValueError, match='crd_bank needs idx: A sample that MixUp mixed of two has no position'):
+        fit(learn)
     assert all(torch.equal(p, q) for p,q in zip(before, learn.model.parameters()))
 
 def test_temperature():
