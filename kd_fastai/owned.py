@@ -28,7 +28,8 @@ def tensors_of(
 class OwnedWeights:
     """Trains the parameters of `source` with a Learner's own, and saves them with their optimizer state.
 
-    `source` has `parameters()`, `state_dict()`, `load_state_dict()` and `built`: an `Objective`, or networks that learn together with the student."""
+    `source` has `parameters()`, `state_dict()`, `load_state_dict()` and `built`: an `Objective`, or networks that
+    learn together with the student."""
     def __init__(self,
         source # What owns the weights
     ):
@@ -83,11 +84,14 @@ class OwnedWeights:
     def load_state_dict(self,
         state:dict # From `state_dict`
     ):
-        "Load now, or as soon as the weights are created. Raises `ValueError` if the state belongs to other terms or shapes"
+        """Load now, or as soon as the weights are created.
+
+        Raises `ValueError` if the state belongs to other terms or shapes."""
         self.pending = None if self.source.built else state
         if not self.source.built: return
         self.source.load_state_dict(state['source'])
-        def on_device(s, p): return {k: v.to(p.device) if isinstance(v, Tensor) and v.shape==p.shape else v for k,v in s.items()}
+        def on_device(s, p):
+            return {k: v.to(p.device) if isinstance(v, Tensor) and v.shape==p.shape else v for k,v in s.items()}
         if len(state['optimizer'])==len(self.params):
             self.extra.states = [[on_device(s, p) for s in states] for states,p in zip(state['optimizer'], self.params)]
 
@@ -122,7 +126,9 @@ def save_sidecar(
     sidecar:Path, # Path of the sidecar
     parts:dict    # `{name of a callback: its state}`
 ):
-    "Write the sidecar, or remove an old one if there is nothing to save. Raises `FileExistsError` for a file of another kind"
+    """Write the sidecar, or remove an old one if there is nothing to save.
+
+    Raises `FileExistsError` for a file of another kind."""
     parts = {k:v for k,v in parts.items() if v}
     ours = read_sidecar(sidecar) is not None
     if sidecar.exists() and not ours and parts: raise FileExistsError(
