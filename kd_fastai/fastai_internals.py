@@ -21,8 +21,8 @@ from fastai.basics import Callback, Learner, Optimizer, OptimWrapper
 class _WrappedMethod:
     """A method of a Learner that runs inside a context of every `ScopedCallback` of this Learner.
 
-    It is an attribute of the Learner, because fastai has no event there. It calls what it replaced: the method of the class, or an attribute of the user's.
-    A pickle of it is the plain method; a copy belongs to the copied Learner."""
+    It is an attribute of the Learner, because fastai has no event there. It calls what it replaced: the method of the
+    class, or an attribute of the user's. A pickle of it is the plain method; a copy belongs to the copied Learner."""
     def __init__(self, learn, name):
         self.learn,self.name = learn,name
         self.replaced = learn.__dict__.get(name)
@@ -35,7 +35,8 @@ class _WrappedMethod:
             for cb in [*self.learn.cbs]:
                 if not isinstance(cb, ScopedCallback): continue
                 if cb.learn is not self.learn: raise RuntimeError(
-                    f"{type(cb).__name__} was moved to another Learner: remove it from this one (remove_cb), or give each its own")
+                    f"{type(cb).__name__} was moved to another Learner: "
+                    "remove it from this one (remove_cb), or give each its own")
                 stack.enter_context(getattr(cb, f'around_{self.name}')(*args, **kwargs))
             return inner(*args, **kwargs)
 
