@@ -9,10 +9,8 @@ __all__ = ['ResizeFeature', 'FeatureAdapter', 'make_adapter', 'check_adapt', 'Lo
 
 # %% ../nbs/06_adapters.ipynb #d2966b93
 import math
-from functools import partial
 from typing import Callable
 import torch
-import torch.nn.functional as F
 from torch import nn, Tensor
 from .features import channels_first, resize_to, shape_to_match
 from .info import get_loss_info
@@ -28,7 +26,9 @@ def _square_grid(n):
                      "they cannot be laid out as a map")
 
 class ResizeFeature(nn.Module):
-    "Bring a feature to a size, without weights. Raises `ValueError` for tokens that make no square, where one is needed"
+    """Bring a feature to a size, without weights.
+
+    Raises `ValueError` for tokens that make no square, where one is needed."""
     def __init__(self,
         size:tuple # `(H, W)` for maps, `(N,)` for tokens, `()` for an average over all positions
     ):
@@ -47,7 +47,8 @@ class ResizeFeature(nn.Module):
             side,extra = _square_grid(*self.size)
             x = resize_to(x, (side,side)).flatten(2)
             return torch.cat([x.mean(-1, keepdim=True)]*extra + [x], -1)
-        if len(self.size)!=x.ndim-2: raise ValueError(f"Expected a feature that can be brought to size {self.size}, got one of size {tuple(x.shape[2:])}")
+        if len(self.size)!=x.ndim-2: raise ValueError(
+            f"Expected a feature that can be brought to size {self.size}, got one of size {tuple(x.shape[2:])}")
         return resize_to(x, self.size)
 
     def extra_repr(self): return f'size={self.size}'
@@ -65,7 +66,9 @@ def _channel_projection(n_in, n_out, ndim, kernel, bn, orthogonal):
         conv = nn.utils.parametrizations.orthogonal(_ChannelLinear(n_in, n_out, bias=False))
     elif ndim==2: conv = nn.Linear(n_in, n_out, bias=not bn)
     else: conv = [nn.Conv1d,nn.Conv2d,nn.Conv3d][ndim-3](n_in, n_out, kernel, padding=kernel//2, bias=not bn)
-    return nn.Sequential(conv, [nn.BatchNorm1d,nn.BatchNorm1d,nn.BatchNorm2d,nn.BatchNorm3d][ndim-2](n_out)) if bn else conv
+    if not bn: return conv
+    norm = [nn.BatchNorm1d,nn.BatchNorm1d,nn.BatchNorm2d,nn.BatchNorm3d][ndim-2]
+    return nn.Sequential(conv, norm(n_out))
 
 # %% ../nbs/06_adapters.ipynb #2199e92d
 class FeatureAdapter(nn.Module):
@@ -95,19 +98,24 @@ def make_adapter(
     """The layer that gives `s` the shape of `t`. With `functools.partial` it is a value for `adapt`.
 
     Raises `ValueError` for features that no layer can bring together."""
-    if must_match not in ('shape','size','channels'): raise ValueError(f"Expected must_match='shape', 'size' or 'channels', got {must_match!r}")
+    if must_match not in ('shape','size','channels'): raise ValueError(
+        f"Expected must_match='shape', 'size' or 'channels', got {must_match!r}")
     if min(s.ndim, t.ndim)<2 or s.ndim==2<t.ndim: raise ValueError(
-        f"Expected features (B, C, *size) or (B, N, D), got {tuple(s.shape)} of the student for {tuple(t.shape)} of the teacher: "
+        "Expected features (B, C, *size) or (B, N, D), "
+        f"got {tuple(s.shape)} of the student for {tuple(t.shape)} of the teacher: "
         "an embedding has no positions, take a layer before the pooling, or the teacher's after it")
     a,b = channels_first(s),channels_first(t)
     size = ResizeFeature(b.shape[2:]) if must_match!='channels' else nn.Identity()
-    channels = _channel_projection(a.shape[1], b.shape[1], (b if must_match!='channels' else a).ndim, kernel, bn, orthogonal) if must_match!='size' else nn.Identity()
+    if must_match=='size': channels = nn.Identity()
+    else:
+        ndim = (b if must_match!='channels' else a).ndim
+        channels = _channel_projection(a.shape[1], b.shape[1], ndim, kernel, bn, orthogonal)
     with torch.no_grad(): size(a[:1])  # says at once what cannot be resized
     return FeatureAdapter(size, channels, tokens=(t if must_match!='channels' else s).ndim==3)
 
 # %% ../nbs/06_adapters.ipynb #fd776e06
 def check_adapt(
-    adapt # 'auto', a function `(s, t) -> nn.Module` such as `make_adapter`, an `nn.Module`, or a list of such, one a pair of layers
+    adapt # 'auto', a function `(s, t) -> nn.Module` such as `make_adapter`, a module, or a list, one for each pair
 ):
     "Raise `TypeError` if `adapt` is not a valid adapter specification"
     for o in adapt if isinstance(adapt, list) else [adapt]:
@@ -120,35 +128,43 @@ class LossWithAdapters(nn.Module):
     "A loss on adapted features of the student. `build` creates the adapters from the shapes of a first batch"
     def __init__(self,
         loss:Callable,            # A loss on features
-        adapt:str|Callable|list='auto' # 'auto', a function `(s, t) -> nn.Module` such as `make_adapter`, an `nn.Module`, or a list of such, one a pair of layers
+        adapt:str|Callable|list='auto' # 'auto', a function such as `make_adapter`, a module, or a list, one for each pair
     ):
         super().__init__()
         check_adapt(adapt)
         self.loss,self.adapt,self.adapters = loss,adapt,None
-        self.__dict__['__wrapped__'] = loss  # what it needs, its name and its facts are read through the wrapper; not a second submodule
+        # what it needs, its name and its facts are read through the wrapper; not a second submodule
+        self.__dict__['__wrapped__'] = loss
 
     def _adapter(self, adapt, s, t):
         if isinstance(adapt, nn.Module): return adapt
         if adapt is None: return nn.Identity()
         if adapt!='auto': return adapt(s, t)
         must_match = getattr(get_loss_info(self.loss), 'must_match', 'shape')
-        return nn.Identity() if shape_to_match(channels_first(s), must_match)==shape_to_match(channels_first(t), must_match) else make_adapter(s, t, must_match)
+        is_equal = shape_to_match(channels_first(s), must_match)==shape_to_match(channels_first(t), must_match)
+        return nn.Identity() if is_equal else make_adapter(s, t, must_match)
 
     def build(self,
         fm_s:dict, # Student's features
         fm_t:dict, # Teacher's
         **given    # What else there is, for a loss that builds itself too
     ):
-        "Make the adapters. Raises `ValueError` for a list of another length than the pairs, and one module for several pairs"
+        """Make the adapters.
+
+        Raises `ValueError` for a list of another length than the pairs, and one module for several pairs."""
         adapt = self.adapt if isinstance(self.adapt, list) else [self.adapt]*len(fm_s)
         one = isinstance(self.adapt, nn.Module) and len(fm_s)>1
-        if len(adapt)!=len(fm_s) or one: raise ValueError(f"Expected an adapter for each of {len(fm_s)} pairs of layers, got {1 if one else len(adapt)}")
+        if len(adapt)!=len(fm_s) or one: raise ValueError(
+            f"Expected an adapter for each of {len(fm_s)} pairs of layers, got {1 if one else len(adapt)}")
         self.adapters = nn.ModuleList(self._adapter(a, s, t) for a,s,t in zip(adapt, fm_s.values(), fm_t.values()))
         self.adapters.to(next(iter(fm_s.values())))
-        if hasattr(self.loss, 'build'): self.loss.build(**accepted_kwargs(self.loss.build, {**given, 'fm_s': self._adapted(fm_s), 'fm_t': fm_t}))
+        if hasattr(self.loss, 'build'):
+            given = {**given, 'fm_s': self._adapted(fm_s), 'fm_t': fm_t}
+            self.loss.build(**accepted_kwargs(self.loss.build, given))
 
     def _adapted(self, fm_s): return {k: m(f) for m,(k,f) in zip(self.adapters, fm_s.items())}
 
     def forward(self, **given):
-        if self.adapters is None: raise RuntimeError("The adapters are made by build(fm_s, fm_t), which the callback calls with the first batch")
+        if self.adapters is None: raise RuntimeError(
+            "The adapters are made by build(fm_s, fm_t), which the callback calls with the first batch")
         return self.loss(**{**given, 'fm_s':self._adapted(given['fm_s'])})

@@ -14,6 +14,7 @@ from .objective import Objective, Term
 from .parity import OnnxModel, deployable, export_onnx, kd_parity
 from .plots import *
 from .report import KDReport
-from .schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation, on_exits, train_generations
+from .schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation
+from .schemes import on_exits, train_generations
 from .sources import FunctionTeacher, fast_copy, onnx_teacher
 from .teacher import Teacher

@@ -25,7 +25,8 @@ from .adapters import check_adapt
 from .capture import Capture, LiveHook, RandomStream
 from .classes import check_compatible_data
 from .columns import Columns, TermColumn
-from .fastai_internals import ScopedCallback, all_reduce_sum, in_validation_context, is_distributed
+from kd_fastai.fastai_internals import (ScopedCallback, all_reduce_sum, in_validation_context, is_distributed,
+    without_extra_parameters)
 from .info import get_loss_info
 from .layers import parse_layer_pairs, unique_names, unwrap_model
 from .losses import Attention, SoftTarget
@@ -36,7 +37,7 @@ from .inputs import as_plain_tensor
 from .teacher import Teacher, get_logits, shared_tensors
 from .views import BatchTracker, batch_positions
 
-# %% ../nbs/26_callback.ipynb #3a8f7b2b
+# %% ../nbs/26_callback.ipynb #e04a2312
 class FitState:
     "What exists only during a fit"
     def __init__(self,
@@ -54,9 +55,10 @@ class FitState:
         self.teacher_random = RandomStream() # for a teacher that draws random numbers
 
 class FirstForward:
-    """Hooks that run the teacher and capture the student's layers during the Learner's own forward pass only: the first one after `FitState.awaits_forward` is set.
+    """Hooks that run the teacher and capture the student's layers during the Learner's own forward pass only.
 
-    Calls `ask` with the inputs right before it. A copied or pickled model gets hooks that do nothing."""
+    That is the first forward pass after `FitState.awaits_forward` is set. Calls `ask` with the inputs right before it.
+    A copied or pickled model gets hooks that do nothing."""
     def __init__(self,
         state:FitState, # State to update
         ask:Callable   # `ask(*inputs)`, whose result becomes `state.answer`
@@ -79,18 +81,20 @@ class FirstForward:
     def watching(self, model:nn.Module):
         "Hooks on `model` inside this context"
         self.state.capture.enabled = False
-        handles = [model.register_forward_pre_hook(LiveHook(self.before)), model.register_forward_hook(LiveHook(self.after))]
+        hooks = LiveHook(self.before),LiveHook(self.after)
+        handles = [model.register_forward_pre_hook(hooks[0]), model.register_forward_hook(hooks[1])]
         try: yield
         finally:
             for h in handles: h.remove()
 
-# %% ../nbs/26_callback.ipynb #f0dd424d
+# %% ../nbs/26_callback.ipynb #265aed7f
 def loss_layout(
     loss_func:Callable # The loss function of a Learner
 )->tuple: # `(class axis, ignore_index)`, None for what is not known
     "Dimension of the classes, and the label that is left out"
     axis = getattr(loss_func, 'axis', None)
-    if getattr(loss_func, 'floatify', False) or axis is None and isinstance(loss_func, nn.Module): axis = 1  # element by element, or torch's own
+    # 1 for a loss that compares element by element, and for torch's own losses
+    if getattr(loss_func, 'floatify', False) or axis is None and isinstance(loss_func, nn.Module): axis = 1
     ignore = getattr(loss_func, 'ignore_index', None)
     if ignore is not None or not callable(loss_func) or isinstance(loss_func, nn.Module): return axis,ignore
     try: parameter = inspect.signature(loss_func).parameters.get('ignore_index')
@@ -105,36 +109,43 @@ def kd_callbacks(
     return [cb for cb in learn.cbs.sorted('order') if isinstance(cb, KnowledgeDistillationCallback)]
 
 class KnowledgeDistillationCallback(ScopedCallback):
-    """Train a student with a teacher: during training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term.
+    """Train a student with a teacher.
 
-    The progress table and the recorder get a column `task_loss` and one for each term: its mean over the epoch's training, before weights. `valid_loss` stays the task loss.
+    During training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term.
 
-    Raises `TypeError` and `ValueError` for losses, weights, schedules and layers of the teacher that cannot work; at the start of a fit for layers of the student and for
-    models, vocabularies and normalizations that do not go together; and with the first batch, before any optimizer step, for shapes that do not fit."""
+    The progress table and the recorder get a column `task_loss` and one for each term: its mean over the epoch's
+    training, before weights. `valid_loss` stays the task loss.
+
+    Raises `TypeError` and `ValueError` for losses, weights, schedules and layers of the teacher that cannot work; at
+    the start of a fit for layers of the student and for models, vocabularies and normalizations that do not go
+    together; and with the first batch, before any optimizer step, for shapes that do not fit."""
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
     _copy_by_reference,_not_copied = ('teacher',),('fit_state',)
     fit_state = None # a `FitState` during a fit
     history = None   # the recorder's table of the last fit
 
     def __init__(self,
-        teacher:nn.Module|Learner|str|Path|Teacher, # An `nn.Module`, a `Learner`, the path of an exported `Learner`, or a `Teacher` such as `CachedTeacher`
-        loss:Callable|Term|list,    # One loss, or a list of losses and `Term`s; a bare loss is `Term(loss, weight=weight)`
+        teacher:nn.Module|Learner|str|Path|Teacher, # A model, a `Learner`, the path of an exported one, or a `Teacher`
+        loss:Callable|Term|list,    # One loss, or a list of losses and `Term`s; a bare loss gets `weight`
         activations_student:str|list|dict|None=None, # The same as `layers`
         activations_teacher:str|list|None=None, # Layers of the teacher, if their names differ
         weight:float|str=0.5,       # Weight of the bare losses: a number, or 'auto'
         task_weight:float=1.,       # Weight of the Learner's own loss
-        schedule:Callable|None=None,# A fastai schedule that multiplies the weights, such as `SchedCos(0,1)`; restarts with each fit
+        schedule:Callable|None=None,# A fastai schedule such as `SchedCos(0,1)` for the weights; restarts with each fit
         teacher_tfm:Callable|None=None, # Converts the student's inputs to the teacher's: `teacher_tfm(*xb)`
-        adapt:str|Callable|list|None=None, # Trained layers that bring the student's features to the teacher's shapes: 'auto', a `make_adapter`, a list of one for each pair
-        early_exit:bool=True,       # Stop the teacher's forward pass after the last requested layer, if no loss uses its predictions
-        class_map:list|None=None,   # The teacher's column for each class of the student, -1 where it has none: see `match_classes`
-        balance:bool=False,         # Scale each term, batch by batch, to the size of the task loss, so that weights are shares of it
-        layers:str|list|dict|None=None # Layers to compare: a name, a list of names and (student, teacher) tuples, or what `match_feature_layers` returns
+        adapt:str|Callable|list|None=None, # Trained layers for the student's features: 'auto', see `LossWithAdapters`
+        early_exit:bool=True,       # Stop the teacher after the last requested layer, if its predictions are not used
+        class_map:list|None=None,   # The teacher's column for each class of the student, or -1: see `match_classes`
+        balance:bool=False,         # Scale each term to the size of the task loss, so that weights are shares of it
+        layers:str|list|dict|None=None # Names, (student, teacher) tuples, or what `match_feature_layers` returns
     ):
         if layers is not None and activations_student is not None: raise ValueError(
             "layers and activations_student are the same argument: give one of them")
-        if isinstance(loss, (nn.Module,Learner)) and not isinstance(teacher, (nn.Module,Learner,str,Path,Teacher)): raise TypeError(
-            f"teacher and loss are swapped: expected (teacher, loss), got ({loss_name(teacher)}, {type(loss).__name__})")
+        is_swapped = isinstance(loss, (nn.Module,Learner)) and not isinstance(
+            teacher, (nn.Module,Learner,str,Path,Teacher))
+        if is_swapped: raise TypeError(
+            "teacher and loss are swapped: expected (teacher, loss), "
+            f"got ({loss_name(teacher)}, {type(loss).__name__})")
         teacher = copy.copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)
         losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
         if not losses: raise ValueError("Expected at least one loss, got none")
@@ -217,16 +228,22 @@ class KnowledgeDistillationCallback(ScopedCallback):
         student,teacher = self.learn.model,self.teacher.model
         for who,m in dict(student=student, teacher=teacher).items():
             if isinstance(m, nn.DataParallel) and len(m.device_ids)>1: raise ValueError(
-                f"The {who} is a DataParallel over {len(m.device_ids)} devices, whose replicas share their hooks: use learn.distrib_ctx")
-        shared = stateful_modules(student) & stateful_modules(teacher)  # ReLUs may be shared: fastai's tabular models do
-        if shared: raise ValueError(f"Teacher and student share {len(shared)} of their layers, so that one could not answer while the other "
+                f"The {who} is a DataParallel over {len(m.device_ids)} devices, whose replicas share their hooks: "
+                "use learn.distrib_ctx")
+        # ReLUs may be shared: fastai's tabular models do
+        shared = stateful_modules(student) & stateful_modules(teacher)
+        if shared: raise ValueError(
+            f"Teacher and student share {len(shared)} of their layers, so that one could not answer while the other "
             "trains: give the teacher a copy (copy.deepcopy)")
         shared = shared_tensors(student, teacher)
-        if shared: raise ValueError(f"The student's {shared[0][0]!r} and the teacher's {shared[0][1]!r} are the same tensor, "
+        if shared: raise ValueError(
+            f"The student's {shared[0][0]!r} and the teacher's {shared[0][1]!r} are the same tensor, "
             "so that training the student would change the teacher: give the teacher a copy (copy.deepcopy)")
 
     def check_data(self):
-        "Raise `ValueError` if teacher and student have different classes or normalizations, and warn of losses that do not fit the task"
+        """Warn of losses that do not fit the task.
+
+        Raises `ValueError` if teacher and student have different classes or normalizations."""
         compare_vocab = self.objective.uses_teacher_pred and self.objective.class_map is None
         if self.teacher.learner: check_compatible_data(
             self.teacher.learner, self.learn, vocab=compare_vocab, normalize=self.teacher.tfm is None)
@@ -258,7 +275,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.owned.before_train(self.learn)
         device = next((p.device for p in self.learn.model.parameters()), None)
         first = FirstForward(self.fit_state, self.ask_teacher)
-        for context in (self.track_positions(), self.teacher.ready(device), first.watching(self.learn.model), self.fit_state.capture):
+        watching = first.watching(self.learn.model)
+        for context in (self.track_positions(), self.teacher.ready(device), watching, self.fit_state.capture):
             self.fit_state.epoch.enter_context(context)
         self.fit_state.epoch.callback(setattr, self.fit_state, 'is_capturing', False)
         self.fit_state.is_capturing = True
@@ -279,7 +297,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
     def before_batch(self):
         "Announce the Learner's own forward pass. Raises `ValueError` for a batch without a target"
         if not self.is_capturing: return
-        if not len(self.learn.yb): raise ValueError("The batch has no target, and fastai skips the backward pass without one: "
+        if not len(self.learn.yb): raise ValueError(
+            "The batch has no target, and fastai skips the backward pass without one: "
             "give unlabeled data a placeholder target by a transform, and set task_weight=0")
         self.fit_state.awaits_forward,self.fit_state.answer = True,None
 
@@ -345,15 +364,20 @@ class KnowledgeDistillationCallback(ScopedCallback):
         return self.teacher.needs_idx or any('idx' in o.args.accepted for o in self.terms)
 
     def track_positions(self):
-        "Context in which the positions of each batch are known; data without positions are an error later, if somebody requires them"
+        """Context in which the positions of each batch are known.
+
+        Data without positions are an error later, if somebody requires them."""
         try: return BatchTracker(self.learn.dl) if self.uses_idx else nullcontext()
         except ValueError: return nullcontext()
 
     def indices(self, device)->dict:
-        "`{'idx': positions of the samples}` if the teacher or a term uses them; empty if there are none and nobody requires them"
+        """`{'idx': positions of the samples}` if the teacher or a term uses them.
+
+        Empty if there are no positions and nobody requires them."""
         if not self.uses_idx: return {}
         try:
-            if self.mixer: raise ValueError(f"A sample that {type(self.mixer).__name__} mixed of two has no position in the data set")
+            if self.mixer: raise ValueError(
+                f"A sample that {type(self.mixer).__name__} mixed of two has no position in the data set")
             return {'idx': batch_positions(self.learn.dl).to(device)}
         except ValueError as e:
             names = [o.name for o in self.terms if 'idx' in o.args.required]
@@ -372,12 +396,16 @@ class KnowledgeDistillationCallback(ScopedCallback):
         "Add the values to the columns"
         columns = {'task_loss': task, **values}
         if self.objective.balance: columns.update({f'{k}_weight': w for k,w in weights.items()})
-        must_be_finite = [k for k,w in weights.items() if isinstance(w, Tensor) or w]  # a tensor is not read here: that would wait for the GPU
-        self.fit_state.columns.add(f"epoch {self.epoch}, batch {self.learn.iter}", find_bs(self.learn.yb), columns, must_be_finite)
+        # a tensor is not read here: that would wait for the GPU
+        must_be_finite = [k for k,w in weights.items() if isinstance(w, Tensor) or w]
+        where = f"epoch {self.epoch}, batch {self.learn.iter}"
+        self.fit_state.columns.add(where, find_bs(self.learn.yb), columns, must_be_finite)
         self.fit_state.columns.has_labels |= batch.has_labels()
 
     def set_loss(self, total:Tensor):
-        "Make `total` the loss of this batch. In several processes every parameter must take part, or `DistributedDataParallel` waits for it"
+        """Make `total` the loss of this batch.
+
+        In several processes every parameter must take part, or `DistributedDataParallel` waits for it."""
         if is_distributed(self.learn): total = total + 0*get_logits(self.learn.pred).sum()
         self.learn.loss_grad,self.learn.loss = total,total.detach().clone()
 
@@ -392,7 +420,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
 
     def find_weights(self, task, values):
         "Find the weights that are 'auto', equal in all processes, and print them"
-        norms = self.objective.gradient_norms(task, values, [p for p in self.learn.model.parameters() if p.requires_grad])
+        params = [p for p in self.learn.model.parameters() if p.requires_grad]
+        norms = self.objective.gradient_norms(task, values, params)
         if is_distributed(self.learn):
             sums = iter(all_reduce_sum([n for pair in norms.values() for n in pair], task.device))
             norms = {k: (next(sums), next(sums)) for k in norms}
@@ -409,7 +438,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         for o in self.terms:
             w,v = weights[o.name],values[o.name]
             if w!=0 and not v.requires_grad: self.check_frozen(o)
-            if not self.objective.balance and o.name not in self.objective.found_weights: self.check_negligible(o, v.item(), task.mean().item())
+            is_scaled = self.objective.balance or o.name in self.objective.found_weights
+            if not is_scaled: self.check_negligible(o, v.item(), task.mean().item())
 
     def check_frozen(self, term):
         "Warn if a term has no gradient because its layers are frozen; otherwise raise `ValueError`"
@@ -417,7 +447,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         params = [p for n in layers for p in self.fit_state.capture.modules[n].parameters()]
         if params and not any(p.requires_grad for p in params): return self._warn(
             term.name, f"The student's layers {layers} are frozen: {term.name} has no effect on them")
-        raise ValueError(f"{term.name} gives the student no gradient{f' through its layers {layers}' if layers else ''}: "
+        through = f' through its layers {layers}' if layers else ''
+        raise ValueError(f"{term.name} gives the student no gradient{through}: "
             "is something detached, or inside a reentrant checkpoint (then use use_reentrant=False)?")
 
     def check_negligible(self, term, value, task):
@@ -425,14 +456,17 @@ class KnowledgeDistillationCallback(ScopedCallback):
         weight = self.objective.base_weight(term)
         if not 0<abs(weight*value)<1e-3*abs(self.task_weight*task): return
         default = getattr(get_loss_info(term.loss), 'weight', 0)
-        hint = f"its default weight is {default:g}" if default>abs(weight) else f"a weight of {abs(self.task_weight*task/value):.1g} would make it as large"
-        self._warn(('small', term.name), f"{term.name} adds {weight*value:.1g} to a task loss of {self.task_weight*task:.2g}, "
+        hint = (f"its default weight is {default:g}" if default>abs(weight)
+                else f"a weight of {abs(self.task_weight*task/value):.1g} would make it as large")
+        self._warn(('small', term.name),
+            f"{term.name} adds {weight*value:.1g} to a task loss of {self.task_weight*task:.2g}, "
             f"too little to matter: {hint}, and weight='auto' finds one")
 
     def _warn_without_labels(self):
         for o in self.terms:
             if o.needs_labels: self._warn(('labels', o.name),
-                f"{o.name} needs labels, but no sample in this epoch had one, so it had no effect. SoftTarget needs none")
+                f"{o.name} needs labels, but no sample in this epoch had one, so it had no effect. "
+                "SoftTarget needs none")
 
     # ---- weights that losses own
 
@@ -472,13 +506,14 @@ class KnowledgeDistillationCallback(ScopedCallback):
     @contextmanager
     def around_export(self, *args, **kwargs):
         "Export the student alone, also during a fit"
-        metrics = self.learn.metrics
-        self.learn.metrics = L(m for m in metrics if not isinstance(m, TermColumn))
-        with super().around_export(*args, **kwargs), self.owned.extra.removed_from(self.learn.opt):
+        learn,metrics = self.learn,self.learn.metrics
+        learn.metrics = L(m for m in metrics if not isinstance(m, TermColumn))
+        with super().around_export(*args, **kwargs), self.owned.extra.removed_from(learn.opt), \
+                without_extra_parameters(learn):
             try: yield
-            finally: self.learn.metrics = metrics
+            finally: learn.metrics = metrics
 
-# %% ../nbs/26_callback.ipynb #557ed818
+# %% ../nbs/26_callback.ipynb #b7ae5108
 def stateful_modules(
     model:nn.Module # Any model
 )->set:
@@ -491,15 +526,16 @@ def is_elementwise(
 )->bool:
     "Whether a loss compares predictions element by element, so that they are not logits of a softmax"
     modules = nn.BCEWithLogitsLoss,nn.BCELoss,nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss
-    functions = (F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+    functions = (F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.mse_loss, F.l1_loss, F.smooth_l1_loss,
+                 F.huber_loss)
     return isinstance(loss_func, modules) or loss_func in functions
 
-# %% ../nbs/26_callback.ipynb #865ceaba
+# %% ../nbs/26_callback.ipynb #2091d77b
 @patch
 def distill(self:Learner,
     teacher:nn.Module|Learner|str|Path|Teacher, # As in `KnowledgeDistillationCallback`
     loss:Callable|Term|list=SoftTarget, # As in `KnowledgeDistillationCallback`
-    layers:str|list|dict|None=None,     # Layers to compare as well: names, tuples, or what `match_feature_layers` returns
+    layers:str|list|dict|None=None,     # Layers to compare as well: as in `KnowledgeDistillationCallback`
     features:Callable=Attention,        # The loss that compares them, with weight='auto'
     weight:float|str='auto',            # Weight of bare losses
     **kwargs                            # For the callback: `task_weight`, `schedule`, ...
@@ -507,14 +543,15 @@ def distill(self:Learner,
     "Attach a `KnowledgeDistillationCallback`, and remove an earlier one. Trains nothing; returns the Learner"
     known = inspect.signature(KnowledgeDistillationCallback.__init__).parameters
     for k in kwargs:
-        if k not in known: raise TypeError(f"distill has no argument {k!r}: parameters of a loss are given by Term(loss, {k}=...)")
+        if k not in known: raise TypeError(
+            f"distill has no argument {k!r}: parameters of a loss are given by Term(loss, {k}=...)")
     losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
     if layers is not None: losses.append(Term(features, 'auto', layers=layers))
     kd = KnowledgeDistillationCallback(teacher, losses, weight=weight, **kwargs)
     self.remove_cbs(L(kd_callbacks(self)))
     return self.add_cb(kd)
 
-# %% ../nbs/26_callback.ipynb #b813113c
+# %% ../nbs/26_callback.ipynb #783688cd
 def recorder_table(
     learn:Learner # A Learner that has trained
 )->pd.DataFrame|None: # None if the recorder has no values
@@ -526,7 +563,9 @@ def recorder_table(
 
 @patch
 def kd_history(self:Learner)->pd.DataFrame: # A row for each epoch
-    """Losses and metrics of the last fit, by column, with or without a teacher. With a distillation callback also after `validate`.
+    """Losses and metrics of the last fit, by column, with or without a teacher.
+
+    With a distillation callback also after `validate`.
 
     Raises `ValueError` if there was no fit."""
     histories = [cb.history for cb in kd_callbacks(self) if cb.history is not None]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
-from torch import nn, Tensor
+from torch import Tensor
 from fastcore.basics import GetAttr, patch, store_attr
 from fastai.basics import AvgLoss, Learner, is_listy, no_random
 from .callback import KnowledgeDistillationCallback

@@ -52,15 +52,19 @@ class Columns:
         if not self.count or len(self.pending)>=flush_interval(device): self.flush()
 
     def flush(self):
-        "Add what is kept to the sums. Raises `FloatingPointError` naming the first value that must be finite and is not"
+        """Add what is kept to the sums.
+
+        Raises `FloatingPointError` naming the first value that must be finite and is not."""
         pending,self.pending = self.pending,[]
         if not pending: return
-        rows = torch.stack([values[k].double() for _,_,values,_ in pending for k in self.names]).view(len(pending), -1).tolist()
+        scalars = [values[k].double() for _,_,values,_ in pending for k in self.names]
+        rows = torch.stack(scalars).view(len(pending), -1).tolist()
         for (where,n,_,must_be_finite),row in zip(pending, rows):
             values = dict(zip(self.names, row))
             for k in must_be_finite:
-                if not math.isfinite(values[k]): raise FloatingPointError(f"{k} is {values[k]} in {where}: "
-                    "check that the outputs of the teacher are finite; a smaller learning rate or gradient clipping may help")
+                if not math.isfinite(values[k]): raise FloatingPointError(
+                    f"{k} is {values[k]} in {where}: check that the outputs of the teacher are finite; "
+                    "a smaller learning rate or gradient clipping may help")
             for k,v in values.items(): self.sums[k] += n*v
             self.count += n
 

@@ -23,8 +23,8 @@ from fastcore.basics import store_attr
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from fastai.basics import Learner, find_bs, no_random, set_seed
-from fastai.callback.progress import ProgressCallback  # also gives Learner its no_bar
-from fastai.callback.schedule import ParamScheduler    # also gives Learner its fit_one_cycle
+from fastai.callback.progress import ProgressCallback  # gives Learner its no_bar  # noqa: F401
+from fastai.callback.schedule import ParamScheduler    # gives Learner its fit_one_cycle  # noqa: F401
 from .report import calibration_error
 from .teacher import Teacher
 

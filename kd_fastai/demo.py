@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from fastcore.script import call_parse
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, set_seed
-from fastai.callback.schedule import ParamScheduler  # also gives Learner its fit_one_cycle
+from fastai.callback.schedule import ParamScheduler  # gives Learner its fit_one_cycle  # noqa: F401
 from .callback import KnowledgeDistillationCallback, Term
 from .matching import match_feature_layers
 from .losses import Attention, SoftTarget

@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/objective.html.md"""
 __all__ = ['AUTO_RATIO', 'Batch', 'check_number', 'check_schedule', 'check_weight', 'Term', 'as_float32', 'autocast_off',
            'find_class_axis', 'Objective']
 
-# %% ../nbs/22_objective.ipynb #1b1a03f6
+# %% ../nbs/22_objective.ipynb #37dc38e2
 import copy, math, operator
 from contextlib import nullcontext
 from functools import partial, reduce
@@ -25,7 +25,7 @@ from .layers import layer_name, parse_layer_pairs, unique_names
 from .signature import accepted_kwargs, loss_args, loss_name, unwrap_loss
 from .inputs import as_plain_tensor
 
-# %% ../nbs/22_objective.ipynb #56382fb3
+# %% ../nbs/22_objective.ipynb #6bfa2636
 class Batch(NamedTuple):
     "The inputs of all losses for one batch: see `Objective.prepare`"
     pred:Tensor                   # Predictions of the student, `(B, C)` or `(B, C, *spatial)`
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     fm_t:dict={}                  # Features of the teacher by layer
     target:Any=None               # Labels
     idx:Tensor|None=None          # Positions of the samples in the training set
-    mixed:tuple|None=None         # Where samples are mixed: the labels of their partners, and the share of the first labels
+    mixed:tuple|None=None         # Of mixed samples: the labels of their partners, and the share of the first labels
     mask:Tensor|None=None         # Positions that have a label, `(B, *spatial)`; None if all have one
 
     def inputs(self)->dict:
@@ -47,21 +47,25 @@ class Batch(NamedTuple):
         if self.mask is None: return self
         def keep(p): return None if p is None else p.movedim(1, -1)[self.mask]
         mixed = self.mixed and (self.mixed[0][self.mask], self.mixed[1])
-        res = self._replace(pred=keep(self.pred), teacher_pred=keep(self.teacher_pred), target=self.target[self.mask], mixed=mixed, mask=None)
+        res = self._replace(pred=keep(self.pred), teacher_pred=keep(self.teacher_pred),
+                            target=self.target[self.mask], mixed=mixed, mask=None)
         if self.mask.ndim>1: return res  # features have positions of their own
         fm_s,fm_t = ({k: f[self.mask] for k,f in fm.items()} for fm in (self.fm_s, self.fm_t))
-        return res._replace(fm_s=fm_s, fm_t=fm_t, idx=None if self.idx is None else self.idx[self.mask.to(self.idx.device)])
+        idx = None if self.idx is None else self.idx[self.mask.to(self.idx.device)]
+        return res._replace(fm_s=fm_s, fm_t=fm_t, idx=idx)
 
     def has_labels(self)->bool:
         "Whether any position has a label"
         return self.mask is None or bool(self.mask.any())
 
-# %% ../nbs/22_objective.ipynb #07f9ef16
+# %% ../nbs/22_objective.ipynb #151238f6
 def check_number(
     x,        # A number
     what:str  # Its name in error messages
 )->float:
-    "Convert to a finite float. Raises `TypeError` for anything else than a number, and `ValueError` for NaN and infinity, naming `what`"
+    """Convert to a finite float.
+
+    Raises `TypeError` for anything else than a number, and `ValueError` for NaN and infinity, naming `what`."""
     error = TypeError(f"{what} must be a number, got {x!r} ({type(x).__name__})")
     if isinstance(x, str): raise error
     try: x = float(x)
@@ -84,24 +88,27 @@ def check_weight(
 )->float|str:
     "A finite weight, or 'auto'. Raises `TypeError` and `ValueError` for anything else"
     if isinstance(weight, str) and weight=='auto': return weight
-    if callable(weight): raise TypeError(f"{what} must be a number or 'auto', got a function: give a schedule by schedule={weight!r}")
+    if callable(weight): raise TypeError(
+        f"{what} must be a number or 'auto', got a function: give a schedule by schedule={weight!r}")
     if isinstance(weight, str): raise TypeError(f"{what} must be a number or 'auto', got {weight!r} (str)")
     return check_number(weight, what)
 
-# %% ../nbs/22_objective.ipynb #bab3a17d
+# %% ../nbs/22_objective.ipynb #d0936576
 class Term:
     """One part of the objective: `weight * schedule(progress) * loss`.
 
-    Raises `TypeError` if `loss` is not a loss, has no such parameter or requires an argument that nobody supplies, and for a weight that is not a number;
-    `ValueError` for a weight that is not finite."""
+    A parameter of the loss that is a function, but not a schedule, is given by `partial`.
+
+    Raises `TypeError` if `loss` is not a loss, has no such parameter or requires an argument that nobody supplies,
+    and for a weight that is not a number; `ValueError` for a weight that is not finite."""
     def __init__(self,
         loss:Callable,                  # A function, a `partial` of one, or an `nn.Module` instance
         weight:float|str=1.,            # Factor of the loss, or 'auto': found on the first batch
         layers:str|list|dict|None=None, # Layer names as in `KnowledgeDistillationCallback`; default: the callback's
         schedule:Callable|None=None,    # A fastai schedule that multiplies the weight; default: the callback's
         name:str|None=None,             # Name of its column; default: made from the loss
-        adapt:str|Callable|list|None=None, # Trained layers that bring the student's features to the teacher's shapes; default: the callback's
-        **params                        # Parameters of the loss: constants, or schedules such as `T=SchedCos(8,2)`; a constant that is a function is given by `partial`
+        adapt:str|Callable|list|None=None, # Trained layers as in `LossWithAdapters`; default: the callback's
+        **params                        # Parameters of the loss: constants, or schedules such as `T=SchedCos(8,2)`
     ):
         scheduled = {k:v for k,v in params.items() if callable(v)}
         constants = {k:v for k,v in params.items() if not callable(v)}
@@ -143,8 +150,11 @@ class Term:
         if res.schedule is None: res.schedule = schedule
         if res.adapt is None: res.adapt = adapt
         if self.args.required & {'fm_s','fm_t'} and not any(res.layers): raise ValueError(
-            f"{loss_name(self.loss)} compares features, but no layers are named: give layers (match_feature_layers finds some)")
-        if res.adapt is not None and self.uses_features and not isinstance(res.loss, LossWithAdapters): res.loss = LossWithAdapters(self.loss, res.adapt)
+            f"{loss_name(self.loss)} compares features, but no layers are named: "
+            "give layers (match_feature_layers finds some)")
+        is_adapted = isinstance(res.loss, LossWithAdapters)
+        if res.adapt is not None and self.uses_features and not is_adapted:
+            res.loss = LossWithAdapters(self.loss, res.adapt)
         return res
 
     def schedule_at(self,
@@ -172,7 +182,10 @@ class Term:
         batch:Batch,       # From `Objective.prepare`
         progress:float=0.  # Training progress, from 0 to 1
     )->Tensor: # Scalar
-        """The raw value of the loss. Labels of mixed samples: the loss for both labels, interpolated by the mean share. 0 if the loss requires labels and there is none.
+        """The raw value of the loss.
+
+        Labels of mixed samples: the loss for both labels, interpolated by the mean share. 0 if the loss requires
+        labels and there is none.
 
         Raises `TypeError` if the loss does not return a scalar tensor."""
         takes_mask = 'valid' in self.args.accepted
@@ -202,7 +215,7 @@ class Term:
         if pairs: res += f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in pairs)}"
         return res if self.adapt is None else res+', adapted'
 
-# %% ../nbs/22_objective.ipynb #542b6603
+# %% ../nbs/22_objective.ipynb #cee9ed16
 def as_float32(
     t # A tensor, or anything else
 ):
@@ -225,26 +238,28 @@ def find_class_axis(
     shape = getattr(target, 'shape', None)
     return -1 if shape==pred.shape[:-1]!=pred[:,0].shape else 1
 
-# %% ../nbs/22_objective.ipynb #f6da5123
+# %% ../nbs/22_objective.ipynb #97f94d4a
 AUTO_RATIO = 1.  # norm of a term's gradient in units of the task loss's, for weight='auto'
 
 class Objective:
     """The task loss plus weighted terms, for one batch after another.
 
-    It keeps the weights that were found for terms with `weight='auto'`, and running sizes of the terms for `balance`."""
+    It keeps the weights that were found for terms with `weight='auto'`, and running sizes of the terms for
+    `balance`."""
     def __init__(self,
         terms:list,              # `Term`s with layers, see `Term.with_defaults`
         task_weight:float=1.,    # Weight of the task loss
-        class_axis:int|None=1,   # Dimension of the classes in predictions of more than two dimensions; None: inferred from the labels
+        class_axis:int|None=1,   # Dimension of the classes in predictions of 3 dimensions or more; None: inferred
         ignore_index:int|None=None, # Label of positions that are left out
-        class_map:list|None=None,# The teacher's column for each class of the student, -1 where it has none: see `match_classes`
+        class_map:list|None=None,# The teacher's column for each class of the student, or -1: see `match_classes`
         balance:bool=False       # Scale each term, batch by batch, to the size of the task loss
     ):
         self.terms = [o.with_defaults(([],[])) for o in terms]
         for o,name in zip(self.terms, unique_names(['task_loss', *(o.name for o in self.terms)])[1:]): o.name = name
         self.task_weight = check_number(task_weight, 'task_weight')
         self.class_map = class_map
-        if class_map is not None: self.class_map = check_class_map(class_map, [o.name for o in self.terms if o.needs_labels])
+        with_labels = [o.name for o in self.terms if o.needs_labels]
+        if class_map is not None: self.class_map = check_class_map(class_map, with_labels)
         store_attr('class_axis,ignore_index,balance')
         self.found_weights,self.magnitudes = {},{}
         self.built,self.params,self.channels = not self.modules,[],{}  # without modules there is nothing to build
@@ -258,7 +273,9 @@ class Objective:
 
     @property
     def uses_teacher_pred(self)->bool:
-        "Whether a term may need the teacher's predictions. Losses of other packages that take `**kwargs` are assumed to use them"
+        """Whether a term may need the teacher's predictions.
+
+        Losses of other packages that take `**kwargs` are assumed to use them."""
         def may(o): return 'teacher_pred' in o.args.accepted or o.args.has_var_kwargs and get_loss_info(o.loss) is None
         return self.class_map is not None or any(map(may, self.terms))
 
@@ -275,7 +292,8 @@ class Objective:
     )->'Objective':
         """Create the weights that losses own, once, from the shapes of a first batch. Random numbers stay as they are.
 
-        Parameters of the student and the teacher that a loss refers to are not its own: they are left out of `parameters`, and their modules keep their modes."""
+        Parameters of the student and the teacher that a loss refers to are not its own: they are left out of
+        `parameters`, and their modules keep their modes."""
         common = dict(pred=batch.pred.detach(), teacher_pred=batch.teacher_pred, student=student, teacher=teacher)
         with torch.random.fork_rng():
             built = set()
@@ -295,7 +313,8 @@ class Objective:
 
     def parameters(self)->list:
         "The parameters that losses own and train, for an optimizer. Raises `RuntimeError` before `build`"
-        if not self.built: raise RuntimeError("The losses have no weights yet: call build(batch, student, teacher) with a first batch")
+        if not self.built: raise RuntimeError(
+            "The losses have no weights yet: call build(batch, student, teacher) with a first batch")
         return self.params
 
     def _channels(self, batch):
@@ -312,21 +331,25 @@ class Objective:
                 "a student with other layers needs a callback of its own")
 
     def state_dict(self)->dict:
-        "Weights that losses own, weights that were found and running sizes for `balance`, by the names of the terms"
+        "Weights that losses own and weights that were found, by the names of the terms"
         losses = {o.name: o.module.state_dict() for o in self.terms if o.module is not None}
         return {'losses': losses, 'found_weights': dict(self.found_weights), 'magnitudes': dict(self.magnitudes)}
 
     def load_state_dict(self,
         state:dict # From `state_dict`
     ):
-        "Load what `state_dict` returned. Raises `ValueError` if it belongs to other terms, or to weights of other shapes"
+        """Load what `state_dict` returned.
+
+        Raises `ValueError` if it belongs to other terms, or to weights of other shapes."""
         modules = {o.name: o.module for o in self.terms if o.module is not None}
         if {*modules}!={*state['losses']}: raise ValueError(
-            f"Expected weights of the losses {[*modules]}, got those of {[*state['losses']]}: they were saved with other terms")
+            f"Expected weights of the losses {[*modules]}, got those of {[*state['losses']]}: "
+            "they were saved with other terms")
         for name,m in modules.items():
             try: m.load_state_dict(state['losses'][name])
             except RuntimeError as e: raise ValueError(
-                f"The saved weights of {name} do not fit: they were saved with other layers or another adapt. {e}") from None
+                f"The saved weights of {name} do not fit: "
+                f"they were saved with other layers or another adapt. {e}") from None
         self.found_weights,self.magnitudes = dict(state['found_weights']),dict(state['magnitudes'])
 
     def prepare(self,
@@ -336,9 +359,12 @@ class Objective:
         fm_t:dict|None=None,        # Features of the teacher by layer
         target=None,                # Labels
         idx:Tensor|None=None,       # Positions of the samples in the training set
-        mixed:tuple|None=None       # Where samples are mixed: the labels of their partners, and the share of the first labels
+        mixed:tuple|None=None       # Of mixed samples: the labels of their partners, and the share of the first labels
     )->Batch:
-        """Bring one batch to the form that losses expect: classes in dimension 1, the classes that both models have, float32 or float64, and a mask of labeled positions.
+        """Bring one batch to the form that losses expect.
+
+        Classes are in dimension 1 and are those that both models have; the type is float32 or float64; a mask marks
+        the labeled positions.
 
         Raises `ValueError` if `class_map` does not fit the predictions."""
         axis = find_class_axis(self.class_axis, pred, target) if pred.ndim>2 else 1
@@ -357,7 +383,8 @@ class Objective:
 
     def _label_mask(self, pred, target, mixed):
         "Positions whose label is not `ignore_index`; None if all are labeled, or labels do not go by position"
-        if self.ignore_index is None or not isinstance(target, Tensor) or pred.ndim<2 or target.shape!=pred[:,0].shape: return None
+        if self.ignore_index is None or not isinstance(target, Tensor): return None
+        if pred.ndim<2 or target.shape!=pred[:,0].shape: return None
         mask = target!=self.ignore_index
         if mixed is not None: mask = mask & (mixed[0]!=self.ignore_index)
         return None if mask.all() else mask
@@ -374,7 +401,8 @@ class Objective:
         try:
             with torch.set_grad_enabled(torch.is_grad_enabled() and counts): return term.value(batch, progress)
         except Exception as e:
-            if not e.args: e.args = (f"{type(e).__name__} in {term.name}",)  # fastai's handling of exceptions needs a message
+            # fastai's handling of exceptions needs a message
+            if not e.args: e.args = (f"{type(e).__name__} in {term.name}",)
             raise
 
     def weights(self,
@@ -382,7 +410,9 @@ class Objective:
         values:dict,       # From `values`
         progress:float=0.  # Training progress, from 0 to 1
     )->dict: # `{name: number or scalar tensor}`
-        "The weight of each term: its own or the one found, times its schedule; with `balance` also scaled to the task loss"
+        """The weight of each term: its own or the one found, times its schedule.
+
+        With `balance` it is also scaled to the task loss."""
         res = {o.name: self.base_weight(o)*o.schedule_at(progress) for o in self.terms}
         if not self.balance: return res
         return {k: w*self._balance_factor(k, task, values[k]) if w else 0. for k,w in res.items()}
@@ -393,7 +423,8 @@ class Objective:
         "The weight before schedule and balance. Raises `RuntimeError` if it is 'auto' and has not been found yet"
         if term.weight!='auto': return term.weight
         if term.name not in self.found_weights: raise RuntimeError(
-            f"The weight of {term.name} has not been found yet: call find_weights(task, values, params) with a first batch")
+            f"The weight of {term.name} has not been found yet: "
+            "call find_weights(task, values, params) with a first batch")
         return self.found_weights[term.name]
 
     @property
@@ -406,9 +437,10 @@ class Objective:
         values:dict,   # From `values`
         params:list    # Trained parameters of the student
     )->dict: # `{name: (norm of the task's gradient, norm of the term's)}`
-        """For each unknown weight, gradient norms over the parameters that the term reaches. Changes no gradient, buffer or random number.
+        """For each unknown weight, gradient norms over the parameters that the term reaches.
 
-        Costs a backward pass for the task loss and one for each term. A norm is 0 for a loss without a gradient."""
+        Changes no gradient, buffer or random number. Costs a backward pass for the task loss and one for each term.
+        A norm is 0 for a loss without a gradient."""
         def grads(loss):
             if not loss.requires_grad: return [None]*len(params)
             return torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
@@ -422,9 +454,11 @@ class Objective:
     def find_weights(self,
         norms:dict # From `gradient_norms`
     )->list: # Names of the terms for which there was nothing to compare
-        """Set each unknown weight so that the gradient norm of the weighted term is `AUTO_RATIO` times that of the weighted task loss.
+        """Set each unknown weight by gradient norms.
 
-        If there is nothing to compare (a term or a task loss without a gradient, or a task loss of weight 0), the weight is the default of the loss, or 1."""
+        The gradient norm of the weighted term becomes `AUTO_RATIO` times that of the weighted task loss. If there is
+        nothing to compare (a term or a task loss without a gradient, or a task loss of weight 0), the weight is the
+        default of the loss, or 1."""
         without = []
         for o in self.unknown_weights:
             task,term = norms[o.name]

@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/owned.html.md"""
 __all__ = ['SIDECAR_FORMAT', 'tensors_of', 'OwnedWeights', 'sidecar_path', 'file_digest', 'read_sidecar', 'save_sidecar',
            'load_sidecar']
 
-# %% ../nbs/25_owned.ipynb #f04b089a
+# %% ../nbs/25_owned.ipynb #daf56b4f
 import copy, hashlib, warnings
 from pathlib import Path
 import torch
@@ -17,7 +17,7 @@ from fastai.basics import Learner, join_path_file
 from fastai.callback.schedule import LRFinder
 from .fastai_internals import ExtraParams, all_reduce_grads, broadcast_from_rank0, extra_parameters, is_distributed
 
-# %% ../nbs/25_owned.ipynb #69ad2c33
+# %% ../nbs/25_owned.ipynb #edd868e2
 def tensors_of(
     state # A state dict, nested or not
 )->list:
@@ -28,7 +28,8 @@ def tensors_of(
 class OwnedWeights:
     """Trains the parameters of `source` with a Learner's own, and saves them with their optimizer state.
 
-    `source` has `parameters()`, `state_dict()`, `load_state_dict()` and `built`: an `Objective`, or networks that learn together with the student."""
+    `source` has `parameters()`, `state_dict()`, `load_state_dict()` and `built`: an `Objective`, or networks that
+    learn together with the student."""
     def __init__(self,
         source # What owns the weights
     ):
@@ -83,16 +84,19 @@ class OwnedWeights:
     def load_state_dict(self,
         state:dict # From `state_dict`
     ):
-        "Load now, or as soon as the weights are created. Raises `ValueError` if the state belongs to other terms or shapes"
+        """Load now, or as soon as the weights are created.
+
+        Raises `ValueError` if the state belongs to other terms or shapes."""
         self.pending = None if self.source.built else state
         if not self.source.built: return
         self.source.load_state_dict(state['source'])
         if not self.params: self.extra.params = [*self.source.parameters()]
-        def on_device(s, p): return {k: v.to(p.device) if isinstance(v, Tensor) and v.shape==p.shape else v for k,v in s.items()}
+        def on_device(s, p):
+            return {k: v.to(p.device) if isinstance(v, Tensor) and v.shape==p.shape else v for k,v in s.items()}
         if len(state['optimizer'])==len(self.params):
             self.extra.states = [[on_device(s, p) for s in states] for states,p in zip(state['optimizer'], self.params)]
 
-# %% ../nbs/25_owned.ipynb #6210174a
+# %% ../nbs/25_owned.ipynb #0698f06e
 SIDECAR_FORMAT = 'kd_fastai 1'
 
 def sidecar_path(
@@ -123,7 +127,9 @@ def save_sidecar(
     sidecar:Path, # Path of the sidecar
     parts:dict    # `{name of a callback: its state}`
 ):
-    "Write the sidecar, or remove an old one if there is nothing to save. Raises `FileExistsError` for a file of another kind"
+    """Write the sidecar, or remove an old one if there is nothing to save.
+
+    Raises `FileExistsError` for a file of another kind."""
     parts = {k:v for k,v in parts.items() if v}
     ours = read_sidecar(sidecar) is not None
     if sidecar.exists() and not ours and parts: raise FileExistsError(

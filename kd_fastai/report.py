@@ -38,7 +38,9 @@ def calibration_error(
 
 # %% ../nbs/32_report.ipynb #3ae71d3c
 class MeasureTerms(Callback):
-    "Measure the terms of a distillation callback on the first batch of a fit, in the middle of its schedules, and end the fit"
+    """Measure the terms of a distillation callback on the first batch of a fit, and end the fit.
+
+    The schedules are in the middle of their course."""
     order = KnowledgeDistillationCallback.order-0.5
     def __init__(self, kd): self.kd = kd
 
@@ -66,7 +68,8 @@ class MeasureTerms(Callback):
         params = [p for p in self.learn.model.parameters() if p.requires_grad]
         if not value.requires_grad: return torch.zeros(sum(p.numel() for p in params))
         grads = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
-        return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p,g in zip(params, grads)]).cpu()
+        flat = [torch.zeros_like(p).flatten() if g is None else g.flatten() for p,g in zip(params, grads)]
+        return torch.cat(flat).cpu()
 
     def pairs(self, term, batch)->list:
         "A row for each pair of layers of a term"
@@ -127,7 +130,8 @@ class ScoreTeacher(Callback):
     )->tuple: # Scores, and the share of equal predictions, or None without classes
         "Scores of both models, and how often they agree"
         names = ['valid_loss', *(m.name for m in self.scores[1:])]
-        res = pd.DataFrame([[as_number(m.value) for m in self.scores], values], index=['teacher','student'], columns=names)
+        of_teacher = [as_number(m.value) for m in self.scores]
+        res = pd.DataFrame([of_teacher, values], index=['teacher','student'], columns=names)
         if not self.rows: return res,None
         conf_s,class_s,conf_t,class_t,label = map(torch.cat, zip(*self.rows))
         res['accuracy'] = [(o==label).float().mean().item() for o in (class_t, class_s)]
@@ -158,10 +162,13 @@ class KDReport:
         return [o for o in (self.scores, agreement, self.terms, self.layers, *warnings) if len(o)]
 
     def __repr__(self):
-        return '\n\n'.join(o if isinstance(o, str) else o.to_string(float_format='{:.4g}'.format) for o in self._parts())
+        number = '{:.4g}'.format
+        return '\n\n'.join(o if isinstance(o, str) else o.to_string(float_format=number) for o in self._parts())
 
     def _repr_html_(self):
-        return '\n'.join(f'<p>{o}</p>' if isinstance(o, str) else o.to_html(float_format='{:.4g}'.format) for o in self._parts())
+        number = '{:.4g}'.format
+        return '\n'.join(
+            f'<p>{o}</p>' if isinstance(o, str) else o.to_html(float_format=number) for o in self._parts())
 
 def report_warnings(
     kd:KnowledgeDistillationCallback, # The callback
@@ -175,8 +182,10 @@ def report_warnings(
     if t<=s if has_classes else t>=s: res.append(
         f"the teacher is not better than the student on the student's validation set ({t:.3g} against {s:.3g})")
     for n,r in terms.iloc[1:].iterrows():
-        if r['size']>=100: res.append(f"{n} is {r['size']:,.0f} times the task loss: lower its weight of {r.weight:g}, or use weight='auto'")
-        if 0<r['size']<1e-3 and r.gradient<1e-2: res.append(f"{n} is {r['size']:.1g} of the task loss, and its gradient {r.gradient:.1g} "
+        if r['size']>=100: res.append(
+            f"{n} is {r['size']:,.0f} times the task loss: lower its weight of {r.weight:g}, or use weight='auto'")
+        if 0<r['size']<1e-3 and r.gradient<1e-2: res.append(
+            f"{n} is {r['size']:.1g} of the task loss, and its gradient {r.gradient:.1g} "
             f"of the task's: raise its weight of {r.weight:g}, or use weight='auto'")
     hard = [o.name for o in kd.terms if is_kl_at_T1(o)]
     if hard and has_classes and scores.confidence.teacher>0.95: res.append(
@@ -198,7 +207,8 @@ def shadow_learner(
 )->Learner:
     """A second Learner with the same models and data, and copies of everything else that a fit changes.
 
-    Of the callbacks it has fastai's own, except those that record and track, and the distillation callbacks. Callbacks of the user may have side effects, so they are left out."""
+    Of the callbacks it has fastai's own, except those that record and track, and the distillation callbacks.
+    Callbacks of the user may have side effects, so they are left out."""
     res = copy.copy(learn)
     shared = (learn.model, *learn.model.parameters(), kd.teacher.model, kd.teacher.learner, *getattr(kd, 'peers', ()))
     memo = {id(o): o for o in shared} | {id(learn): res}
@@ -246,10 +256,12 @@ def attached(
 
 @patch
 def kd_report(self:Learner,
-    teacher=None, # A teacher to report on, as in `Learner.distill`; default: that of the Learner's distillation callback
+    teacher=None, # A teacher to report on, as in `Learner.distill`; default: that of the distillation callback
     **kwargs      # With `teacher`: as in `Learner.distill`
 )->KDReport:
-    """Score the teacher on the student's validation set and compare it with the student, and compare the terms with the task loss. Trains and changes nothing.
+    """Score the teacher on the student's validation set, and compare it with the student.
+
+    Also compares the terms with the task loss. Trains and changes nothing.
 
     Raises `ValueError` without a teacher, and what the start of a fit would raise."""
     if teacher is not None:
@@ -267,4 +279,5 @@ def kd_report(self:Learner,
         with kd.teacher.ready(device): values = learn.validate(cbs=score)
         learn.fit(1, cbs=measure)
         scores,agreement = score.table(values)
-        return KDReport(scores, agreement, measure.terms, measure.layers, report_warnings(kd, scores, agreement, measure.terms))
+        warnings = report_warnings(kd, scores, agreement, measure.terms)
+        return KDReport(scores, agreement, measure.terms, measure.layers, warnings)

@@ -33,10 +33,12 @@ from .teacher import Teacher, get_logits, read_teacher
 
 # %% ../nbs/31_schemes.ipynb #4f51efe5
 class Ensemble(nn.ModuleList):
-    """Several teachers that answer as one, by the mean of their probabilities. A layer of the first is named `'0.layer1'`, and so on.
+    """Several teachers that answer as one, by the mean of their probabilities.
 
-    Raises `TypeError` if `teachers` is not a list of teachers; `ValueError` for an empty list, invalid weights, and Learners with different vocabularies or
-    `Normalize` statistics."""
+    A layer of the first is named `'0.layer1'`, and so on.
+
+    Raises `TypeError` if `teachers` is not a list of teachers; `ValueError` for an empty list, invalid weights, and
+    Learners with different vocabularies or `Normalize` statistics."""
     def __init__(self,
         teachers:list,          # Models, `Learner`s or paths of exported ones
         weights:list|None=None, # One number for each teacher, scaled to a sum of 1; default: equal
@@ -44,7 +46,8 @@ class Ensemble(nn.ModuleList):
         logits:bool=False,      # Average logits instead
         axis:int|None=None      # Dimension of the classes; default: that of the Learners' loss function, or 1
     ):
-        if not isinstance(teachers, (list,tuple)): raise TypeError(f"Expected a list of teachers, got {type(teachers).__name__}")
+        if not isinstance(teachers, (list,tuple)): raise TypeError(
+            f"Expected a list of teachers, got {type(teachers).__name__}")
         if not teachers: raise ValueError("An ensemble needs at least one teacher, got none")
         models,learners = zip(*map(read_teacher, teachers))
         super().__init__(models)
@@ -106,7 +109,8 @@ class MeanTeacher(KnowledgeDistillationCallback):
         super().check_models()
         def shapes(m): return {k: v.shape for k,v in unwrap_model(m).state_dict().items()}
         if shapes(self.learn.model)!=shapes(self.average.module): raise ValueError(
-            "The average is that of another model: use MeanTeacher(learn.model, ...) with the model that the Learner trains")
+            "The average is that of another model: "
+            "use MeanTeacher(learn.model, ...) with the model that the Learner trains")
 
     def after_step(self):
         "Update the average"
@@ -166,7 +170,9 @@ class PeerTeacher(Teacher):
         return self.model.combine([p.detach() for p in self.preds]),{}
 
 class MutualLearning(KnowledgeDistillationCallback):
-    """Train `peers` together with this Learner, so that each learns from the others' predictions for the same batch (Zhang et al., 2018).
+    """Train `peers` together with this Learner, each from the others' predictions for the same batch.
+
+    Source: Zhang et al., 2018.
 
     Raises `ValueError` for losses that compare features or own weights, and for a network that is given twice."""
     _copy_by_reference = ()  # a copied Learner has peers of its own
@@ -181,7 +187,8 @@ class MutualLearning(KnowledgeDistillationCallback):
         if any(o.uses_features or o.module is not None for o in self.terms): raise ValueError(
             f"Mutual learning takes losses on predictions without weights of their own, got {self}")
         networks = [*self.teacher.model]
-        if len({id(m) for m in networks})<len(networks): raise ValueError("Expected different networks, got one of them twice")
+        if len({id(m) for m in networks})<len(networks): raise ValueError(
+            "Expected different networks, got one of them twice")
         self.peers = [o for o in peers if isinstance(o, Learner)]
         self.owned = OwnedWeights(Peers(self.teacher.model))
 
@@ -201,7 +208,8 @@ class MutualLearning(KnowledgeDistillationCallback):
     def peer_loss(self, pred:Tensor, others:Tensor)->Tensor:
         "The objective of one peer: `pred` learns from `others`"
         idx = self.indices(pred.device).get('idx')
-        batch = self.objective.prepare(pred, others, target=self.labels(self.learn.yb), idx=idx, mixed=self.mixed_labels())
+        labels,mixed = self.labels(self.learn.yb),self.mixed_labels()
+        batch = self.objective.prepare(pred, others, target=labels, idx=idx, mixed=mixed)
         task = as_plain_tensor(self.learn.loss_func(pred, *self.yb))
         values = self.objective.values(batch, self.pct_train)
         return self.objective.total(task, values, self.objective.weights(task, values, self.pct_train))
@@ -244,7 +252,9 @@ class Peers:
 
 # %% ../nbs/31_schemes.ipynb #6a13424f
 class DistillationToken(KnowledgeDistillationCallback):
-    """Teach the second head of a student that returns `(class, distillation)` predictions in training (Touvron et al., 2021). The first head learns from labels alone.
+    """Teach the second head of a student that returns `(class, distillation)` predictions in training.
+
+    The first head learns from labels alone (Touvron et al., 2021).
 
     Raises `ValueError` on the first batch for a student that does not return such a pair."""
     _not_copied = (*KnowledgeDistillationCallback._not_copied, 'second_pred')
@@ -293,7 +303,9 @@ class NoTeacher(Teacher):
     def __call__(self, *xb, **kwargs)->tuple: return None,{}
 
 class SelfDistillation(KnowledgeDistillationCallback):
-    """Let a network's own prediction teach its exits, without a gradient to itself, in addition to the labels (Zhang et al., 2019, without its term on features).
+    """Let a network's own prediction teach its exits, without a gradient to itself, in addition to the labels.
+
+    Source: Zhang et al., 2019, without its term on features.
 
     Raises `TypeError` for exits that are not names."""
     def __init__(self,

@@ -66,7 +66,8 @@ class LossArgs(NamedTuple):
 # %% ../nbs/00_signature.ipynb #f753e92f
 def _instance_of(cls):
     "Return the call that creates an instance, with the parameters that it requires"
-    named = [p for p in inspect.signature(cls).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD,inspect.Parameter.KEYWORD_ONLY
+    named = [p for p in inspect.signature(cls).parameters.values() if p.kind in kinds]
     return f"{cls.__name__}({', '.join(f'{p.name}=...' for p in named if p.default is p.empty)})"
 
 def loss_args(
