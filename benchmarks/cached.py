@@ -2,12 +2,12 @@
 
     python benchmarks/cached.py [--rounds 15] [--device cuda]
 
-A resnet18 teaches a network of four stages on 512 images of 32x32, flipped and shifted at random. Epochs and steps take turns in one process; ratios are taken round by round, with quartiles."""
+A resnet18 teaches a network of four stages on 512 images of 32x32, flipped and shifted at random. Epochs and steps
+take turns in one process; ratios are taken round by round, with quartiles."""
 import argparse, tempfile, warnings
-from pathlib import Path
 warnings.filterwarnings('ignore')
 import torch
-from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, Tensor, Transform, TfmdDL, noop, set_seed
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, Tensor, Transform, TfmdDL, noop, set_seed
 from fastai.callback.progress import ProgressCallback
 from kd_fastai.all import CachedTeacher, KnowledgeDistillationCallback, SoftTarget
 from kd_fastai.cache import StoredTeacher

@@ -1,9 +1,11 @@
-"""Prune a trained student, then train it on with the same budget: on the labels alone, or with the teacher. What does distillation recover?
+"""Prune a trained student, then train it on with the same budget: on the labels alone, or with the teacher. What does
+distillation recover?
 
     python benchmarks/chain.py [--seeds 8] [--epochs 10] [--amount 0.8] [--runs FILE] [--quick]
 
-Every seed has its own labels and its own student, trained alone for 20 epochs. The same share of the smallest weights of all its convolutions and of its head is set to zero (`torch.nn.utils.prune`),
-and stays zero. The teacher learned from 1000 digits, the students from 200. Writes `benchmarks/tables/chain.csv`."""
+Every seed has its own labels and its own student, trained alone for 20 epochs. The same share of the smallest
+weights of all its convolutions and of its head is set to zero (`torch.nn.utils.prune`), and stays zero. The teacher
+learned from 1000 digits, the students from 200. Writes `benchmarks/tables/chain.csv`."""
 import argparse
 from functools import cache, partial
 from pathlib import Path
@@ -46,7 +48,7 @@ WAYS = {'pruned, fine-tuned': fine_tuned, 'pruned, distilled back': distilled,
 
 def main():
     global AMOUNT
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     p.add_argument('--seeds', type=int, default=8)
     p.add_argument('--epochs', type=int, default=10)
     p.add_argument('--amount', type=float, default=AMOUNT)

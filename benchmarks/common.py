@@ -67,7 +67,8 @@ def _version(name):
 def where():
     "Machine, versions and date, in one line"
     names = ', '.join(map(_version, ('torch','fastai','fasterai','torchdistill')))
-    return f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} used; {platform.system()}, Python {platform.python_version()}, {names}; {datetime.date.today()}"
+    return (f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} used; "
+            f"{platform.system()}, Python {platform.python_version()}, {names}; {datetime.date.today()}")
 
 def shown(v):
     return f'{v:.3g}' if isinstance(v, float) and abs(v)<100 else f'{v:.0f}' if isinstance(v, float) else str(v)

@@ -2,9 +2,11 @@
 
     python benchmarks/compare_calibration.py [--draws 2000] [--pool 120] [--runs FILE] [--quick]
 
-Simulated: the scores of a seed share a normal part, each way adds its own, and all are rounded to 1/797 as an accuracy is. Real: students of 100 digits that differ only in the order of
-batches, and such with a teacher of random weights at a weight of 1e-3. The real runs are a pool of seeds from which each comparison draws its own without replacement.
-`--runs` keeps them in a file, from which a stopped measurement goes on. Writes `benchmarks/tables/compare_calibration.csv`."""
+Simulated: the scores of a seed share a normal part, each way adds its own, and all are rounded to 1/797 as an
+accuracy is. Real: students of 100 digits that differ only in the order of batches, and such with a teacher of random
+weights at a weight of 1e-3. The real runs are a pool of seeds from which each comparison draws its own without
+replacement. `--runs` keeps them in a file, from which a stopped measurement goes on. Writes
+`benchmarks/tables/compare_calibration.csv`."""
 import argparse
 from pathlib import Path
 import numpy as np

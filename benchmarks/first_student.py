@@ -2,8 +2,9 @@
 
     python benchmarks/first_student.py [--seeds 20] [--epochs 20] [--runs FILE] [--out benchmarks/first_student.csv]
 
-One row a seed: accuracy in percent of 797 test digits of the teacher and of three students on the page's own 200 digits. The seed is that of the initial weights and batches, the teacher's too.
-`--runs` keeps the runs in a file, from which a stopped measurement goes on."""
+One row a seed: accuracy in percent of 797 test digits of the teacher and of three students on the page's own 200
+digits. The seed is that of the initial weights and batches, the teacher's too. `--runs` keeps the runs in a file,
+from which a stopped measurement goes on."""
 import argparse
 from functools import cache, partial
 from pathlib import Path

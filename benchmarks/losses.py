@@ -2,8 +2,10 @@
 
     python benchmarks/losses.py [--seconds 0.7] [--batch 64 256] [--channels 256 512] [--only NST RKD]
 
-Maps are (B, C, 8, 8), embeddings (B, C), predictions (B, 100). Ours and theirs take turns, for some seconds; times are medians. Memory is what tensors hold at most beyond the inputs, as PyTorch's
-operations hand them out. Peers whose largest tensor would pass 600 MB are left out, but for NST's, which its target speaks of. torchdistill is optional (extra `bench`); NST's peer is RepDistiller's form."""
+Maps are (B, C, 8, 8), embeddings (B, C), predictions (B, 100). Ours and theirs take turns, for some seconds; times
+are medians. Memory is what tensors hold at most beyond the inputs, as PyTorch's operations hand them out. Peers
+whose largest tensor would pass 600 MB are left out, but for NST's, which its target speaks of. torchdistill is
+optional (extra `bench`); NST's peer is RepDistiller's form."""
 import argparse, time
 from functools import partial
 import torch, torch.nn.functional as F
@@ -57,7 +59,7 @@ def nst(x):
     return _
 FSP_ENDS = {f'{who}_{n}': dict(io='output', path=p) for who in ('student','teacher')
             for n,p in (('first','a'),('second','b'))}
-PEERS = ({'NST': nst} if td is None else {'NST': nst, 'HCL': hcl, 'SRD': srd,
+PEERS = {'NST': nst} if td is None else {'NST': nst, 'HCL': hcl, 'SRD': srd,
     'SoftTarget': on(lambda: td.KDLoss(**both_ends(), temperature=5., alpha=0., beta=1.), 'pred', 'teacher_pred'),
     'DIST': on(lambda: td.DISTLoss(**both_ends()), 'pred', 'teacher_pred'),
     'Attention': on(lambda: td.ATLoss(pairs(factor=1))),
@@ -74,11 +76,11 @@ PEERS = ({'NST': nst} if td is None else {'NST': nst, 'HCL': hcl, 'SRD': srd,
     'CorrelationCongruence': on(lambda: td.CCKDLoss('a', 'a', dict(type='gaussian', gamma=.4, max_p=2),
                                                     reduction='batchmean')),
     'ICKD': on(lambda: td.ChSimLoss(pairs(weight=1))),
-})
+}
 LIKE_PEER = {'CorrelationCongruence': dict(normalize=False)}  # where our default does more than the peer does
 def largest(name, B, C):
-    return (4*{'NST': B*C*C*64, 'Affinity': B*C*64*64, 'RKD': B*B*max(B, C),
-               'RKD angle': B*B*max(B, C)}.get(name, B*C*64))
+    return 4*{'NST': B*C*C*64, 'Affinity': B*C*64*64, 'RKD': B*B*max(B, C),
+              'RKD angle': B*B*max(B, C)}.get(name, B*C*64)
 
 # --- measuring
 

@@ -2,7 +2,8 @@
 
     python benchmarks/scale.py [--rounds 7]
 
-One thing grows, the others stay at 32 images of 32x32, one layer, 64 channels and 100 classes. Teacher and student are alike, so that neither hides the other."""
+One thing grows, the others stay at 32 images of 32x32, one layer, 64 channels and 100 classes. Teacher and student
+are alike, so that neither hides the other."""
 import argparse
 import torch
 from torch import nn

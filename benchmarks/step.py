@@ -1,16 +1,19 @@
-"""What one step of distillation costs, beside a loop written by hand, fastai without a teacher, and two packages from PyPI.
+"""What one step of distillation costs, beside a loop written by hand, fastai without a teacher, and two packages from
+PyPI.
 
     python benchmarks/step.py [--rounds 40]
 
-All ways take turns in one process, on the same batch, with torch's SGD; numbers are medians over the rounds, ratios are taken round by round, with quartiles."""
-import argparse, logging, sys, warnings
+All ways take turns in one process, on the same batch, with torch's SGD; numbers are medians over the rounds, ratios
+are taken round by round, with quartiles."""
+import argparse, logging, warnings
 from copy import deepcopy
 from functools import partial
 warnings.filterwarnings('ignore')
 import torch, torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, OptimWrapper, noop, set_seed, tensor
+from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, OptimWrapper, noop,
+                           set_seed, tensor)
 from fastai.callback.progress import ProgressCallback
 from kd_fastai.all import Attention, CachedTeacher, KnowledgeDistillationCallback, SoftTarget
 from kd_fastai.demo import small_net
@@ -169,6 +172,6 @@ def main(rounds=40):
     return T
 
 if __name__=='__main__':
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0]); p.add_argument('--rounds', type=int, default=40)
+    p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0]); p.add_argument('--rounds', type=int, default=40)
     torch.set_num_threads(1)
     write('targets.step', main(p.parse_args().rounds), 'Targets')

@@ -2,13 +2,14 @@
 
     python benchmarks/views.py [--seeds 8]
 
-Digits shifted at random by up to one pixel, 300 labels, a teacher trained on all 1000. All ways of one seed begin with the same student. Writes `views.csv`, which the tutorial reads; about five minutes on one core."""
+Digits shifted at random by up to one pixel, 300 labels, a teacher trained on all 1000. All ways of one seed begin
+with the same student. Writes `views.csv`, which the tutorial reads; about five minutes on one core."""
 import argparse, csv, warnings
 from pathlib import Path
 warnings.filterwarnings('ignore')
 import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, Tensor, Transform, accuracy, set_seed
-from fastai.callback.schedule import ParamScheduler  # also gives Learner its fit_one_cycle
+import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
 from kd_fastai.all import CachedTeacher, KnowledgeDistillationCallback, SoftTarget
 from kd_fastai.demo import digits, score, small_net
 

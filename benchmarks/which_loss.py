@@ -1,15 +1,20 @@
-"""Every loss of the package on the digits, alone beside the labels, with the same budget and over several seeds: the table of the tutorial `which_loss`.
+"""Every loss of the package on the digits, alone beside the labels, with the same budget and over several seeds: the
+table of the tutorial `which_loss`.
 
-    python benchmarks/which_loss.py [--seeds 8] [--epochs 20] [--only SoftTarget RKD] [--runs FILE] [--out benchmarks/which_loss.csv] [--quick]
+    python benchmarks/which_loss.py [--seeds 8] [--epochs 20] [--only SoftTarget RKD]
+        [--runs FILE] [--out benchmarks/which_loss.csv] [--quick]
 
-One row a run: seed, loss, weight, accuracy in percent of 797 test digits, seconds of processor time, and why not where a loss does not fit this task. `--runs` keeps the runs in a file
-of `kd_compare`, from which a stopped sweep goes on; delete rows to have them made again. `--quick` runs one seed for two epochs, to see that it works.
+One row a run: seed, loss, weight, accuracy in percent of 797 test digits, seconds of processor time, and why not where
+a loss does not fit this task. `--runs` keeps the runs in a file of `kd_compare`, from which a stopped sweep goes on;
+delete rows to have them made again. `--quick` runs one seed for two epochs, to see that it works.
 
-Each loss has its default weight beside a task weight of 1: nothing is tuned. Teacher and student have the same channels, so that losses that compare features element by element take part without
-an adapter; the student's convolutions are separable, it has a sixth of the weights. The teacher learned from 1000 labels, the students from 200.
+Each loss has its default weight beside a task weight of 1: nothing is tuned. Teacher and student have the same
+channels, so that losses that compare features element by element take part without an adapter; the student's
+convolutions are separable, it has a sixth of the weights. The teacher learned from 1000 labels, the students from 200.
 
-The classifier is a convolution before the mean, as `CATKD` needs it. `SRRL` and `SimKD` need a linear one: they get the same function with the mean first. `SimKD` is measured with its projector and the
-teacher's classifier, which belong to its student."""
+The classifier is a convolution before the mean, as `CATKD` needs it. `SRRL` and `SimKD` need a linear one: they get
+the same function with the mean first. `SimKD` is measured with its projector and the teacher's classifier, which
+belong to its student."""
 import argparse, sys
 from collections import OrderedDict
 from functools import cache, partial
@@ -18,7 +23,7 @@ import pandas as pd
 import torch
 from torch import nn
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, noop, set_seed
-from fastai.callback.schedule import ParamScheduler  # also gives Learner its fit_one_cycle
+import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
 import kd_fastai.losses as losses
 from kd_fastai.compare import kd_compare
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
@@ -101,7 +106,7 @@ def rows(runs):
     return res
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     p.add_argument('--seeds', type=int, default=8)
     p.add_argument('--epochs', type=int, default=20)
     p.add_argument('--only', nargs='*', default=[])

@@ -7,10 +7,9 @@ from torch import nn
 from fastai.basics import *
 from fastai.callback.all import *
 from kd_fastai.all import *
-from kd_fastai.cache import StoredTeacher, check_repeatable, to_logits, weights_digest
+from kd_fastai.cache import StoredTeacher, check_repeatable, weights_digest
 from kd_fastai.demo import small_net
 from kd_fastai.inputs import as_plain_tensor
-from kd_fastai.store import AnswerStore
 from kd_fastai.views import BatchTracker, batch_positions
 from test_cost import Images, asked, cached_fit, fit, learner, loaders, net, values, weights
 
@@ -204,7 +203,8 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
 DISTRIBUTED = """
 import sys, warnings; warnings.filterwarnings('ignore')
 sys.path.insert(0, {tests!r})
-import torch.distributed.nn  # while there is no process group, which it would keep: see the tutorial on several processes
+# imported while there is no process group, which it would keep: see the tutorial on several processes
+import torch.distributed.nn
 from test_cache import *
 from fastai.distributed import DistributedDL
 def broadcast(self, t, rank): t = LongTensor(t); torch.distributed.broadcast(t, rank); return t.tolist()
@@ -228,8 +228,8 @@ def test_processes_that_train_together_share_a_cache(tmp_path):
     def start(r):
         return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT,
-env={**os.environ, 'RANK':str(r), 'LOCAL_RANK':str(r), 'WORLD_SIZE':'2', 'MASTER_ADDR':'127.0.0.1',
-     'MASTER_PORT':str(port)})
+                                env={**os.environ, 'RANK':str(r), 'LOCAL_RANK':str(r), 'WORLD_SIZE':'2',
+                                     'MASTER_ADDR':'127.0.0.1', 'MASTER_PORT':str(port)})
     procs = [start(r) for r in (0,1)]
     try: outs = [p.communicate(timeout=200)[0] for p in procs]
     finally:
@@ -402,7 +402,6 @@ def test_the_digest_of_quantized_models():
     a,b = (torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(64,64)), {nn.Linear}) for _ in range(2))
     b.load_state_dict(a.state_dict())
     assert weights_digest(a)==weights_digest(b)
-    weight,bias = nn.Linear(64,64).weight.detach(),None
     (w,bias),c = a[0]._packed_params._weight_bias(),deepcopy(a)
     q = w.dequantize(); q[32,32] += 0.05
     c[0].set_weight_bias(torch.quantize_per_tensor(q, w.q_scale(), w.q_zero_point(), w.dtype), bias)
@@ -679,7 +678,8 @@ def test_fastai_and_torchvision_augmentation(tmp_path):
     ds = Pictures(60)
     def dls():
         return DataLoaders(*(TfmdDL(ds, bs=16, shuffle=o, num_workers=0, after_item=[RandomResizedCrop(16), ToTensor],
- after_batch=[IntToFloatTensor, *aug_transforms(), RandomErasing(p=0.5)]) for o in (True, False)))
+                                    after_batch=[IntToFloatTensor, *aug_transforms(), RandomErasing(p=0.5)])
+                             for o in (True, False)))
     t = net(8)
     seen = asked(t)
     assert exact_fit(CachedTeacher(t, tmp_path/'c', views=2), t, dls(), 4)==240

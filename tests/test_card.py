@@ -5,7 +5,7 @@ import pytest, torch, yaml
 from fastai.basics import *
 from fastai.callback.all import *
 from kd_fastai.all import *
-from kd_fastai.card import data_fingerprint, metric_values, recall_by_class, resize_batch
+from kd_fastai.card import data_fingerprint, recall_by_class, resize_batch
 from kd_fastai.demo import digits, small_net
 
 for o in [*globals()]:
@@ -59,8 +59,7 @@ def test_a_class_that_is_lost_comes_first(teacher):
     learn = Learner(teacher.dls, Confuses(teacher.model), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     card = learn.kd_card(deepcopy(teacher.model))
     assert card.recall.index[0]==1 and card.recall.student[1]==0 and (card.recall.change[1:]>=0).all()
-    right = (predicted_right := teacher.model.eval()(teacher.dls.valid.one_batch()[0]).argmax(
-        1)==teacher.dls.valid.one_batch()[1])
+    right = teacher.model.eval()(teacher.dls.valid.one_batch()[0]).argmax(1)==teacher.dls.valid.one_batch()[1]
     assert len(card.lost)==(right & (teacher.dls.valid.one_batch()[1]==1)).sum()
     assert {*card.lost.label}=={1} and {*card.lost.student}=={7}
     assert 'wrong_now' in [p[0] for p in card.parts if isinstance(p, tuple)]

@@ -1,13 +1,11 @@
 "Comparisons over seeds: the numbers of the table by hand, runs that are paired, and files of runs."
-import inspect, sys
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import *
-from kd_fastai.callback import KnowledgeDistillationCallback, Term
+from kd_fastai.callback import KnowledgeDistillationCallback
 from kd_fastai.compare import *
-from kd_fastai.compare import run_way
 from kd_fastai.demo import digits, small_net
-from kd_fastai.losses import CRD, SoftTarget
+from kd_fastai.losses import SoftTarget
 from kd_fastai.report import calibration_error
 
 for o in [*globals()]:

@@ -1,6 +1,4 @@
 "What saves time changes no number: the teacher's early exit, and its cache."
-import json, os, signal, subprocess, sys, textwrap
-from copy import deepcopy
 import numpy as np, pytest, torch
 from torch import nn
 from fastai.basics import *

@@ -5,9 +5,9 @@ import matplotlib.pyplot as plt
 import numpy as np, pytest, torch, torchvision
 from torch import nn
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
-from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, accuracy, set_seed
+from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock
 from kd_fastai.all import *
-from kd_fastai.demo import digits, small_net, train
+from kd_fastai.demo import digits, train
 from kd_fastai.matching import layer_similarity, linear_cka
 from kd_fastai.plots import *
 from support import KD, history, hooks

@@ -1,9 +1,8 @@
 "Teachers that are functions, and the faster copy of a teacher."
 from copy import deepcopy
-import numpy as np, pytest, torch
+import pytest, torch
 from torch import nn
-from fastai.basics import CrossEntropyLossFlat
-from kd_fastai.all import Attention, CachedTeacher, FunctionTeacher, KnowledgeDistillationCallback, SoftTarget, Term, fast_copy, onnx_teacher
+from kd_fastai.all import CachedTeacher, FunctionTeacher, SoftTarget, fast_copy, onnx_teacher
 from test_cost import cached_fit, loaders, net, weights
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')

@@ -3,8 +3,7 @@ import copy, threading
 from collections import deque
 import pytest, torch
 from torch import nn
-from torch.nn.utils import parametrize
-from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, set_seed
+from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 from fastai.callback.core import Callback
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.capture import Capture

@@ -617,7 +617,9 @@ def test_simkd_student(layer, teachers, tmp_path):
     assert final.validate()[1]>learn.validate()[1]+0.2
     assert {type(m).__module__.split('.')[0] for m in final.model.modules()}=={'torch'}
     torch.save(final.model, tmp_path/'m.pt')
-    code = "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); print(sum(p.numel() for p in m.parameters()), [k for k in sys.modules if k.split('.')[0] in ('fastai','fastcore','kd_fastai')])"
+    code = ("import sys, torch; m = torch.load(sys.argv[1], weights_only=False); "
+            "print(sum(p.numel() for p in m.parameters()), "
+            "[k for k in sys.modules if k.split('.')[0] in ('fastai','fastcore','kd_fastai')])")
     r = subprocess.run([sys.executable, '-c', code, str(tmp_path/'m.pt')], text=True, capture_output=True, cwd=tmp_path)
     assert r.stdout.strip()==f"{sum(p.numel() for p in final.model.parameters())} []", r.stderr
     final.export('m.pkl')
