@@ -115,7 +115,7 @@ def make_adapter(
 
 # %% ../nbs/06_adapters.ipynb #fd776e06
 def check_adapt(
-    adapt # 'auto', a function `(s, t) -> nn.Module` such as `make_adapter`, a module, or a list, one for each pair
+    adapt # 'auto', a function `(s, t) -> nn.Module` such as `make_adapter`, a module, or a list, one per pair
 ):
     "Raise `TypeError` if `adapt` is not a valid adapter specification"
     for o in adapt if isinstance(adapt, list) else [adapt]:
@@ -128,7 +128,7 @@ class LossWithAdapters(nn.Module):
     "A loss on adapted features of the student. `build` creates the adapters from the shapes of a first batch"
     def __init__(self,
         loss:Callable,            # A loss on features
-        adapt:str|Callable|list='auto' # 'auto', a function such as `make_adapter`, a module, or a list, one for each pair
+        adapt:str|Callable|list='auto' # 'auto', a function such as `make_adapter`, a module, or a list, one per pair
     ):
         super().__init__()
         check_adapt(adapt)

@@ -438,8 +438,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         for o in self.terms:
             w,v = weights[o.name],values[o.name]
             if w!=0 and not v.requires_grad: self.check_frozen(o)
-            is_scaled = self.objective.balance or o.name in self.objective.found_weights
-            if not is_scaled: self.check_negligible(o, v.item(), task.mean().item())
+            is_automatic = self.objective.balance or o.name in self.objective.found_weights
+            if not is_automatic: self.check_negligible(o, v.item(), task.mean().item())
 
     def check_frozen(self, term):
         "Warn if a term has no gradient because its layers are frozen; otherwise raise `ValueError`"

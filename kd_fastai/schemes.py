@@ -170,7 +170,7 @@ class PeerTeacher(Teacher):
         return self.model.combine([p.detach() for p in self.preds]),{}
 
 class MutualLearning(KnowledgeDistillationCallback):
-    """Train `peers` together with this Learner, each from the others' predictions for the same batch.
+    """Train `peers` together with this Learner: each learns from the others' predictions for the same batch.
 
     Source: Zhang et al., 2018.
 
