@@ -1,10 +1,10 @@
-"What adversaries found: each case trained something wrong in silence, lost something of the user's, or crashed without a clear message."
+"Cases that once trained something wrong in silence, lost something of the user's, or had no clear message."
 import copy, pickle
 from functools import partial
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fastai.basics import Adam, Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, OptimWrapper, params, ranger, set_seed
+from fastai.basics import Adam, Callback, DataLoaders, L, Learner, OptimWrapper, ranger, set_seed
 from kd_fastai.all import *
 from kd_fastai.callback import loss_layout
 from kd_fastai.demo import digits, small_net
@@ -46,7 +46,8 @@ def test_a_loss_that_holds_the_student_trains_as_a_function_does(teacher):
 
 class HoldsTeacher(nn.Module):
     def __init__(self, teacher): super().__init__(); self.teacher = teacher
-    def forward(self, pred, teacher_pred): return F.mse_loss(pred, teacher_pred) + self.teacher[0][0].weight.pow(2).sum()
+    def forward(self, pred, teacher_pred):
+        return F.mse_loss(pred, teacher_pred) + self.teacher[0][0].weight.pow(2).sum()
 
 def test_a_loss_that_holds_the_teacher_does_not_train_it(teacher):
     before,modes = weights(teacher),[m.training for m in teacher.modules()]
@@ -72,7 +73,9 @@ def test_a_shared_parameter_is_an_error(teacher):
 
 # ---- the Learner's own forward pass
 
-def net_without_statistics(): return nn.Sequential(nn.Conv2d(1,4,3,2,1), nn.Conv2d(4,8,3,2,1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10))
+def net_without_statistics():
+    convs = nn.Conv2d(1,4,3,2,1),nn.Conv2d(4,8,3,2,1)
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10))
 
 @pytest.mark.parametrize('event', ['after_pred', 'before_batch'])
 def test_another_forward_pass_does_not_change_the_features(event):
@@ -80,7 +83,9 @@ def test_another_forward_pass_does_not_change_the_features(event):
     Again = type('Again', (Callback,), {event: again, 'run_valid': False})
     set_seed(3)
     teacher,student = net_without_statistics(),net_without_statistics()
-    def value(*cbs): return history(fit(learner([KD(teacher, FitNet, '1'), *cbs], model=copy.deepcopy(student)))).fit_net[0]
+    def value(*cbs):
+        learn = learner([KD(teacher, FitNet, '1'), *cbs], model=copy.deepcopy(student))
+        return history(fit(learn)).fit_net[0]
     assert value(Again())==value()
 
 class InPlace(nn.Module):
@@ -137,7 +142,7 @@ def test_columns_of_two_callbacks_have_different_names(teacher):
 
 def test_two_callbacks_share_one_file(teacher, tmp_path):
     def new(dls=None): return learner([KD(teacher, Owned(), '1'), KD(teacher, Owned(), '0')], dls, path=tmp_path)
-    def scales(learn): return [cb.terms[0].loss.w.item() for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]
+    def scales(learn): return [cb.terms[0].loss.w.item() for cb in learn.cbs if isinstance(cb, KD)]
     a = fit(new()); a.save('m')
     b = new(a.dls).load('m')
     fit(b, lr=0.)
@@ -162,7 +167,8 @@ def test_weights_of_another_training_are_not_loaded(teacher, tmp_path):
 def test_other_terms_are_refused_on_load(teacher, tmp_path):
     a = fit(learner(KD(teacher, Owned(), '1'), path=tmp_path)); a.save('m')
     b = fit(learner(KD(teacher, Term(FitNet, adapt=partial(make_adapter, kernel=3)), '1'), a.dls, path=tmp_path))
-    with pytest.raises(ValueError, match=r"Expected weights of the losses \['fit_net'\], got those of \['owned'\]"): b.load('m')
+    words = r"Expected weights of the losses \['fit_net'\], got those of \['owned'\]"
+    with pytest.raises(ValueError, match=words): b.load('m')
 
 # ---- the Learner keeps what is the user's
 
@@ -180,7 +186,8 @@ def test_export_during_a_fit(teacher, opt, tmp_path):
     dls.new_empty = lambda: DataLoaders.from_dsets(L(), L(), bs=20)
     class SaveOften(Callback):
         def after_epoch(self): self.learn.export('m.pkl')
-    learn = fit(learner([KD(teacher, [SoftTarget, Term(Owned(), layers='1')]), SaveOften()], dls, opt_func=opt, path=tmp_path), 2)
+    kd = KD(teacher, [SoftTarget, Term(Owned(), layers='1')])
+    learn = fit(learner([kd, SaveOften()], dls, opt_func=opt, path=tmp_path), 2)
     data = (tmp_path/'m.pkl').read_bytes()
     assert b'kd_fastai' not in data
     assert len(learn.dls.train_ds)==40
@@ -220,7 +227,8 @@ def test_lookahead_forgets_the_weights_of_an_earlier_callback(teacher, shapes):
 def test_float64_training(teacher, loss):
     model = small_net(4).double()
     dls = digits(100)
-    double = DataLoaders.from_dsets(*[[(x.double(), y) for x,y in ds] for ds in (dls.train_ds, dls.valid_ds)], bs=20, num_workers=0)
+    datasets = [[(x.double(), y) for x,y in ds] for ds in (dls.train_ds, dls.valid_ds)]
+    double = DataLoaders.from_dsets(*datasets, bs=20, num_workers=0)
     learn = fit(learner(KD(teacher, loss, '1' if loss is NST else None), double, model))
     assert weights(learn).dtype==torch.float64
     assert weights(learn).isfinite().all()
@@ -261,7 +269,8 @@ def test_nan_in_a_term_of_weight_0_does_not_stop_the_training(teacher):
 def test_a_nan_teacher_is_named():
     broken = small_net(4)
     with torch.no_grad(): broken[0][0].weight.fill_(float('nan'))
-    with pytest.raises(FloatingPointError, match='check that the outputs of the teacher are finite'): fit(learner(KD(broken, SoftTarget)))
+    with pytest.raises(FloatingPointError, match='check that the outputs of the teacher are finite'):
+        fit(learner(KD(broken, SoftTarget)))
 
 def test_balance_is_bounded_where_a_term_passes_zero():
     objective,task = Objective([Term(Logits)], balance=True),torch.tensor(2.)

@@ -1,4 +1,4 @@
-"From a trained student to a shipped one: trainings that are resumed, exported models, and students that were made smaller first."
+"Resumed trainings, exported models, and students that were pruned or quantized first."
 import pytest, torch
 from functools import partial
 from fastai.basics import *
@@ -44,7 +44,8 @@ def test_a_resumed_training_equals_the_uninterrupted_one(settings, opt, tmp_path
     def make():
         set_seed(0, reproducible=True)
         kd = KnowledgeDistillationCallback(**{'teacher': teacher, **settings(teacher)})
-        learn = Learner(digits(100), small_net(4), loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=opt, path=tmp_path, cbs=kd)
+        learn = Learner(digits(100), small_net(4), loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=opt,
+            path=tmp_path, cbs=kd)
         learn.remove_cb(ProgressCallback)
         learn.logger = noop
         return learn
@@ -58,7 +59,7 @@ def test_a_resumed_training_equals_the_uninterrupted_one(settings, opt, tmp_path
     rest.dls.train.rng.setstate(half.states[1])
     rest.fit_one_cycle(4, 1e-2, start_epoch=2)
     assert torch.equal(weights(rest), weights(whole))
-    pd.testing.assert_frame_equal(columns(rest).iloc[2:,1:], columns(whole).iloc[2:,1:])  # the first is fastai's running mean
+    pd.testing.assert_frame_equal(columns(rest).iloc[2:,1:], columns(whole).iloc[2:,1:])  # not fastai's running mean
     for a,b in zip(rest.model.buffers(), whole.model.buffers()): assert torch.equal(a, b)
 
 def test_a_student_is_not_resumed_without_what_its_losses_own(tmp_path):
@@ -113,7 +114,8 @@ def text():
 def segmentation():
     data = [*zip(torch.randn(8,1,8,8), torch.randint(3,(8,8,8)))]
     dls = DataLoaders(DataLoader(data, bs=4), DataLoader(data, bs=4))
-    model = nn.Sequential(nn.Conv2d(1,4,3,2,1), nn.BatchNorm2d(4), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(4,3,1))
+    body = nn.Conv2d(1,4,3,2,1),nn.BatchNorm2d(4),nn.ReLU()
+    model = nn.Sequential(*body, nn.Upsample(scale_factor=2), nn.Conv2d(4,3,1))
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(axis=1))
 
 def program(learn, folder):
@@ -124,21 +126,25 @@ def onnx(learn, folder):
     for o in ('onnx','onnxscript','onnxruntime'): pytest.importorskip(o, reason=f'{o} is not installed')
     return OnnxModel(export_onnx(learn, folder/'m.onnx'), threads=1)
 
-def dynamic_int8(learn, folder): return torch.ao.quantization.quantize_dynamic(deployable(learn)[0], {nn.Linear}, torch.qint8)
+def dynamic_int8(learn, folder):
+    return torch.ao.quantization.quantize_dynamic(deployable(learn)[0], {nn.Linear}, torch.qint8)
 
 def static_int8(learn, folder):
     pytest.importorskip('torchao', reason='torchao is not installed')
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer, get_default_x86_inductor_quantization_config
-    model = prepare_pt2e(program(learn, folder), X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config()))
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    model = prepare_pt2e(program(learn, folder), quantizer)
     with torch.no_grad():
         for *xb,_ in learn.dls.valid: model(*xb)
     return convert_pt2e(model)
 
-# (student, tool) -> what the tool says of a student that it cannot export: AWD_LSTM compares the batch size with its hidden state's
+# (student, tool) -> the tool's reason for refusing a student: AWD_LSTM compares the batch size with its hidden state's
 REFUSED = {('text',o): 'Could not guard on data-dependent expression' for o in ('program','onnx','static_int8')}
 
-@pytest.mark.parametrize('tool,difference,agreement', [(program,1e-5,1.), (onnx,1e-4,1.), (dynamic_int8,0.1,0.9), (static_int8,0.1,0.9)], ids=['program','onnx','dynamic_int8','static_int8'])
+@pytest.mark.parametrize('tool,difference,agreement', [
+    (program,1e-5,1.), (onnx,1e-4,1.), (dynamic_int8,0.1,0.9), (static_int8,0.1,0.9)],
+    ids=['program','onnx','dynamic_int8','static_int8'])
 @pytest.mark.parametrize('student', [conv, of_timm, tabular, text, segmentation])
 def test_an_exported_student_is_the_student(student, tool, difference, agreement, tmp_path):
     set_seed(0)
@@ -156,10 +162,13 @@ def test_parity_tells_another_model():
     other = deepcopy(deployable(learn)[0])
     with torch.no_grad(): other.model[5].bias[3] += 5
     res = kd_parity(learn, rounds=1, same=deployable(learn)[0], other=other)
-    assert res.largest_difference.to_dict()==pytest.approx(dict(student=0, same=0, other=5)) and res.agreement['same']==1 and res.agreement['other']<1
+    assert res.largest_difference.to_dict()==pytest.approx(dict(student=0, same=0, other=5))
+    assert res.agreement['same']==1
+    assert res.agreement['other']<1
 
 def test_parity_refuses_other_shapes():
-    with pytest.raises(ValueError, match=r"short gives outputs of shape \(797, 9\), expected the student's \(797, 10\)"):
+    words = r"short gives outputs of shape \(797, 9\), expected the student's \(797, 10\)"
+    with pytest.raises(ValueError, match=words):
         kd_parity(conv(), rounds=1, short=lambda x: torch.zeros(len(x), 9))
 
 def test_deployable_changes_nothing():
@@ -182,7 +191,8 @@ def test_a_pruned_student_is_distilled_and_stays_pruned():
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=kd)
     for m,n in parts: prune.remove(m, n)
     for (m,_),mask in zip(parts, masks): assert (m.weight[mask==0]==0).all() and (m.weight[mask==1]!=0).any()
-    assert {*learn.model.state_dict()}=={*small_net(4).state_dict()} and not any(m._forward_hooks for m in learn.model.modules())
+    assert {*learn.model.state_dict()}=={*small_net(4).state_dict()}
+    assert not any(m._forward_hooks for m in learn.model.modules())
 
 def test_a_quantization_aware_student_is_distilled():
     "Layers keep their names, and train with rounded weights"
