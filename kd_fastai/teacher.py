@@ -82,7 +82,7 @@ def timm_teacher(
 
 def find_teacher(
     learn:Learner # A Learner, perhaps with a distillation callback
-)->'Teacher|None':
+): # The `Teacher`, or None
     "Return the `Teacher` of the first distillation callback of a Learner; None if there is none"
     teachers = [vars(cb).get('teacher') for cb in learn.cbs]
     return next((o for o in teachers if isinstance(o, Teacher)), None)
