@@ -27,7 +27,7 @@ from .inputs import as_plain_tensor
 
 # %% ../nbs/22_objective.ipynb #6bfa2636
 class Batch(NamedTuple):
-    "The inputs of all losses for one batch: see `Objective.prepare`"
+    "The inputs of all losses for one batch: made by `prepare` of an `Objective`"
     pred:Tensor                   # Predictions of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:Tensor|None=None # Predictions of the teacher; None if its forward pass stopped early
     fm_s:dict={}                  # Features of the student by layer
@@ -179,7 +179,7 @@ class Term:
         return {'fm_s': select(self.layers[0], fm_s), 'fm_t': select(self.layers[1], fm_t)}
 
     def value(self,
-        batch:Batch,       # From `Objective.prepare`
+        batch:Batch,       # Made by `prepare` of an `Objective`
         progress:float=0.  # Training progress, from 0 to 1
     )->Tensor: # Scalar
         """The raw value of the loss.
@@ -247,7 +247,7 @@ class Objective:
     It keeps the weights that were found for terms with `weight='auto'`, and running sizes of the terms for
     `balance`."""
     def __init__(self,
-        terms:list,              # `Term`s with layers, see `Term.with_defaults`
+        terms:list,              # `Term`s with layers, see its `with_defaults`
         task_weight:float=1.,    # Weight of the task loss
         class_axis:int|None=1,   # Dimension of the classes in predictions of 3 dimensions or more; None: inferred
         ignore_index:int|None=None, # Label of positions that are left out
