@@ -155,7 +155,8 @@ def auto_tfm(
 )->Callable:
     """`normalization_tfm` with statistics and size found in student and teacher: the meaning of `teacher_tfm='auto'`.
 
-    Data without `Normalize` are taken as not normalized. The size is the input size in timm's configuration; a `Learner` has none.
+    Data without `Normalize` are taken as not normalized. The size is that of timm's configuration;
+    a `Learner` has none.
     Raises `ValueError` for a teacher that does not say how its inputs are normalized."""
     student_stats,teacher_stats = normalization_stats(student),normalization_stats(teacher)
     if teacher_stats is None and not hasattr(teacher, 'dls'): raise ValueError(
