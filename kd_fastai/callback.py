@@ -337,7 +337,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
 
     def teacher_answer(self)->tuple:
         "The teacher's predictions and features for this batch"
-        return self.fit_state.answer or self.ask_teacher(*self.learn.xb)  # fall back if the model's hooks did not run
+        answer,self.fit_state.answer = self.fit_state.answer,None  # features are not kept until the next batch
+        return answer or self.ask_teacher(*self.learn.xb)          # fall back if the model's hooks did not run
 
     def student_pred(self)->Tensor:
         "The student's predictions that losses compare"
@@ -408,6 +409,10 @@ class KnowledgeDistillationCallback(ScopedCallback):
         In several processes every parameter must take part, or `DistributedDataParallel` waits for it."""
         if is_distributed(self.learn): total = total + 0*get_logits(self.learn.pred).sum()
         self.learn.loss_grad,self.learn.loss = total,total.detach().clone()
+
+    def after_batch(self):
+        "Release the task loss and its graph"
+        if self.fit_state is not None: self.fit_state.task = None
 
     # ---- the first batch
 

@@ -279,7 +279,8 @@ class DistillationToken(KnowledgeDistillationCallback):
         return get_logits(self.second_pred)
 
     def after_batch(self):
-        "Release the predictions"
+        "Also release the predictions"
+        super().after_batch()
         self.second_pred = None
 
 # %% ../nbs/31_schemes.ipynb #20bfdd08

@@ -1,5 +1,5 @@
 "Cases that once trained something wrong in silence, lost something of the user's, or had no clear message."
-import copy, pickle
+import copy, pickle, weakref
 from functools import partial
 import pytest, torch
 import torch.nn.functional as F
@@ -115,6 +115,16 @@ def test_a_random_teacher_moves_no_random_number_of_the_student():
     b = fit(learner(model=model()))
     assert torch.equal(weights(a), weights(b))
     assert len({(o!=0).float().mean().item() for o in noisy.outputs})>1  # another mask each time
+
+def test_no_feature_of_the_teacher_lives_until_the_next_batch(teacher):
+    alive,refs = [],[]
+    handle = teacher[1].register_forward_hook(lambda module, inputs, out: refs.append(weakref.ref(out)))
+    class Look(Callback):
+        order,run_valid = KnowledgeDistillationCallback.order+1,False
+        def after_batch(self): alive.append(refs[-1]() is not None)
+    fit(learner([KD(teacher, FitNet, '1'), Look()]))
+    handle.remove()
+    assert alive==[False]*5
 
 # ---- several callbacks
 
