@@ -11,6 +11,7 @@ __all__ = ['to_topk', 'from_topk', 'check_repeatable', 'weights_digest', 'Stored
 import hashlib, math, platform, re
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy, deepcopy
+from functools import cache
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,8 @@ from .layers import LayerSpec, layer_name, unique_names, unwrap_model
 from .sources import to_logits
 from .store import AnswerStore, find_differences
 from .teacher import Teacher
-from .views import BatchTracker, check_positions, fingerprint, replayed_draws, same_inputs, seed_from
+from .views import (BatchTracker, all_transforms, check_positions, fingerprint, replayed_draws, same_inputs,
+                              seed_from, seedable)
 
 # %% ../nbs/30_cache.ipynb #b667fcfa
 def to_topk(
@@ -49,11 +51,6 @@ def from_topk(
     return rest.scatter(1, classes[:,:-1].long(), logp[:,:-1].float())
 
 # %% ../nbs/30_cache.ipynb #d1a6b605
-def _all_transforms(dl):
-    pipes = [getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
-    pipes += [o.tfms for o in getattr(dl.dataset, 'tls', [])]
-    return [f for o in pipes for f in getattr(o, 'fs', [])]
-
 def _is_random(f):
     """Is it a `RandTransform` that acts in training? By name: the class is in `fastai.vision`, which text
     does not load.
@@ -67,7 +64,7 @@ def _is_random(f):
 def _read(dl, idx, seed):
     "What the model gets of these samples, in one batch"
     dl.before_iter()
-    with replayed_draws(seed):
+    with replayed_draws(seed, seedable(dl)):
         b = dl.do_batch([dl.do_item(i) for i in idx])
         return batch_inputs(dl, dl.after_batch(b if dl.device is None else to_device(b, dl.device)))
 
@@ -80,12 +77,12 @@ def check_repeatable(
     inputs. Does not change the random state"""
     check_positions(dl)
     dl = getattr(dl, 'dl', dl) if type(dl).__name__=='DistributedDL' else dl
-    bad = [] if replay else [type(f).__name__ for f in _all_transforms(dl) if _is_random(f)]
+    bad = [] if replay else [type(f).__name__ for f in all_transforms(dl) if _is_random(f)]
     hint = "views=4 records four versions of each sample and replays them. Or train without a cache"
     if bad: raise ValueError(f"The training data are transformed at random by {', '.join(bad)}: {hint}")
     idx = sorted({int(i) for i in np.linspace(0, len(dl.dataset)-1, n)})
     xb,again = _read(dl, idx, 0),_read(dl, idx, 0 if replay else 1)
-    tfms = _plain_repr(getattr(dl.dataset, 'transform', _all_transforms(dl)))
+    tfms = _plain_repr(getattr(dl.dataset, 'transform', all_transforms(dl)))
     if not _same(xb, again): raise ValueError(
         f"Reading a sample twice gives different inputs, by a transform of {type(dl.dataset).__name__} {tfms}: "
         + ("it draws from a random generator of its own, which cannot be replayed" if replay else hint))
@@ -118,12 +115,12 @@ def weights_digest(
     model:nn.Module # Any model
 )->str:
     "Return a digest that changes with any weight, and with the architecture"
-    model,h = unwrap_model(model),hashlib.blake2b(digest_size=16)
+    model,h = unwrap_model(model),hashlib.sha256()  # computed by the processor, twice as fast as blake2b
     h.update(_plain_repr(model).encode())
     for k,v in model.state_dict().items():
         h.update(k.encode())
         _update_digest(h, v)
-    return h.hexdigest()
+    return h.hexdigest()[:32]
 
 def _describe_data(dl, seed, tfm):
     "What answers depend on: the inputs of some samples, and what `tfm` makes of them"
@@ -134,13 +131,17 @@ def _describe_data(dl, seed, tfm):
 
 def _describe_run(dl):
     "What may explain that an input has changed"
-    names = 'torch','torchvision','fastai','numpy'
+    return dict(batch_size=dl.bs, device=str(dl.device), data=type(dl).__name__,
+        transforms=_plain_repr(all_transforms(dl)), python=platform.python_version(), **_versions())
+
+@cache
+def _versions():
+    "Versions of the libraries that inputs depend on; a look-up takes milliseconds"
     versions = {}
-    for n in names:
+    for n in ('torch','torchvision','fastai','numpy','albumentations'):
         try: versions[n] = installed_version(n)
         except ImportError: pass
-    return dict(batch_size=dl.bs, device=str(dl.device), data=type(dl).__name__,
-        transforms=_plain_repr(_all_transforms(dl)), python=platform.python_version(), **versions)
+    return versions
 
 # %% ../nbs/30_cache.ipynb #12c14877
 def _layer_key(spec):

@@ -88,7 +88,7 @@ def test_a_copy_in_half_precision_answers(dtype):
     t = net(8)
     with torch.no_grad(): t.train()(loaders().train.dataset.x)
     before,live,half = deepcopy(t.state_dict()),[],[]
-    layers = [('1','1'),('0.1','0.1')]
+    layers = [('1','1'),('0.0','0.0'),('0.1','0.1')]
     a = cached_fit(t, losses=keep_answers(live), layers=layers)
     b = cached_fit(t, losses=keep_answers(half), layers=layers, teacher_dtype=dtype)
     for x,y in zip(*(map(torch.cat, zip(*o)) for o in (live, half))):
