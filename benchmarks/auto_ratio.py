@@ -1,7 +1,7 @@
 """How strong should a term with weight='auto' be? Trains students with several ratios of a term's gradient to the task
 loss's, on the digits of `which_loss` (to choose) and on Fashion-MNIST (to check).
 
-    python benchmarks/auto_ratio.py [--seeds 3] [--ratios 0.1 0.3 1 3] [--only SoftTarget CWD]
+    python benchmarks/auto_ratio.py [--seeds 3] [--ratios 0.3 1 3] [--only SoftTarget CWD]
     python benchmarks/auto_ratio.py --fashion FOLDER --ratios auto
 
 `--fashion` is the folder with the original files of Fashion-MNIST (`train-images-idx3-ubyte.gz`, ...). Its students get
@@ -17,17 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import tensor
 from torch.utils.data import TensorDataset
-from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, Metric, accuracy, noop, set_seed
+from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, noop, set_seed
 import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.compare import kd_compare
-from kd_fastai.objective import AUTO_RATIO
+from kd_fastai.objective import auto_ratio
 from kd_fastai.signature import loss_args
 import which_loss
 
 TABLES = Path(__file__).parent/'tables'
 HURT = ['Attention','DarkRank','SemCKD','StreamlinedKD','AFD','NST','CWD'] # at the weights of their papers
 GOOD = ['SoftTarget','DecoupledKD','FitNet','ITRD','Logits']
+RATIOS = {**dict.fromkeys(HURT+['FitNet','ITRD'], ['0.3','1','3']),
+          **dict.fromkeys(['SoftTarget','DecoupledKD','Logits'], ['1','3'])}
 PIXELS,LABELS,TEACHER_LABELS,EPOCHS = 14,1000,5000,20
 
 # ---- data
@@ -74,19 +76,11 @@ def fashion_teacher(folder):
 
 # ---- runs
 
-class FoundWeight(Metric):
-    "The weight that a term has, as a column of the runs; 0 for a student alone"
-    kd,name = None,'weight'
-    def reset(self): pass
-    def accumulate(self, learn): pass
-    @property
-    def value(self): return 0. if self.kd is None else next(iter(self.kd.weights.values()))
-
 def make_learner(folder, seed):
     "A Learner with the thin student of `which_loss`"
     dls = which_loss.digits(which_loss.LABELS, seed) if folder is None else fashion(folder, LABELS, seed)
     return Learner(dls, which_loss.net(True), lr=1e-2, loss_func=CrossEntropyLossFlat(),
-                   metrics=[accuracy, FoundWeight()])
+                   metrics=[accuracy, which_loss.TermWeight()])
 
 def make_loss(loss):
     "An instance of a loss's class, or the loss"
@@ -97,7 +91,7 @@ def distillation(name, ratio, get_teacher, learn):
     loss,head = make_loss(which_loss.all_losses()[name]),which_loss.linear if name in which_loss.LINEAR else noop
     layers = which_loss.LAYERS.get(name, which_loss.MAPS) if 'fm_s' in loss_args(loss).accepted else None
     learn.model = head(learn.model)
-    schedule = None if ratio=='auto' else lambda _: float(ratio)/AUTO_RATIO
+    schedule = None if ratio=='auto' else lambda _: float(ratio)/auto_ratio(loss)
     term = Term(loss, 'auto', layers=layers, schedule=schedule)
     kd = learn.metrics[1].kd = KnowledgeDistillationCallback(head(get_teacher().model), term)
     return kd
@@ -106,13 +100,13 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     p.add_argument('--fashion')
     p.add_argument('--seeds', type=int, default=3)
-    p.add_argument('--ratios', nargs='*', default=['0.1','0.3','1','3'])
+    p.add_argument('--ratios', nargs='*', default=[])
     p.add_argument('--only', nargs='*', default=HURT+GOOD)
     p.add_argument('--out', type=Path)
     a = p.parse_args()
     torch.set_num_threads(1)
     get_teacher = partial(which_loss.teacher, 10) if a.fashion is None else partial(fashion_teacher, a.fashion)
-    ways = {f'{n} {r}': partial(distillation, n, r, get_teacher) for r in a.ratios for n in a.only}
+    ways = {f'{n} {r}': partial(distillation, n, r, get_teacher) for n in a.only for r in a.ratios or RATIOS[n]}
     with get_teacher().no_bar(), get_teacher().no_logging(): print('teacher', get_teacher().validate()[1])
     name = 'digits' if a.fashion is None else 'fashion'
     res = kd_compare(partial(make_learner, a.fashion), {'student alone': None, **ways}, a.seeds, EPOCHS,
