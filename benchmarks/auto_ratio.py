@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import tensor
 from torch.utils.data import TensorDataset
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, noop, set_seed
 import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
@@ -26,7 +25,7 @@ from kd_fastai.signature import loss_args
 import which_loss
 
 TABLES = Path(__file__).parent/'tables'
-HURT = ['Attention','DarkRank','SemCKD','StreamlinedKD','AFD','NST','CWD'] # at the weights of their papers
+HURT = ['AFD','NST','CWD','Attention','DarkRank','SemCKD','StreamlinedKD'] # at the weights of their papers
 GOOD = ['SoftTarget','DecoupledKD','FitNet','ITRD','Logits']
 RATIOS = {**dict.fromkeys(HURT+['FitNet','ITRD'], ['0.3','1','3']),
           **dict.fromkeys(['SoftTarget','DecoupledKD','Logits'], ['1','3'])}

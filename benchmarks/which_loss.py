@@ -10,8 +10,9 @@ are not measured are kept. `--runs` keeps the runs in a file of `kd_compare`, fr
 rows to have them made again. `--quick` runs one seed for two epochs, to see that it works.
 
 Each loss has the default weight of its page, or weight='auto', and the task a weight of 1: nothing is tuned. Teacher
-and student have the same channels, so that losses that compare features element by element take part without an adapter; the student's
-convolutions are separable, it has a sixth of the weights. The teacher learned from 1000 labels, the students from 200.
+and student have the same channels, so that losses that compare features element by element take part without an
+adapter; the student's convolutions are separable, it has a sixth of the weights. The teacher learned from 1000 labels,
+the students from 200.
 
 The classifier is a convolution before the mean, as `CATKD` needs it. `SRRL` and `SimKD` need a linear one: they get
 the same function with the mean first. `SimKD` is measured with its projector and the teacher's classifier, which

@@ -104,7 +104,7 @@ def trial_epochs(
 @patch
 def kd_find(self:Learner,
     teacher=None,          # As in `Learner.distill`; default: that of the distillation callback
-    ways:dict|None=None,   # Name to a loss, a `Term`, a list, or a dict of arguments of `distill`; default: `default_ways`
+    ways:dict|None=None,   # Name to a loss, `Term`, list, or arguments of `distill`; default: `default_ways`
     layers=None,           # Layers to compare in the default ways, as in `Learner.distill`
     budget:int=100,        # Epochs of all trainings together
     seeds:int=5,           # Trainings of each way, with other batches

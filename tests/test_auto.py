@@ -39,9 +39,7 @@ def norm(gs): return torch.cat([g.flatten() for g in gs]).norm().item()
 def test_the_weight_is_a_ratio_of_gradient_norms(teacher, task_weight):
     "By hand on the first batch: the weighted term has `auto_ratio` times the gradient of the task, where it reaches."
     learn = learner(KD(teacher, Term(Attention, 'auto', layers='1'), task_weight=task_weight))
-    model,first = deepcopy(learn.model),[]
-    f = lambda m: m[:2]
-    dl = deepcopy(learn.dls.train)
+    model,dl = deepcopy(learn.model),deepcopy(learn.dls.train)
     fit(learn)
     set_seed(1)
     x,y = next(iter(dl))
@@ -71,7 +69,7 @@ SETTINGS = {
     'task weight':      (lambda w: Term(DecoupledKD, w['decoupled_kd']), dict(task_weight=0.3), []),
     'balance':          (lambda w: Term(Logits, w['logits']), dict(balance=True), []),
     'accumulation':     (lambda w: Term(SoftTarget, w['soft_target']), {}, [partial(GradientAccumulation, 40)]),
-    'clipping':         (lambda w: Term(FitNet, w['fit_net'], layers='1', adapt='auto'), {}, [partial(GradientClip, 0.1)]),
+    'clipping':         (lambda w: Term(VID(), w['vid'], layers='1'), {}, [partial(GradientClip, 0.1)]),
     'half precision':   (lambda w: Term(SoftTarget, w['soft_target']), {}, [CPUMixedPrecision]),
 }
 

@@ -1,4 +1,4 @@
-"`learn.kd_find`: its trainings are paired, nothing of the Learner is changed, and it suggests nothing within the noise."
+"`learn.kd_find`: paired trainings, a Learner that stays as it was, and no suggestion within the noise."
 from functools import partial
 import pandas as pd, pytest, torch
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, set_seed
@@ -39,7 +39,8 @@ def test_an_error_leaves_the_learner_as_it_was(teacher):
     def broken(pred): raise RuntimeError('no value')
     learn = fit(learner())
     before = state(learn)
-    with pytest.raises(RuntimeError, match='no value'): learn.kd_find(teacher, {'broken': broken}, budget=4, seeds=2, **quick())
+    with pytest.raises(RuntimeError, match='no value'):
+        learn.kd_find(teacher, {'broken': broken}, budget=4, seeds=2, **quick())
     assert same(state(learn), before)
 
 def test_trainings_are_paired_and_budgeted(teacher):
@@ -73,7 +74,8 @@ def test_a_useful_teacher_is_suggested(teacher):
 
 def test_a_teacher_that_knows_nothing_is_not_suggested():
     set_seed(3)
-    found = learner(lr=1e-2).kd_find(small_net(16), {'SoftTarget': SoftTarget, 'Logits': Logits}, budget=24, seeds=4, **quick())
+    ways = {'SoftTarget': SoftTarget, 'Logits': Logits}
+    found = learner(lr=1e-2).kd_find(small_net(16), ways, budget=24, seeds=4, **quick())
     assert found.suggestion is None
     assert 'Suggestion: none' in found.note
 
