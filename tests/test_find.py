@@ -1,7 +1,7 @@
 "`learn.kd_find`: paired trainings, a Learner that stays as it was, and no suggestion within the noise."
 from functools import partial
 import pandas as pd, pytest, torch
-from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, set_seed
+from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, set_seed
 from fastai.callback.all import MixUp, SaveModelCallback
 from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
