@@ -27,7 +27,7 @@ import which_loss
 TABLES = Path(__file__).parent/'tables'
 HURT = ['AFD','NST','CWD','Attention','DarkRank','SemCKD','StreamlinedKD'] # at the weights of their papers
 GOOD = ['SoftTarget','DecoupledKD','FitNet','ITRD','Logits']
-RATIOS = {**dict.fromkeys(HURT+['FitNet','ITRD'], ['0.3','1','3']),
+RATIOS = {**dict.fromkeys(HURT+['FitNet','ITRD'], ['1','3']),
           **dict.fromkeys(['SoftTarget','DecoupledKD','Logits'], ['1','3'])}
 PIXELS,LABELS,TEACHER_LABELS,EPOCHS = 14,1000,5000,20
 
