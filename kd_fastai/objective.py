@@ -445,6 +445,7 @@ class Objective:
     )->dict: # `{name: (norm of the task's gradient, norm of the term's)}`
         """For each unknown weight, gradient norms over the parameters that the term reaches.
 
+        Where the task loss reaches none of them, its norm is that over all parameters.
         Changes no gradient, buffer or random number. Costs a backward pass for the task loss and one for each term.
         A norm is 0 for a loss without a gradient."""
         def grads(loss):
@@ -454,7 +455,9 @@ class Objective:
         of_task,res = grads(task),{}
         for o in self.unknown_weights:
             reached = [(t, g) for t,g in zip(of_task, grads(values[o.name])) if g is not None]
-            res[o.name] = norm([t for t,_ in reached if t is not None]),norm([g for _,g in reached])
+            there = norm([t for t,_ in reached if t is not None])
+            # a classifier that starts at zero passes no gradient of the task on
+            res[o.name] = there or norm([t for t in of_task if t is not None]),norm([g for _,g in reached])
         return res
 
     def find_weights(self,
