@@ -9,7 +9,7 @@ __all__ = ['kd_callbacks', 'KnowledgeDistillationCallback', 'stateful_modules', 
            'loss_layout', 'recorder_table']
 
 # %% ../nbs/26_callback.ipynb #d260f0dc
-import copy, inspect, warnings
+import inspect, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Callable
@@ -33,6 +33,7 @@ from .losses import Attention, SoftTarget
 from .objective import Objective, Term, check_number, check_schedule, check_weight
 from .owned import OwnedWeights, load_sidecar, save_sidecar, sidecar_path
 from .signature import loss_name
+from .sources import as_teacher
 from .inputs import as_plain_tensor
 from .teacher import Teacher, get_logits, shared_tensors
 from .views import BatchTracker, batch_positions
@@ -74,7 +75,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         early_exit:bool=True,       # Stop the teacher after the last requested layer, if its predictions are not used
         class_map:list|None=None,   # The teacher's column for each class of the student, or -1: see `match_classes`
         balance:bool=False,         # Scale each term to the size of the task loss, so that weights are shares of it
-        layers:str|list|dict|None=None # Names, (student, teacher) tuples, or what `match_feature_layers` returns
+        layers:str|list|dict|None=None, # Names, (student, teacher) tuples, or what `match_feature_layers` returns
+        teacher_dtype:torch.dtype|None=None # Type of a faster copy of the teacher that answers, see `FastTeacher`
     ):
         if layers is not None and activations_student is not None: raise ValueError(
             "layers and activations_student are the same argument: give one of them")
@@ -83,7 +85,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if is_swapped: raise TypeError(
             "teacher and loss are swapped: expected (teacher, loss), "
             f"got ({loss_name(teacher)}, {type(loss).__name__})")
-        teacher = copy.copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)
+        teacher = as_teacher(teacher, teacher_dtype)
         losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
         if not losses: raise ValueError("Expected at least one loss, got none")
         weight,task_weight = check_weight(weight, 'weight'),check_number(task_weight, 'task_weight')

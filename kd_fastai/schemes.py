@@ -101,6 +101,8 @@ class MeanTeacher(KnowledgeDistillationCallback):
         decay:float=0.999,         # Share of the average that is kept at each step
         **kwargs                   # `weight`, `task_weight`, `schedule`, ..., as there
     ):
+        if kwargs.get('teacher_dtype') is not None: raise ValueError(
+            "The average changes with each step, a copy of it would not: leave teacher_dtype out")
         model = unwrap_model(read_teacher(student)[0])
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         super().__init__(self.average.module, loss, *args, **kwargs)
