@@ -30,6 +30,7 @@ from .fastai_internals import (ScopedCallback, all_reduce_sum, in_validation_con
 from .info import get_loss_info
 from .layers import parse_layer_pairs, unique_names, unwrap_model
 from .losses import Attention, SoftTarget
+from .masks import check_mask
 from .objective import Objective, Term, check_count, check_number, check_schedule, check_weight
 from .owned import OwnedWeights, load_sidecar, save_sidecar, sidecar_path
 from .signature import loss_name
@@ -74,7 +75,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         class_map:list|None=None,   # The teacher's column for each class of the student, or -1: see `match_classes`
         balance:bool=False,         # Scale each term to the size of the task loss, so that weights are shares of it
         layers:str|list|dict|None=None, # Names, (student, teacher) tuples, or what `match_feature_layers` returns
-        teacher_inputs:int=0        # How many of a batch's inputs, the last ones, are the teacher's alone
+        teacher_inputs:int=0,       # How many of a batch's inputs, the last ones, are the teacher's alone
+        mask:str|Callable|None=None # Positions that count: a key such as 'attention_mask', or a function of the batch
     ):
         if layers is not None and activations_student is not None: raise ValueError(
             "layers and activations_student are the same argument: give one of them")
@@ -89,9 +91,10 @@ class KnowledgeDistillationCallback(ScopedCallback):
         weight,task_weight = check_weight(weight, 'weight'),check_number(task_weight, 'task_weight')
         check_schedule(schedule)
         check_adapt(adapt)
+        check_mask(mask)
         pairs = parse_layer_pairs(activations_student if layers is None else layers, activations_teacher)
         terms = [o if isinstance(o, Term) else Term(o, weight=weight) for o in losses]
-        terms = [o.with_defaults(pairs, schedule, adapt) for o in terms]
+        terms = [o.with_defaults(pairs, schedule, adapt, mask) for o in terms]
         self.objective = Objective(terms, task_weight, class_map=class_map, balance=balance)
         self.owned = OwnedWeights(self.objective)
         self.teacher = teacher.configure(self.objective.layers[1], teacher_tfm, early_exit)
@@ -263,6 +266,14 @@ class KnowledgeDistillationCallback(ScopedCallback):
             "The batch has no target, and fastai skips the backward pass without one: "
             "give unlabeled data a placeholder target by a transform, and set task_weight=0")
         self.fit_state.awaits_forward,self.fit_state.answer = True,None
+        self.fit_state.masks = self.find_masks()
+
+    def find_masks(self)->dict:
+        "The masks of this batch, before the student can change it. Of mixed samples both partners must count"
+        masks = self.objective.find_masks(self.learn.xb, self.learn.yb)
+        if not masks or not getattr(self.mixer, 'stack_y', False): return masks
+        partners = self.objective.find_masks(self.learn.xb, self.mixer.yb1)
+        return {k: m & partners[k] for k,m in masks.items()}
 
     def ask_teacher(self, *xb)->tuple:
         """The teacher's predictions and features, for these inputs or for its own.
@@ -296,7 +307,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         teacher_pred,fm_t = self.teacher_answer()
         pred,idx = self.student_pred(),self.indices(get_logits(self.learn.pred).device).get('idx')
         target,mixed = self.labels(self.learn.yb),self.mixed_labels()
-        batch = self.objective.prepare(pred, teacher_pred, self.fit_state.capture.pop(), fm_t, target, idx, mixed)
+        batch = self.objective.prepare(pred, teacher_pred, self.fit_state.capture.pop(), fm_t, target, idx, mixed,
+                                       self.fit_state.masks)
         if not self.objective.built: self.build(batch)
         return batch._replace(teacher_pred=None) if self.can_exit_early else batch
 
@@ -517,6 +529,7 @@ class FitState:
         self.awaits_forward = False # whether the next forward pass of the model is the Learner's own
         self.answer = None          # the teacher's predictions and features for the current batch
         self.task = None            # the task loss of the current batch
+        self.masks = {}             # the masks of the terms for the current batch
         self.teacher_xb = None      # the teacher's own inputs for the current batch
         self.teacher_random = RandomStream() # for a teacher that draws random numbers
 

@@ -22,6 +22,7 @@ from .classes import check_class_map, shared_classes
 from .features import channels_first
 from .info import get_loss_info
 from .layers import layer_name, parse_layer_pairs, unique_names
+from .masks import check_mask, check_maskable, find_mask, masked_loss, resize_mask, zero_masked
 from .signature import accepted_kwargs, loss_args, loss_name, unwrap_loss
 from .inputs import as_plain_tensor
 
@@ -36,6 +37,7 @@ class Batch(NamedTuple):
     idx:Tensor|None=None          # Positions of the samples in the training set
     mixed:tuple|None=None         # Of mixed samples: the labels of their partners, and the share of the first labels
     mask:Tensor|None=None         # Positions that have a label, `(B, *spatial)`; None if all have one
+    masks:dict={}                 # Positions of inputs that count, `(B, *positions)`, by the name of the term
 
     def inputs(self)->dict:
         "The arguments for losses that are not None, by name"
@@ -46,13 +48,23 @@ class Batch(NamedTuple):
         "The positions that have a label: `(N, C)` predictions and `(N,)` labels"
         if self.mask is None: return self
         def keep(p): return None if p is None else p.movedim(1, -1)[self.mask]
-        mixed = self.mixed and (self.mixed[0][self.mask], self.mixed[1])
+        def keep_label(y): return y[self.mask] if getattr(y, 'shape', None)==self.mask.shape else y
+        mixed = self.mixed and (keep_label(self.mixed[0]), self.mixed[1])
         res = self._replace(pred=keep(self.pred), teacher_pred=keep(self.teacher_pred),
-                            target=self.target[self.mask], mixed=mixed, mask=None)
+                            target=keep_label(self.target), mixed=mixed, mask=None)
         if self.mask.ndim>1: return res  # features have positions of their own
         fm_s,fm_t = ({k: f[self.mask] for k,f in fm.items()} for fm in (self.fm_s, self.fm_t))
         idx = None if self.idx is None else self.idx[self.mask.to(self.idx.device)]
         return res._replace(fm_s=fm_s, fm_t=fm_t, idx=idx)
+
+    def masked(self,
+        mask:Tensor # Positions that count, `(B, *positions)`
+    )->'Batch':
+        "Without the features and the predictions of other positions"
+        res = self._replace(fm_s=zero_masked(self.fm_s, mask), fm_t=zero_masked(self.fm_t, mask))
+        if self.pred.ndim==2: return res  # of whole samples
+        mask = resize_mask(mask, self.pred.shape[2:])
+        return res._replace(mask=mask if self.mask is None else mask & self.mask)
 
     def has_labels(self)->bool:
         "Whether any position has a label"
@@ -118,6 +130,7 @@ class Term:
         schedule:Callable|None=None,    # A fastai schedule that multiplies the weight; default: the callback's
         name:str|None=None,             # Name of its column; default: made from the loss
         adapt:str|Callable|list|None=None, # Trained layers as in `LossWithAdapters`; default: the callback's
+        mask:str|Callable|None=None,    # Positions that count, as in `find_mask`; default: the callback's
         **params                        # Parameters of the loss: constants, or schedules such as `T=SchedCos(8,2)`
     ):
         scheduled = {k:v for k,v in params.items() if callable(v)}
@@ -130,6 +143,9 @@ class Term:
         self.schedule,self.adapt,self.params = schedule,adapt,scheduled
         for o in (schedule, *scheduled.values()): check_schedule(o)
         check_adapt(adapt)
+        check_mask(mask)
+        self.mask = mask
+        if mask is not None: check_maskable(loss)
         if adapt is not None and not self.uses_features: raise ValueError(
             f"adapt is for losses on features, got {loss_name(loss)}, which compares none")
 
@@ -152,13 +168,19 @@ class Term:
     def with_defaults(self,
         layers:tuple,             # Layers of student and teacher, for a term without layers
         schedule:Callable|None=None, # Schedule, for a term without one
-        adapt:str|Callable|list|None=None # Adapters, for a term without them
+        adapt:str|Callable|list|None=None, # Adapters, for a term without them
+        mask:str|Callable|None=None  # Mask, for a term without one
     )->'Term':
-        "A copy with these defaults. Raises `ValueError` if the loss requires features and no layers are named"
+        """A copy with these defaults.
+
+        Raises `ValueError` if the loss requires features and no layers are named, or if it cannot take the mask."""
         res = copy.copy(self)
         if res.layers is None: res.layers = layers
         if res.schedule is None: res.schedule = schedule
         if res.adapt is None: res.adapt = adapt
+        if res.mask is None and mask is not None:
+            check_maskable(res.loss)
+            res.mask = mask
         if self.args.required & {'fm_s','fm_t'} and not any(res.layers): raise ValueError(
             f"{loss_name(self.loss)} compares features, but no layers are named: "
             "give layers (match_feature_layers finds some)")
@@ -198,16 +220,23 @@ class Term:
         labels and there is none.
 
         Raises `TypeError` if the loss does not return a scalar tensor."""
-        takes_mask = 'valid' in self.args.accepted
+        takes_mask,mask = 'valid' in self.args.accepted,batch.masks.get(self.name)
+        if mask is not None: batch = batch.masked(mask)
         if (batch.pred.ndim>2 or self.needs_labels) and not takes_mask: batch = batch.labeled()
         if not len(batch.pred) and (self.needs_labels or not self.uses_features): return batch.pred.sum()
         inputs = {**batch.inputs(), **self.features(batch.fm_s, batch.fm_t)}
-        if takes_mask and batch.pred.ndim>2: inputs['valid'] = batch.mask
+        if takes_mask: inputs['valid'] = mask if self.uses_features else batch.mask
         loss = self.loss_at(progress)
+        if mask is not None and self.uses_features and not takes_mask: loss = self._masked(loss, mask)
         res = self._check_scalar(loss(**self.args.select(inputs)))
         if batch.mixed is None or 'target' not in self.args.accepted: return res
         other,share = batch.mixed
         return torch.lerp(self._check_scalar(loss(**self.args.select({**inputs, 'target': other}))), res, share.to(res))
+
+    def _masked(self, loss, mask):
+        "The loss on positions that count: of adapted features, if there are adapters"
+        around = partial(masked_loss, mask=mask)
+        return partial(loss, around=around) if isinstance(self.loss, LossWithAdapters) else around(loss)
 
     def _check_scalar(self, value):
         if isinstance(value, Tensor) and value.ndim==0: return value
@@ -369,7 +398,8 @@ class Objective:
         fm_t:dict|None=None,        # Features of the teacher by layer
         target=None,                # Labels
         idx:Tensor|None=None,       # Positions of the samples in the training set
-        mixed:tuple|None=None       # Of mixed samples: the labels of their partners, and the share of the first labels
+        mixed:tuple|None=None,      # Of mixed samples: the labels of their partners, and the share of the first labels
+        masks:dict|None=None        # From `find_masks`
     )->Batch:
         """Bring one batch to the form that losses expect.
 
@@ -389,7 +419,15 @@ class Objective:
             if self.class_map is not None: pred,teacher_pred = shared_classes(pred, teacher_pred, self.class_map)
         fm_s = {k: as_float32(as_plain_tensor(v)) for k,v in (fm_s or {}).items()}
         fm_t = {k: of_teacher(v) for k,v in (fm_t or {}).items()}
-        return Batch(pred, teacher_pred, fm_s, fm_t, target, idx, mixed, self._label_mask(pred, target, mixed))
+        return Batch(pred, teacher_pred, fm_s, fm_t, target, idx, mixed, self._label_mask(pred, target, mixed),
+                     masks or {})
+
+    def find_masks(self,
+        xb:tuple,  # Inputs of the student
+        yb:tuple=()# Labels
+    )->dict: # `{name of a term: (B, *positions) of bool}`
+        "The masks of the terms that have one. Raises what `find_mask` raises"
+        return {o.name: find_mask(o.mask, xb, yb) for o in self.terms if o.mask is not None}
 
     def _label_mask(self, pred, target, mixed):
         "Positions whose label is not `ignore_index`; None if all are labeled, or labels do not go by position"
