@@ -23,7 +23,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from .adapters import check_adapt
 from .capture import Capture, LiveHook, RandomStream
-from .classes import check_compatible_data
+from .classes import TeacherConfusion, check_compatible_data
 from .columns import Columns, TermColumn
 from .fastai_internals import (ScopedCallback, all_reduce_sum, in_validation_context, is_distributed,
     without_extra_parameters, without_last_inputs)
@@ -58,6 +58,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
     together; and with the first batch, before any optimizer step, for shapes that do not fit."""
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
     _copy_by_reference,_not_copied = ('teacher',),('fit_state',)
+    has_trained_teacher = True # False for a teacher that learns together with the student
     fit_state = None # a `FitState` during a fit
     history = None   # the recorder's table of the last fit
 
@@ -123,6 +124,11 @@ class KnowledgeDistillationCallback(ScopedCallback):
         return {o.name: None if o in unknown else self.objective.base_weight(o) for o in self.terms}
 
     @property
+    def compares_with_labels(self)->bool:
+        "Whether the teacher should agree with the labels: not if the task loss is left out, as with placeholder labels"
+        return self.has_trained_teacher and self.task_weight!=0 and self.objective.class_map is None
+
+    @property
     def is_capturing(self)->bool:
         "Whether an epoch's training runs, with hooks on the models"
         return self.fit_state is not None and self.fit_state.is_capturing
@@ -169,6 +175,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.teacher.prepare(self.learn.dls.train)
         capture = Capture(self.learn.model, self.objective.layers[0], who='student')
         self.fit_state = FitState(capture, self.make_columns(), kd_callbacks(self.learn)[0] is self)
+        if self.compares_with_labels: self.fit_state.confusion = TeacherConfusion()
         self.scope.callback(self.end_fit)
         self.add_columns()
         if self.owned.source.built: self.owned.attach(self.learn, self.scope)
@@ -251,6 +258,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.fit_state.epoch.close()
         self.fit_state.columns.flush()
         if self.fit_state.columns.count and not self.fit_state.columns.has_labels: self._warn_without_labels()
+        self.check_agreement()
         if is_distributed(self.learn): self.fit_state.columns.sum_over_processes(self.learn.model.device)
 
     def after_epoch(self):
@@ -379,6 +387,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         where = f"epoch {self.epoch}, batch {self.learn.iter}"
         self.fit_state.columns.add(where, find_bs(self.learn.yb), columns, must_be_finite)
         self.fit_state.columns.has_labels |= batch.has_labels()
+        confusion,is_known = self.fit_state.confusion,batch.teacher_pred is not None and batch.mixed is None
+        if confusion is not None and is_known: confusion.add(batch.teacher_pred, batch.target, batch.mask)
 
     def set_loss(self, total:Tensor):
         """Make `total` the loss of this batch.
@@ -443,6 +453,12 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self._warn(('small', term.name),
             f"{term.name} adds {weight*value:.1g} to a task loss of {self.task_weight*task:.2g}, "
             f"too little to matter: {hint}, and weight='auto' finds one")
+
+    def check_agreement(self):
+        "After the first epoch of a fit: warn about a teacher that does not agree with the labels"
+        confusion,self.fit_state.confusion = self.fit_state.confusion,None
+        problem = confusion and confusion.warning()
+        if problem and not rank_distrib(): self._warn('agreement', problem)
 
     def _warn_without_labels(self):
         for o in self.terms:
@@ -531,6 +547,7 @@ class FitState:
         self.task = None            # the task loss of the current batch
         self.masks = {}             # the masks of the terms for the current batch
         self.teacher_xb = None      # the teacher's own inputs for the current batch
+        self.confusion = None       # of the teacher and the labels, in the first epoch
         self.teacher_random = RandomStream() # for a teacher that draws random numbers
 
 class FirstForward:

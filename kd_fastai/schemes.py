@@ -92,6 +92,7 @@ class MeanTeacher(KnowledgeDistillationCallback):
     """Distill from the student's own moving average, which is `average.module` (Tarvainen & Valpola, 2017).
 
     Raises `ValueError` for a decay outside 0 to 1 and, at the start of a fit, for a Learner with another model."""
+    has_trained_teacher = False
     _copy_by_reference = ()  # a copied Learner has an average of its own
     def __init__(self,
         student:nn.Module|Learner, # The model that will be trained; its weights are the first average
@@ -175,6 +176,7 @@ class MutualLearning(KnowledgeDistillationCallback):
     Source: Zhang et al., 2018.
 
     Raises `ValueError` for losses that compare features or own weights, and for a network that is given twice."""
+    has_trained_teacher = False
     _copy_by_reference = ()  # a copied Learner has peers of its own
     def __init__(self,
         *peers:nn.Module|Learner,  # Networks, or their Learners, whose metrics are shown
@@ -238,6 +240,11 @@ class Peers:
     def __init__(self,
         networks:nn.ModuleList # The networks
     ): self.networks = networks
+
+    @property
+    def modules(self)->list:
+        "The networks"
+        return [*self.networks]
 
     def parameters(self)->list:
         "The parameters that are trained"
@@ -310,6 +317,7 @@ class SelfDistillation(KnowledgeDistillationCallback):
     Source: Zhang et al., 2019, without its term on features.
 
     Raises `TypeError` for exits that are not names."""
+    has_trained_teacher = False
     def __init__(self,
         layers:str|list,      # Names of the layers that are exits, with logits `(B, C)`
         loss:Callable=SoftTarget, # What the exits learn from the last prediction
