@@ -164,7 +164,11 @@ class LossWithAdapters(nn.Module):
 
     def _adapted(self, fm_s): return {k: m(f) for m,(k,f) in zip(self.adapters, fm_s.items())}
 
-    def forward(self, **given):
+    def forward(self,
+        around:Callable|None=None, # Applied to the loss before it is called, such as `masked_loss`
+        **given                    # Arguments of the loss, by name
+    ):
         if self.adapters is None: raise RuntimeError(
             "The adapters are made by build(fm_s, fm_t), which the callback calls with the first batch")
-        return self.loss(**{**given, 'fm_s':self._adapted(given['fm_s'])})
+        loss = self.loss if around is None else around(self.loss)
+        return loss(**{**given, 'fm_s':self._adapted(given['fm_s'])})

@@ -27,7 +27,7 @@ def _attention_map(f, p, over=torch.mean):
 
 @loss_info('Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017', 'https://arxiv.org/abs/1612.03928',
            'spatial attention maps, any number of channels', 'low', 'BCHW', weight=1000., must_match='size',
-           per_sample=True)
+           per_sample=True, masking='sample')
 def Attention(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
@@ -46,7 +46,8 @@ def Attention(
 # %% ../../nbs/12_losses.feature.ipynb #732ad618
 @loss_info('Heo et al., Knowledge Transfer via Distillation of Activation Boundaries, AAAI 2019',
            'https://arxiv.org/abs/1811.03233',
-           'activation boundaries before a ReLU', 'low', 'BCHW', at_equality='elsewhere', per_sample=True)
+           'activation boundaries before a ReLU', 'low', 'BCHW', at_equality='elsewhere', per_sample=True,
+           masking='select')
 def ActivationBoundaries(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, before the ReLU
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -63,7 +64,7 @@ def ActivationBoundaries(
 
 # %% ../../nbs/12_losses.feature.ipynb #4e8a6ce5
 @loss_info('Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015', 'https://arxiv.org/abs/1412.6550',
-           'matching intermediate features (mean squared error)', 'medium', 'BCHW', per_sample=True)
+           'matching intermediate features (mean squared error)', 'medium', 'BCHW', per_sample=True, masking='select')
 def FitNet(
     fm_s:dict[str, torch.Tensor], # Student's features by layer
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -74,7 +75,8 @@ def FitNet(
 
 # %% ../../nbs/12_losses.feature.ipynb #1c4c3f1c
 @loss_info('Tung & Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019', 'https://arxiv.org/abs/1907.09682',
-           'pairwise similarity of samples, layers of any shape', 'medium', 'B²CHW', weight=3000., must_match='batch')
+           'pairwise similarity of samples, layers of any shape', 'medium', 'B²CHW', weight=3000., must_match='batch',
+           masking='zero')
 def Similarity(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, any shape
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same samples
@@ -121,7 +123,7 @@ def weighted_sum_over_layers(
 
 # %% ../../nbs/12_losses.feature.ipynb #8e7e3752
 @loss_info('Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017', 'https://arxiv.org/abs/1612.03928',
-           'attention maps, unsquared norm', 'low', 'BCHW', must_match='size', per_sample=True)
+           'attention maps, unsquared norm', 'low', 'BCHW', must_match='size', per_sample=True, masking='sample')
 def AttentionNorm(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
@@ -148,7 +150,7 @@ def _mmd(s, t):
 @loss_info('Huang & Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017',
            'https://arxiv.org/abs/1707.01219',
            'channel activation patterns (MMD), any width', 'medium', 'BCHW·min(C, HW)', weight=50., must_match='size',
-           per_sample=True)
+           per_sample=True, masking='sample')
 def NST(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
@@ -186,7 +188,7 @@ def FSP(
 # %% ../../nbs/12_losses.feature.ipynb #7c2f68a8
 @loss_info('Kim et al., Paraphrasing Complex Network: Network Compression via Factor Transfer, NeurIPS 2018',
            'https://arxiv.org/abs/1802.04977',
-           'normalized features (invariant to scale)', 'low', 'BCHW', weight=200., per_sample=True)
+           'normalized features (invariant to scale)', 'low', 'BCHW', weight=200., per_sample=True, masking='sample')
 def FactorTransfer(
     fm_s:dict[str, torch.Tensor], # Student's factors by layer
     fm_t:dict[str, torch.Tensor], # Teacher's factors by layer, of the same shapes; with `p1`, of the same sizes
@@ -204,7 +206,8 @@ def FactorTransfer(
 # %% ../../nbs/12_losses.feature.ipynb #a96bf0ff
 @loss_info('Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021',
            'https://arxiv.org/abs/2011.13256',
-           'segmentation and detection: channel-wise spatial distributions', 'low', 'BCHW', weight=3., per_sample=True)
+           'segmentation and detection: channel-wise spatial distributions', 'low', 'BCHW', weight=3., per_sample=True,
+           masking='sample')
 def CWD(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -227,7 +230,7 @@ def _standardize_channels(f):
 @loss_info('Cao et al., PKD: Distillation for Object Detectors via Pearson Correlation, NeurIPS 2022',
            'https://arxiv.org/abs/2207.02039',
            'detectors of different architectures (Pearson correlation)', 'low', 'BCHW', weight=6.,
-           must_match='channels')
+           must_match='channels', masking='select')
 def PKD(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same channels
@@ -289,7 +292,7 @@ def HCL(
 # %% ../../nbs/12_losses.feature.ipynb #e83b5ddc
 @loss_info('He et al., Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019',
            'https://arxiv.org/abs/1903.04688',
-           'normalized features, in any norm', 'low', 'BCHW', weight=200., per_sample=True)
+           'normalized features, in any norm', 'low', 'BCHW', weight=200., per_sample=True, masking='sample')
 def KTA(
     fm_s:dict[str, torch.Tensor], # Student's features by layer
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -313,7 +316,7 @@ def _outer_product_distance(u, v):
 
 @loss_info('He et al., Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019',
            'https://arxiv.org/abs/1903.04688',
-           'segmentation: affinity of positions within a channel', 'low', 'BCHW', per_sample=True)
+           'segmentation: affinity of positions within a channel', 'low', 'BCHW', per_sample=True, masking='sample')
 def Affinity(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -520,7 +523,7 @@ def _partial_l2(s, t, margin):
 
 @loss_info('Heo et al., A Comprehensive Overhaul of Feature Distillation, ICCV 2019',
            'https://arxiv.org/abs/1904.01866',
-           'features before a ReLU (partial L2)', 'low', 'BCHW')
+           'features before a ReLU (partial L2)', 'low', 'BCHW', masking='select')
 def PartialL2(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, before the ReLU
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -537,7 +540,7 @@ def PartialL2(
 @loss_info('Miles & Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024',
            'https://arxiv.org/abs/2303.11098',
            'projected embeddings (log-sum distance) and predictions', 'low', 'BD', softmax=True,
-           at_equality='unbounded')
+           at_equality='unbounded', masking='zero')
 def SRD(
     pred:torch.Tensor,            # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor,    # Logits of the teacher, the same shape
