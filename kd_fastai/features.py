@@ -15,7 +15,7 @@ from functools import partial, wraps
 from typing import Callable
 from torch import Tensor
 from .info import get_loss_info
-from .signature import loss_name, unwrap_chain
+from .signature import LOSS_ARGS, loss_name
 
 # %% ../nbs/02_features.ipynb #f236dda0
 def _shape(t): return '('+', '.join(map(str, t.shape))+')'
@@ -142,8 +142,13 @@ def mean_over_samples(
         res = values(pred, *args, **kwargs)
         if reduction=='mean': return res.mean()
         return res if res.shape==pred.shape[:1] else res.reshape(len(pred), -1).mean(1)
-    loss.has_reduction = True
+    loss.mean_of = values
     return loss
+
+def _takes_reduction(loss):
+    "Whether a loss was made by `mean_over_samples`. A wrapper that copies its attributes, as `wraps` does, was not"
+    while isinstance(loss, partial): loss = loss.func
+    return hasattr(loss, 'mean_of') and loss.mean_of is loss.__wrapped__
 
 def per_sample(
     loss:Callable # A loss that is a mean over samples: with the fact `per_sample`
@@ -151,14 +156,13 @@ def per_sample(
     "Return a function of the loss of each sample. Raises `ValueError` if the loss is not a mean over samples"
     if not has_sample_values(loss): raise ValueError(
         f"{loss_name(loss)} is not a mean over samples: per_sample needs a loss with loss_info(..., per_sample=True)")
-    if any(hasattr(o, 'has_reduction') for o in unwrap_chain(loss)): return partial(loss, reduction='none')
-    def of_one(inputs):
-        "The loss of a batch of one, from tensors without the batch dimension"
-        def unsqueeze(x): return {k: unsqueeze(v) for k,v in x.items()} if isinstance(x, dict) else x[None]
-        return loss(**unsqueeze(inputs))
+    if _takes_reduction(loss): return partial(loss, reduction='none')
+    def unsqueeze(x): return {k: unsqueeze(v) for k,v in x.items()} if isinstance(x, dict) else x[None]
     @wraps(loss)
     def _(**inputs):
-        return torch.func.vmap(of_one)({k: v for k,v in inputs.items() if v is not None})
+        tensors = {k: v for k,v in inputs.items() if v is not None and k in LOSS_ARGS}
+        parameters = {k: v for k,v in inputs.items() if k not in LOSS_ARGS}
+        return torch.func.vmap(lambda one: loss(**unsqueeze(one), **parameters))(tensors)
     return _
 
 def has_sample_values(

@@ -209,7 +209,7 @@ class MutualLearning(KnowledgeDistillationCallback):
         "The objective of one peer: `pred` learns from `others`"
         idx = self.indices(pred.device).get('idx')
         labels,mixed = self.labels(self.learn.yb),self.mixed_labels()
-        batch = self.objective.prepare(pred, others, target=labels, idx=idx, mixed=mixed)
+        batch = self.objective.prepare(pred, others, target=labels, idx=idx, mixed=mixed, fields=self.batch_fields())
         task = as_plain_tensor(self.learn.loss_func(pred, *self.yb))
         values = self.objective.values(batch, self.pct_train)
         return self.objective.total(task, values, self.objective.weights(task, values, self.pct_train))
