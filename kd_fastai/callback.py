@@ -10,6 +10,7 @@ __all__ = ['kd_callbacks', 'KnowledgeDistillationCallback', 'stateful_modules', 
 
 # %% ../nbs/26_callback.ipynb #d260f0dc
 import inspect, warnings
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Callable
@@ -317,7 +318,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         teacher_pred,fm_t = self.teacher_answer()
         pred,idx = self.student_pred(),self.indices(get_logits(self.learn.pred).device).get('idx')
         target,mixed = self.labels(self.learn.yb),self.mixed_labels()
-        batch = self.objective.prepare(pred, teacher_pred, self.fit_state.capture.pop(), fm_t, target, idx, mixed,
+        fm_s,fields = self.fit_state.capture.pop(),self.batch_fields()
+        batch = self.objective.prepare(pred, teacher_pred, fm_s, fm_t, target, idx, mixed, fields,
                                        self.fit_state.masks)
         if not self.objective.built: self.build(batch)
         return batch._replace(teacher_pred=None) if self.can_exit_early else batch
@@ -341,15 +343,21 @@ class KnowledgeDistillationCallback(ScopedCallback):
         return next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
 
     def mixed_labels(self)->tuple|None:
-        "The labels of the partners of mixed samples, and the share of the samples' own labels"
+        "The labels of the partners of mixed samples, and the shares of the samples' own labels, `(B,)` or `(1,)`"
         mixer = self.mixer
         if not getattr(mixer, 'stack_y', False): return None
-        return self.labels(mixer.yb1),as_plain_tensor(mixer.lam).mean()
+        return self.labels(mixer.yb1),as_plain_tensor(mixer.lam)
+
+    def batch_fields(self)->dict:
+        "The tensors of inputs and labels that are dicts, by name"
+        dicts = [o for o in (*self.learn.xb, *self.learn.yb) if isinstance(o, Mapping)]
+        return {k: as_plain_tensor(v) for o in dicts for k,v in o.items() if isinstance(v, Tensor)}
 
     @property
     def uses_idx(self)->bool:
         "Whether the teacher or a term uses the positions of the samples"
-        return self.teacher.needs_idx or any('idx' in o.args.accepted for o in self.terms)
+        return self.teacher.needs_idx or any(
+            'idx' in o.args.accepted or callable(o.sample_weight) for o in self.terms)
 
     def track_positions(self):
         """Context in which the positions of each batch are known.

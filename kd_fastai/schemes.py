@@ -213,8 +213,8 @@ class MutualLearning(KnowledgeDistillationCallback):
         "The objective of one peer: `pred` learns from `others`"
         idx = self.indices(pred.device).get('idx')
         labels,mixed = self.labels(self.learn.yb),self.mixed_labels()
-        masks = self.fit_state.masks
-        batch = self.objective.prepare(pred, others, target=labels, idx=idx, mixed=mixed, masks=masks)
+        fields,masks = self.batch_fields(),self.fit_state.masks
+        batch = self.objective.prepare(pred, others, target=labels, idx=idx, mixed=mixed, fields=fields, masks=masks)
         task = as_plain_tensor(self.learn.loss_func(pred, *self.yb))
         values = self.objective.values(batch, self.pct_train)
         return self.objective.total(task, values, self.objective.weights(task, values, self.pct_train))
