@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
-from fastai.basics import L, Learner, detuplify, find_bs, rank_distrib
+from fastai.basics import L, Learner, detuplify, find_bs, noop, rank_distrib
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from .adapters import check_adapt
@@ -428,10 +428,16 @@ class KnowledgeDistillationCallback(ScopedCallback):
             sums = iter(all_reduce_sum([n for pair in norms.values() for n in pair], task.device))
             norms = {k: (next(sums), next(sums)) for k in norms}
         without = self.objective.find_weights(norms)
-        if without and self.task_weight: self._warn('auto', f"{', '.join(without)} has no gradient on the first batch: "
+        if without and self.task_weight: self._warn('auto',
+            f"{', '.join(without)} has no gradient on the first batch, or one that is not finite: "
             "its weight is the default of the loss instead of one found")
         found = ', '.join(f'{k} {w:.3g}' for k,w in self.objective.found_weights.items())
-        if not rank_distrib(): print(f"Weights found on the first batch: {found}")
+        is_silent = rank_distrib() or self.learn.logger is noop  # noop: inside `learn.no_logging()`
+        if not is_silent: print(f"Weights found on the first batch: {found}")
+
+    def reset_weights(self):
+        "Forget the weights that 'auto' found: the next fit finds them again, on its first batch"
+        self.objective.found_weights.clear()
 
     def check_batch(self, batch, task, values, weights):
         "With the first batch of a fit: raise or warn about terms that cannot have an effect"

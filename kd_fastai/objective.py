@@ -6,7 +6,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/objective.html.md"""
 
 # %% auto #0
 __all__ = ['AUTO_RATIO', 'Batch', 'check_number', 'check_count', 'check_schedule', 'check_weight', 'check_sample_weight', 'Term',
-           'as_float32', 'autocast_off', 'find_class_axis', 'Objective']
+           'as_float32', 'autocast_off', 'find_class_axis', 'auto_ratio', 'Objective']
 
 # %% ../nbs/22_objective.ipynb #37dc38e2
 import copy, math, operator
@@ -344,7 +344,13 @@ def find_class_axis(
     return -1 if shape==pred.shape[:-1]!=pred[:,0].shape else 1
 
 # %% ../nbs/22_objective.ipynb #97f94d4a
-AUTO_RATIO = 1.  # norm of a term's gradient in units of the task loss's, for weight='auto'
+AUTO_RATIO = {'predictions': 1., 'features': 2.}  # for weight='auto': gradient norm of a term by what it compares
+
+def auto_ratio(
+    loss:Callable # A loss
+)->float:
+    "Gradient norm that `weight='auto'` gives the weighted loss, in units of the weighted task loss's"
+    return AUTO_RATIO['features' if loss_args(loss).accepted & {'fm_s','fm_t'} else 'predictions']
 
 class Objective:
     """The task loss plus weighted terms, for one batch after another.
@@ -574,13 +580,14 @@ class Objective:
     )->list: # Names of the terms for which there was nothing to compare
         """Set each unknown weight by gradient norms.
 
-        The gradient norm of the weighted term becomes `AUTO_RATIO` times that of the weighted task loss. If there is
-        nothing to compare (a term or a task loss without a gradient, or a task loss of weight 0), the weight is the
+        The gradient norm of the weighted term becomes `auto_ratio(loss)` times that of the weighted task loss. If there
+        is nothing to compare (a gradient that is 0 or not finite, or a task loss of weight 0), the weight is the
         default of the loss, or 1."""
         without = []
         for o in self.unknown_weights:
             task,term = norms[o.name]
-            if task*term*self.task_weight: self.found_weights[o.name] = AUTO_RATIO*self.task_weight*task/term
+            ratio = abs(self.task_weight)*task/term if term else 0.
+            if 0<ratio<math.inf: self.found_weights[o.name] = auto_ratio(o.loss)*ratio
             else:
                 self.found_weights[o.name] = getattr(get_loss_info(o.loss), 'weight', 1.)
                 without.append(o.name)
