@@ -9,7 +9,8 @@ __all__ = ['kd_callbacks', 'KnowledgeDistillationCallback', 'stateful_modules', 
            'loss_layout', 'recorder_table']
 
 # %% ../nbs/26_callback.ipynb #d260f0dc
-import copy, inspect, warnings
+import inspect, warnings
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Callable
@@ -25,15 +26,17 @@ from .adapters import check_adapt
 from .capture import Capture, LiveHook, RandomStream
 from .classes import TeacherConfusion, check_compatible_data
 from .columns import Columns, TermColumn
-from kd_fastai.fastai_internals import (ScopedCallback, all_reduce_sum, in_validation_context, is_distributed,
-    without_extra_parameters)
+from .fastai_internals import (ScopedCallback, all_reduce_sum, in_validation_context, is_distributed,
+    without_extra_parameters, without_last_inputs)
 from .info import get_loss_info
 from .layers import parse_layer_pairs, unique_names, unwrap_model
 from .losses import Attention, SoftTarget
-from .objective import Objective, Term, check_number, check_schedule, check_weight
+from .masks import check_mask
+from .objective import Objective, Term, check_count, check_number, check_schedule, check_weight
 from .owned import OwnedWeights, load_sidecar, save_sidecar, sidecar_path
 from .signature import loss_name
-from .inputs import as_plain_tensor
+from .sources import as_teacher
+from .inputs import as_plain_tensor, split_inputs
 from .teacher import Teacher, get_logits, shared_tensors
 from .views import BatchTracker, batch_positions
 
@@ -74,7 +77,10 @@ class KnowledgeDistillationCallback(ScopedCallback):
         early_exit:bool=True,       # Stop the teacher after the last requested layer, if its predictions are not used
         class_map:list|None=None,   # The teacher's column for each class of the student, or -1: see `match_classes`
         balance:bool=False,         # Scale each term to the size of the task loss, so that weights are shares of it
-        layers:str|list|dict|None=None # Names, (student, teacher) tuples, or what `match_feature_layers` returns
+        layers:str|list|dict|None=None, # Names, (student, teacher) tuples, or what `match_feature_layers` returns
+        teacher_dtype:torch.dtype|None=None, # Type of a faster copy of the teacher that answers, see `FastTeacher`
+        teacher_inputs:int=0,       # How many of a batch's inputs, the last ones, are the teacher's alone
+        mask:str|Callable|None=None # Positions that count: a key such as 'attention_mask', or a function of the batch
     ):
         if layers is not None and activations_student is not None: raise ValueError(
             "layers and activations_student are the same argument: give one of them")
@@ -83,18 +89,20 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if is_swapped: raise TypeError(
             "teacher and loss are swapped: expected (teacher, loss), "
             f"got ({loss_name(teacher)}, {type(loss).__name__})")
-        teacher = copy.copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)
+        teacher = as_teacher(teacher, teacher_dtype)
         losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
         if not losses: raise ValueError("Expected at least one loss, got none")
         weight,task_weight = check_weight(weight, 'weight'),check_number(task_weight, 'task_weight')
         check_schedule(schedule)
         check_adapt(adapt)
+        check_mask(mask)
         pairs = parse_layer_pairs(activations_student if layers is None else layers, activations_teacher)
         terms = [o if isinstance(o, Term) else Term(o, weight=weight) for o in losses]
-        terms = [o.with_defaults(pairs, schedule, adapt) for o in terms]
+        terms = [o.with_defaults(pairs, schedule, adapt, mask) for o in terms]
         self.objective = Objective(terms, task_weight, class_map=class_map, balance=balance)
         self.owned = OwnedWeights(self.objective)
         self.teacher = teacher.configure(self.objective.layers[1], teacher_tfm, early_exit)
+        self.teacher.own_inputs = self.teacher_inputs = check_count(teacher_inputs, 'teacher_inputs')
         self.can_exit_early = early_exit and not self.objective.uses_teacher_pred
         self.warned = set()
         if (any(pairs) or adapt is not None) and not any(o.uses_features for o in terms): self._warn(
@@ -133,6 +141,29 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if key not in self.warned: warnings.warn(msg, stacklevel=3)
         self.warned.add(key)
 
+    # ---- inputs of the teacher alone
+
+    def __call__(self, event_name):
+        "Before each batch, also in validation, the student gets its own inputs only"
+        if event_name=='before_batch' and self.teacher_inputs: self.split_inputs()
+        return super().__call__(event_name)
+
+    def split_inputs(self):
+        "Keep the teacher's inputs for this batch; of several callbacks the first one does"
+        if kd_callbacks(self.learn)[0] is not self: return
+        self.learn.xb,own = split_inputs(self.learn.xb, self.teacher_inputs)
+        if self.is_capturing: self.fit_state.teacher_xb = own
+
+    def check_inputs(self):
+        "Raise `ValueError` for callbacks that do not agree on the inputs"
+        first = kd_callbacks(self.learn)[0]
+        if first.teacher_inputs!=self.teacher_inputs: raise ValueError(
+            f"Expected one teacher_inputs in all distillation callbacks of a Learner, got {first.teacher_inputs} "
+            f"and {self.teacher_inputs}: a function as teacher_tfm chooses among them")
+        if self.teacher_inputs and self.mixer: raise ValueError(
+            f"{type(self.mixer).__name__} mixes a single input, and would not mix the teacher's: "
+            "leave it out, or leave out teacher_inputs")
+
     # ---- a fit
 
     def before_fit(self):
@@ -141,6 +172,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.close()
         self.history = None
         self.check_models()
+        self.check_inputs()
         self.check_data()
         self.objective.class_axis,self.objective.ignore_index = loss_layout(self.loss_func)
         self.teacher.prepare(self.learn.dls.train)
@@ -245,9 +277,20 @@ class KnowledgeDistillationCallback(ScopedCallback):
             "The batch has no target, and fastai skips the backward pass without one: "
             "give unlabeled data a placeholder target by a transform, and set task_weight=0")
         self.fit_state.awaits_forward,self.fit_state.answer = True,None
+        self.fit_state.masks = self.find_masks()
+
+    def find_masks(self)->dict:
+        "The masks of this batch, before the student can change it. Of mixed samples both partners must count"
+        masks = self.objective.find_masks(self.learn.xb, self.learn.yb)
+        if not masks or not getattr(self.mixer, 'stack_y', False): return masks
+        partners = self.objective.find_masks(self.learn.xb, self.mixer.yb1)
+        return {k: m & partners[k] for k,m in masks.items()}
 
     def ask_teacher(self, *xb)->tuple:
-        "The teacher's predictions and features for these inputs; random numbers stay as they are"
+        """The teacher's predictions and features, for these inputs or for its own.
+
+        Random numbers stay as they are."""
+        if self.teacher_inputs: xb = kd_callbacks(self.learn)[0].fit_state.teacher_xb
         device = next((o.device for o in xb if isinstance(o, Tensor)), torch.device('cpu'))
         with self.fit_state.teacher_random.on(device):
             return self.teacher(*xb, need_pred=self.objective.uses_teacher_pred, **self.indices('cpu'))
@@ -275,7 +318,9 @@ class KnowledgeDistillationCallback(ScopedCallback):
         teacher_pred,fm_t = self.teacher_answer()
         pred,idx = self.student_pred(),self.indices(get_logits(self.learn.pred).device).get('idx')
         target,mixed = self.labels(self.learn.yb),self.mixed_labels()
-        batch = self.objective.prepare(pred, teacher_pred, self.fit_state.capture.pop(), fm_t, target, idx, mixed)
+        fm_s,fields = self.fit_state.capture.pop(),self.batch_fields()
+        batch = self.objective.prepare(pred, teacher_pred, fm_s, fm_t, target, idx, mixed, fields,
+                                       self.fit_state.masks)
         if not self.objective.built: self.build(batch)
         return batch._replace(teacher_pred=None) if self.can_exit_early else batch
 
@@ -298,15 +343,21 @@ class KnowledgeDistillationCallback(ScopedCallback):
         return next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
 
     def mixed_labels(self)->tuple|None:
-        "The labels of the partners of mixed samples, and the share of the samples' own labels"
+        "The labels of the partners of mixed samples, and the shares of the samples' own labels, `(B,)` or `(1,)`"
         mixer = self.mixer
         if not getattr(mixer, 'stack_y', False): return None
-        return self.labels(mixer.yb1),as_plain_tensor(mixer.lam).mean()
+        return self.labels(mixer.yb1),as_plain_tensor(mixer.lam)
+
+    def batch_fields(self)->dict:
+        "The tensors of inputs and labels that are dicts, by name"
+        dicts = [o for o in (*self.learn.xb, *self.learn.yb) if isinstance(o, Mapping)]
+        return {k: as_plain_tensor(v) for o in dicts for k,v in o.items() if isinstance(v, Tensor)}
 
     @property
     def uses_idx(self)->bool:
         "Whether the teacher or a term uses the positions of the samples"
-        return self.teacher.needs_idx or any('idx' in o.args.accepted for o in self.terms)
+        return self.teacher.needs_idx or any(
+            'idx' in o.args.accepted or callable(o.sample_weight) for o in self.terms)
 
     def track_positions(self):
         """Context in which the positions of each batch are known.
@@ -357,8 +408,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.learn.loss_grad,self.learn.loss = total,total.detach().clone()
 
     def after_batch(self):
-        "Release the task loss and its graph"
-        if self.fit_state is not None: self.fit_state.task = None
+        "Release the task loss and its graph, and the teacher's inputs"
+        if self.fit_state is not None: self.fit_state.task = self.fit_state.teacher_xb = None
 
     # ---- the first batch
 
@@ -468,13 +519,15 @@ class KnowledgeDistillationCallback(ScopedCallback):
 
     @contextmanager
     def around_export(self, *args, **kwargs):
-        "Export the student alone, also during a fit"
-        learn,metrics = self.learn,self.learn.metrics
+        "Export the student alone, also during a fit, and without the teacher's inputs"
+        learn,metrics,dls = self.learn,self.learn.metrics,self.learn.dls
+        if self.teacher_inputs and kd_callbacks(learn)[0] is self:
+            learn.dls = without_last_inputs(dls, self.teacher_inputs)
         learn.metrics = L(m for m in metrics if not isinstance(m, TermColumn))
         with super().around_export(*args, **kwargs), self.owned.extra.removed_from(learn.opt), \
                 without_extra_parameters(learn):
             try: yield
-            finally: learn.metrics = metrics
+            finally: learn.metrics,learn.dls = metrics,dls
 
 # %% ../nbs/26_callback.ipynb #b7ae5108
 def stateful_modules(
@@ -508,6 +561,8 @@ class FitState:
         self.awaits_forward = False # whether the next forward pass of the model is the Learner's own
         self.answer = None          # the teacher's predictions and features for the current batch
         self.task = None            # the task loss of the current batch
+        self.masks = {}             # the masks of the terms for the current batch
+        self.teacher_xb = None      # the teacher's own inputs for the current batch
         self.confusion = None       # of the teacher and the labels, in the first epoch
         self.teacher_random = RandomStream() # for a teacher that draws random numbers
 

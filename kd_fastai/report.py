@@ -21,6 +21,7 @@ from fastai.torch_core import no_random
 from .callback import KnowledgeDistillationCallback, kd_callbacks
 from .capture import preserving_modes
 from .classes import TeacherConfusion, in_student_order
+from .inputs import split_inputs
 from .losses import Mutual, SoftTarget
 from .signature import unwrap_loss
 from .teacher import get_logits
@@ -99,6 +100,10 @@ class ScoreTeacher(Callback):
     def before_validate(self):
         for m in self.scores: m.reset()
 
+    def before_batch(self):
+        "Keep the teacher's inputs: the distillation callback takes its own out of the batch"
+        self.teacher_xb = split_inputs(self.xb, self.kd.teacher_inputs)[1]
+
     def after_loss(self):
         "Add one batch of the validation set"
         objective = self.kd.objective
@@ -113,7 +118,7 @@ class ScoreTeacher(Callback):
 
     def teacher_pred(self)->Tensor|None:
         "The teacher's predictions; None for a teacher without a classifier, if no loss needs them"
-        try: pred = self.kd.teacher(*self.xb, need_pred=True)[0]
+        try: pred = self.kd.teacher(*self.teacher_xb, need_pred=True)[0]
         except TypeError:
             if self.kd.objective.uses_teacher_pred: raise
             return None
