@@ -17,7 +17,7 @@ from kd_fastai.losses import SoftTarget
 import auto_ratio, which_loss
 
 FILE = auto_ratio.TABLES/'distill_default.csv'
-TEMPERATURES = 2,4,5
+TEMPERATURES = 2,4
 REGIMES = {  # labels, epochs, student
     'few labels': (200, 20, 'thin'), 'short': (200, 5, 'thin'), 'many labels': (800, 5, 'thin'),
     'other architecture': (200, 20, 'small')}

@@ -344,7 +344,7 @@ def find_class_axis(
     return -1 if shape==pred.shape[:-1]!=pred[:,0].shape else 1
 
 # %% ../nbs/22_objective.ipynb #97f94d4a
-AUTO_RATIO = {'predictions': 1., 'features': 2.}  # for weight='auto': gradient norm of a term by what it compares
+AUTO_RATIO = {'predictions': 1., 'features': 0.5}  # for weight='auto': gradient norm of a term by what it compares
 
 def auto_ratio(
     loss:Callable # A loss
