@@ -74,7 +74,7 @@ class MeasureTerms(Callback):
 
     def pairs(self, term, batch)->list:
         "A row for each pair of layers of a term"
-        fm = term.features(batch.fm_s, batch.fm_t)
+        fm = term.features(batch.fm_s, batch.of(term.teacher).fm_t)
         pairs = zip(fm['fm_s'].items(), fm['fm_t'].items())
         return [(term.name, s, (*fs.shape,), t, (*ft.shape,)) for (s,fs),(t,ft) in pairs]
 
@@ -274,6 +274,9 @@ def kd_report(self:Learner,
         with attached(self, teacher, **kwargs): return self.kd_report()
     kd = next(iter(kd_callbacks(self)), None)
     if kd is None: raise ValueError("There is no teacher to report on: attach one first with learn.distill(teacher)")
+    if [*kd.teacher.by_name]!=[None]: raise ValueError(
+        f"kd_report compares the student with one teacher, and this callback has {[*kd.teacher.by_name]}: "
+        "give one of them, kd_report(teacher, loss=...)")
     models = self.model,kd.teacher.model
     with no_random(), preserving_loader_rngs(self.dls), preserving_buffers(*models), preserving_modes(*models):
         learn = shadow_learner(self, kd)
