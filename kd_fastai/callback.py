@@ -9,7 +9,8 @@ __all__ = ['kd_callbacks', 'KnowledgeDistillationCallback', 'check_teacher_names
            'FitState', 'FirstForward', 'loss_layout', 'recorder_table']
 
 # %% ../nbs/26_callback.ipynb #d260f0dc
-import copy, inspect, warnings
+import inspect, warnings
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Callable
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
-from fastai.basics import L, Learner, detuplify, find_bs, rank_distrib
+from fastai.basics import L, Learner, detuplify, find_bs, noop, rank_distrib
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from .adapters import check_adapt
@@ -34,9 +35,9 @@ from .masks import check_mask
 from .objective import Objective, Term, check_count, check_number, check_schedule, check_weight
 from .owned import OwnedWeights, load_sidecar, save_sidecar, sidecar_path
 from .signature import loss_name
+from .sources import as_teacher
 from .inputs import as_plain_tensor, split_inputs
 from .teacher import Teacher, get_logits, shared_tensors
-from .teachers import Teachers
 from .views import BatchTracker, batch_positions
 
 # %% ../nbs/26_callback.ipynb #c3515423
@@ -77,6 +78,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         class_map:list|dict|None=None, # The teacher's column for each class of the student, or -1: see `match_classes`
         balance:bool=False,         # Scale each term to the size of the task loss, so that weights are shares of it
         layers:str|list|dict|None=None, # Names, (student, teacher) tuples, or what `match_feature_layers` returns
+        teacher_dtype:torch.dtype|None=None, # Type of a faster copy of the teacher that answers, see `FastTeacher`
         teacher_inputs:int=0,       # How many of a batch's inputs, the last ones, are the teacher's alone
         mask:str|Callable|None=None # Positions that count: a key such as 'attention_mask', or a function of the batch
     ):
@@ -87,8 +89,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if is_swapped: raise TypeError(
             "teacher and loss are swapped: expected (teacher, loss), "
             f"got ({loss_name(teacher)}, {type(loss).__name__})")
-        if isinstance(teacher, dict): teacher = Teachers(teacher)
-        teacher = copy.copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)
+        teacher = as_teacher(teacher, teacher_dtype)
         losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
         if not losses: raise ValueError("Expected at least one loss, got none")
         weight,task_weight = check_weight(weight, 'weight'),check_number(task_weight, 'task_weight')
@@ -331,7 +332,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         teacher_pred,fm_t = self.teacher_answer()
         pred,idx = self.student_pred(),self.indices(get_logits(self.learn.pred).device).get('idx')
         target,mixed = self.labels(self.learn.yb),self.mixed_labels()
-        batch = self.objective.prepare(pred, teacher_pred, self.fit_state.capture.pop(), fm_t, target, idx, mixed,
+        fm_s,fields = self.fit_state.capture.pop(),self.batch_fields()
+        batch = self.objective.prepare(pred, teacher_pred, fm_s, fm_t, target, idx, mixed, fields,
                                        self.fit_state.masks)
         if not self.objective.built: self.build(batch)
         return batch._replace(teacher_pred=None) if self.can_exit_early else batch
@@ -355,15 +357,21 @@ class KnowledgeDistillationCallback(ScopedCallback):
         return next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
 
     def mixed_labels(self)->tuple|None:
-        "The labels of the partners of mixed samples, and the share of the samples' own labels"
+        "The labels of the partners of mixed samples, and the shares of the samples' own labels, `(B,)` or `(1,)`"
         mixer = self.mixer
         if not getattr(mixer, 'stack_y', False): return None
-        return self.labels(mixer.yb1),as_plain_tensor(mixer.lam).mean()
+        return self.labels(mixer.yb1),as_plain_tensor(mixer.lam)
+
+    def batch_fields(self)->dict:
+        "The tensors of inputs and labels that are dicts, by name"
+        dicts = [o for o in (*self.learn.xb, *self.learn.yb) if isinstance(o, Mapping)]
+        return {k: as_plain_tensor(v) for o in dicts for k,v in o.items() if isinstance(v, Tensor)}
 
     @property
     def uses_idx(self)->bool:
         "Whether the teacher or a term uses the positions of the samples"
-        return self.teacher.needs_idx or any('idx' in o.args.accepted for o in self.terms)
+        return self.teacher.needs_idx or any(
+            'idx' in o.args.accepted or callable(o.sample_weight) for o in self.terms)
 
     def track_positions(self):
         """Context in which the positions of each batch are known.
@@ -435,10 +443,16 @@ class KnowledgeDistillationCallback(ScopedCallback):
             sums = iter(all_reduce_sum([n for pair in norms.values() for n in pair], task.device))
             norms = {k: (next(sums), next(sums)) for k in norms}
         without = self.objective.find_weights(norms)
-        if without and self.task_weight: self._warn('auto', f"{', '.join(without)} has no gradient on the first batch: "
+        if without and self.task_weight: self._warn('auto',
+            f"{', '.join(without)} has no gradient on the first batch, or one that is not finite: "
             "its weight is the default of the loss instead of one found")
         found = ', '.join(f'{k} {w:.3g}' for k,w in self.objective.found_weights.items())
-        if not rank_distrib(): print(f"Weights found on the first batch: {found}")
+        is_silent = rank_distrib() or self.learn.logger is noop  # noop: inside `learn.no_logging()`
+        if not is_silent: print(f"Weights found on the first batch: {found}")
+
+    def reset_weights(self):
+        "Forget the weights that 'auto' found: the next fit finds them again, on its first batch"
+        self.objective.found_weights.clear()
 
     def check_batch(self, batch, task, values, weights):
         "With the first batch of a fit: raise or warn about terms that cannot have an effect"

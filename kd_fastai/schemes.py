@@ -101,6 +101,8 @@ class MeanTeacher(KnowledgeDistillationCallback):
         decay:float=0.999,         # Share of the average that is kept at each step
         **kwargs                   # `weight`, `task_weight`, `schedule`, ..., as there
     ):
+        if kwargs.get('teacher_dtype') is not None: raise ValueError(
+            "The average changes with each step, a copy of it would not: leave teacher_dtype out")
         model = unwrap_model(read_teacher(student)[0])
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         super().__init__(self.average.module, loss, *args, **kwargs)
@@ -211,8 +213,8 @@ class MutualLearning(KnowledgeDistillationCallback):
         "The objective of one peer: `pred` learns from `others`"
         idx = self.indices(pred.device).get('idx')
         labels,mixed = self.labels(self.learn.yb),self.mixed_labels()
-        masks = self.fit_state.masks
-        batch = self.objective.prepare(pred, others, target=labels, idx=idx, mixed=mixed, masks=masks)
+        fields,masks = self.batch_fields(),self.fit_state.masks
+        batch = self.objective.prepare(pred, others, target=labels, idx=idx, mixed=mixed, fields=fields, masks=masks)
         task = as_plain_tensor(self.learn.loss_func(pred, *self.yb))
         values = self.objective.values(batch, self.pct_train)
         return self.objective.total(task, values, self.objective.weights(task, values, self.pct_train))

@@ -83,6 +83,14 @@ def positions(ctx):
     with ctx(learn): learn.fit(1, 0.1, cbs=KD(teacher(), indexed))
     return seen
 
+def found(ctx):
+    "The weights that this process found, and its student"
+    learn = learner(False, opt_func=SGD)
+    learn.remove_cb(learn.knowledge_distillation)
+    kd = KD(teacher(), [SoftTarget, Term(Similarity, 'auto', layers='2')], weight='auto')
+    with ctx(learn): learn.fit(1, 0.1, cbs=kd)
+    return {'weights': kd.weights, 'student': deepcopy(learn.model.state_dict())}
+
 def worker(path):
     "The trainings of one process"
     # imported later, torch.distributed.nn would keep the process group: see the tutorial on several processes
@@ -99,7 +107,7 @@ def worker(path):
     res = {case: run(mine(opt_func=SGD), together, cbs=cbs(1)) for case,cbs in CASES.items()}
     res['norm'] = run(mine(norm=True), together)
     res['features alone'] = features_alone(mine(opt_func=SGD), together)
-    res['positions'] = positions(together)
+    res['positions'],res['found'] = positions(together),found(together)
     res['student with batch norm'] = run(mine(model=small_net(4)), together)  # torch has SyncBatchNorm on GPUs alone
     learn = mine(path=path, opt_func=SGD)               # Adam's states, the student's too, would stay apart
     res['apart'] = run(learn, lambda l: nullcontext())           # each for itself, from other weights
@@ -155,6 +163,13 @@ def test_processes_stay_equal(ranks, case):
         torch.testing.assert_close(without_statistics(a[k]), without_statistics(b[k]), rtol=0, atol=0)
     for k in COLUMNS: assert a['columns'][k]==b['columns'][k]
     assert a['hooks']==b['hooks']==0
+
+def test_automatic_weights_are_equal(ranks):
+    "The processes find one number together, though each has other samples."
+    a,b = (o['found'] for o in ranks)
+    assert all(w>0 for w in a['weights'].values())
+    assert a['weights']==b['weights']
+    torch.testing.assert_close(a['student'], b['student'], rtol=0, atol=0)
 
 def test_positions_of_samples(ranks):
     "Each process gets the positions of its own samples, and together these are all."
