@@ -21,6 +21,7 @@ from fastai.torch_core import no_random
 from .callback import KnowledgeDistillationCallback, kd_callbacks
 from .capture import preserving_modes
 from .classes import TeacherConfusion, in_student_order
+from .info import get_loss_info
 from .inputs import split_inputs
 from .losses import Mutual, SoftTarget
 from .signature import unwrap_loss
@@ -203,8 +204,8 @@ def is_kl_at_T1(
     term # A `Term`
 )->bool:
     "Whether its loss is a plain divergence at temperature 1"
-    f,params = unwrap_loss(term.loss_at(0.5))
-    return f is Mutual or f is SoftTarget and params.get('T')==1
+    info,params = get_loss_info(term.loss),unwrap_loss(term.loss_at(0.5))[1]
+    return info is Mutual.info or info is SoftTarget.info and params.get('T')==1
 
 # %% ../nbs/32_report.ipynb #6015ca03
 def shadow_learner(
