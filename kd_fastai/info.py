@@ -28,12 +28,14 @@ def loss_info(
     trains:str='',          # Weights of its own that the loss trains, if any
     at_equality:str='zero', # Where the minimum is: see below
     per_sample:bool=False,  # Is the loss a mean of values of single samples?
+    default_layer:str=''    # What it compares if no layers are named: `'>'` or `'>maps'`, see `parse_layer`
 )->Callable:                # A decorator
     "Return a decorator that attaches facts to a loss. Raises `ValueError` for an unknown `at_equality`"
     if at_equality not in AT_EQUALITY:
         raise ValueError(f"Expected at_equality to be one of {AT_EQUALITY}, got {at_equality!r}")
     info = SimpleNamespace(paper=paper, url=url, best_for=best_for, complexity=complexity, cost=cost, weight=weight,
-        softmax=softmax, must_match=must_match, trains=trains, at_equality=at_equality, per_sample=per_sample)
+        softmax=softmax, must_match=must_match, trains=trains, at_equality=at_equality, per_sample=per_sample,
+        default_layer=default_layer)
     def _(loss):
         loss.info = info
         return loss

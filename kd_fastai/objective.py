@@ -149,6 +149,8 @@ class Term:
         if res.layers is None: res.layers = layers
         if res.schedule is None: res.schedule = schedule
         if res.adapt is None: res.adapt = adapt
+        default = getattr(get_loss_info(self.loss), 'default_layer', '')
+        if default and not any(res.layers): res.layers = [default],[default]
         if self.args.required & {'fm_s','fm_t'} and not any(res.layers): raise ValueError(
             f"{loss_name(self.loss)} compares features, but no layers are named: "
             "give layers (match_feature_layers finds some)")
