@@ -223,6 +223,8 @@ class Term:
         if res.layers is None: res.layers = layers
         if res.schedule is None: res.schedule = schedule
         if res.adapt is None: res.adapt = adapt
+        default = getattr(get_loss_info(self.loss), 'default_layer', '')
+        if default and not any(res.layers): res.layers = [default],[default]
         if res.mask is None and mask is not None:
             check_maskable(res.loss)
             res.mask = mask
