@@ -26,7 +26,7 @@ import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
 import kd_fastai.objective as objective
 from kd_fastai.cache import CachedTeacher, StoredTeacher
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
-from kd_fastai.compare import comparison_table, kd_compare, size_kb
+from kd_fastai.compare import comparison_table, kd_compare, paired_interval, size_kb
 from kd_fastai.demo import fashion
 from kd_fastai.info import get_loss_info
 from kd_fastai.losses import Attention, DecoupledKD, FitNet, Logits, RKD, Similarity, SoftTarget
@@ -174,7 +174,7 @@ def torchdistill_at(mid_level, maps):
         return loss({n: {'output': f} for n,f in fm_s.items()}, {n: {'output': f} for n,f in fm_t.items()})
     return at
 
-ALONE = 'student alone'
+ALONE,PICTURED = 'student alone','SoftTarget, paper'
 FIRST = [ALONE, *[*ours([])][:8]]
 
 def distilled(answers, make, epochs, learn):
@@ -233,6 +233,27 @@ def teacher_row(teacher, score):
     return pd.DataFrame([dict(student='', labels=60_000, way='teacher', runs=1, mean=score, kb=size_kb(teacher),
                               parameters=sum(p.numel() for p in teacher.parameters()))])
 
+def picture(runs, teacher, way, file):
+    "Draw the accuracy of each student, alone and in one way: every seed as a line, means with 95% intervals"
+    import matplotlib; matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    groups = [(k,g.pivot(index='seed', columns='way', values='accuracy').mul(100))
+              for k,g in runs.groupby(['student','labels'], sort=False)]
+    groups = [(k,g) for k,g in groups if way in g]
+    fig,axs = plt.subplots(1, len(groups), figsize=(2.4*len(groups)+.6, 3.2), layout='constrained', squeeze=False)
+    for ax,((student,labels),scores) in zip(axs[0], groups):
+        pair = scores[[ALONE, way]].dropna()
+        ax.plot([0,1], pair.T, 'C0o-', lw=.6, ms=3, alpha=.5)
+        gain = paired_interval(pair[way]-pair[ALONE])
+        ax.plot([0,1], pair.mean(), 'k_', ms=22, mew=2)
+        ax.axhline(100*teacher, color='k', ls='--', lw=1)
+        ax.text(-.4, 100*teacher, ' teacher', va='bottom', size=8)
+        ax.set(xticks=[0,1], xticklabels=['alone','with teacher'], xlim=(-.4,1.4), ylim=(None, 100*teacher+1.2))
+        points = f"{gain['gain']:+.1f} points ({gain['low']:.1f} to {gain['high']:.1f})"
+        ax.set_title(f'{student}, {labels:,} labels\n{points}', size=9)
+    axs[0,0].set_ylabel('% of 10,000 test images right')
+    fig.savefig(file, dpi=130)
+
 def runs_file(folder, student, labels): return folder/f'{student}_{labels}_ratio{objective.AUTO_RATIO:g}.csv'
 
 def choose(students, labels, data, seeds=2):
@@ -260,6 +281,7 @@ def main():
     p.add_argument('--out', type=Path, default=common.TABLES)
     p.add_argument('--hours', type=float, default=24.)
     p.add_argument('--choose', action='store_true')
+    p.add_argument('--picture', type=Path, help='draw the students alone and with SoftTarget')
     p.add_argument('--quick', action='store_true')
     a = p.parse_args()
     torch.set_num_threads(1)
@@ -287,5 +309,6 @@ def main():
                  f"Students on Fashion-MNIST. The teacher has {100*score:.2f}% of 10,000 test images, after "
                  f"{teacher_epochs} epochs on 60,000 images. {len(runs)} students took {runs.seconds.sum()/3600:.2f} "
                  "hours of processor time.")
+    if a.picture: picture(runs, score, PICTURED, a.picture)
 
 if __name__=='__main__': main()
