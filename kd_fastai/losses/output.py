@@ -13,9 +13,9 @@ import math
 from typing import Callable
 import torch
 import torch.nn.functional as F
-from ..features import at_least_float32, check_predictions
+from ..features import at_least_float32, check_predictions, mean_over_samples
 from ..info import loss_info
-from ._ops import (batch_per_position, check_between_0_and_1, gram, gram_error, kl, kl_terms, labels_per_row,
+from ._ops import (batch_per_position, check_between_0_and_1, gram, gram_error, kl_per_row, kl_terms, labels_per_row,
     masked_z_scores, rows, soften, unit)
 from ..signature import map_inputs
 
@@ -23,6 +23,7 @@ from ..signature import map_inputs
 @loss_info('Hinton et al., Distilling the Knowledge in a Neural Network, NIPS workshop 2014',
            'https://arxiv.org/abs/1503.02531',
            'general distillation, matching logits', 'low', 'BC', softmax=True, per_sample=True)
+@mean_over_samples
 def SoftTarget(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -35,22 +36,24 @@ def SoftTarget(
     if not T>0: raise ValueError(f"Expected a temperature above 0, got T={T}")
     t = check_predictions(pred, teacher_pred, softmax=True)
     s,t = soften(pred, T).log_softmax(1),soften(t, T).log_softmax(1)
-    return kl_terms(s, t).sum() * T**2 * (pred.shape[1]/pred.numel())
+    return T**2 * kl_terms(s, t).sum(1)
 
 # %% ../../nbs/11_losses.output.ipynb #acbfa0c6
 @loss_info('Ba & Caruana, Do Deep Nets Really Need to be Deep?, NeurIPS 2014', 'https://arxiv.org/abs/1312.6184',
            'regression and multi-label heads; any prediction', 'low', 'BC', per_sample=True)
+@mean_over_samples
 def Logits(
     pred:torch.Tensor,         # Predictions of the student, any shape
     teacher_pred:torch.Tensor, # Predictions of the teacher, the same shape
     **kwargs
 )->torch.Tensor: # Scalar
     "Return the mean squared difference of predictions (Ba & Caruana, 2014). Raises `ValueError` for unequal shapes"
-    return F.mse_loss(pred, check_predictions(pred, teacher_pred))
+    return F.mse_loss(pred, check_predictions(pred, teacher_pred), reduction='none')
 
 # %% ../../nbs/11_losses.output.ipynb #0213d9f3
 @loss_info('Zhang et al., Deep Mutual Learning, CVPR 2018', 'https://arxiv.org/abs/1706.00384',
            'mutual learning: networks that train together', 'low', 'BC', softmax=True, per_sample=True)
+@mean_over_samples
 def Mutual(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the other network, the same shape
@@ -59,7 +62,7 @@ def Mutual(
     """Return the Kullback-Leibler divergence of class probabilities (Zhang et al., 2018).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
-    return SoftTarget(pred, teacher_pred, T=1)
+    return SoftTarget(pred, teacher_pred, T=1, reduction='none')
 
 # %% ../../nbs/11_losses.output.ipynb #262903c3
 def _label_mask(x, y): return F.one_hot(y, x.shape[1]).bool()
@@ -77,6 +80,7 @@ def _label_vs_rest(x, y):
 # %% ../../nbs/11_losses.output.ipynb #9933fe42
 @loss_info('Zhao et al., Decoupled Knowledge Distillation, CVPR 2022', 'https://arxiv.org/abs/2203.08679',
            'accurate, confident teachers', 'low', 'BC', softmax=True, per_sample=True)
+@mean_over_samples
 def DecoupledKD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -91,8 +95,8 @@ def DecoupledKD(
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
     t = check_predictions(pred, teacher_pred, softmax=True)
     y,s,t = labels_per_row(pred, target),rows(soften(pred, T)),rows(soften(t, T))
-    label = kl(_label_vs_rest(s, y), _label_vs_rest(t, y))
-    others = kl(_log_softmax_without(s, y), _log_softmax_without(t, y))
+    label = kl_per_row(_label_vs_rest(s, y), _label_vs_rest(t, y))
+    others = kl_per_row(_log_softmax_without(s, y), _log_softmax_without(t, y))
     return T**2 * (alpha*label + beta*others)
 
 # %% ../../nbs/11_losses.output.ipynb #6550edb7
@@ -100,6 +104,7 @@ def DecoupledKD(
            'https://arxiv.org/abs/2303.13005',
            'label and non-label knowledge in one cross-entropy', 'low', 'BC', softmax=True, at_equality='elsewhere',
            per_sample=True)
+@mean_over_samples
 def NormalizedKD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -115,7 +120,7 @@ def NormalizedKD(
     y,s,t = labels_per_row(pred, target),rows(soften(pred)),rows(soften(t))
     label = _label_vs_rest(t, y)[:,0].exp()*_label_vs_rest(s, y)[:,0]
     others = _log_softmax_without(t/T, y).exp()*_log_softmax_without(s/T, y)
-    return -label.mean() - gamma*T**2*others.sum(1).mean()
+    return -label - gamma*T**2*others.sum(1)
 
 # %% ../../nbs/11_losses.output.ipynb #9a974e3d
 def _centered(x):
@@ -208,6 +213,7 @@ def MultiLevel(
            'https://arxiv.org/abs/2102.00650',
            'soft labels weighted per sample (bias-variance tradeoff)', 'low', 'BC', weight=2.5, softmax=True,
            at_equality='stationary', per_sample=True)
+@mean_over_samples
 def WSLD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -223,13 +229,14 @@ def WSLD(
     error_s,error_t = (F.cross_entropy(x, y, reduction='none') for x in (s.detach(),t))
     weight = -torch.expm1(-error_s/(error_t+1e-7))
     soft_error = F.cross_entropy(s/T, (t/T).softmax(1), reduction='none')
-    return T**2 * (weight*soft_error).mean()
+    return T**2 * weight*soft_error
 
 # %% ../../nbs/11_losses.output.ipynb #86315086
 @loss_info('Zheng & Yang, Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024',
            'https://arxiv.org/abs/2402.11148',
            "temperature for the teacher only; regularizes the student's confidence", 'low', 'BC', softmax=True,
            at_equality='elsewhere', per_sample=True)
+@mean_over_samples
 def TTM(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -243,8 +250,7 @@ def TTM(
     t = check_predictions(pred, teacher_pred, softmax=True)
     s,t = rows(soften(pred)),rows(soften(t))
     loss = kl_terms(s.log_softmax(1), (t/T).log_softmax(1)).sum(1)
-    if weighted: loss = loss*(t.log_softmax(1)/T).logsumexp(1).exp()
-    return loss.mean()
+    return loss*(t.log_softmax(1)/T).logsumexp(1).exp() if weighted else loss
 
 # %% ../../nbs/11_losses.output.ipynb #38ea7745
 def _correct_teacher(p, y, threshold):
@@ -259,6 +265,7 @@ def _correct_teacher(p, y, threshold):
 @loss_info('Belcak et al., Minifinetuning, 2025', 'https://arxiv.org/abs/2506.15702',
            'teachers that are often wrong on the new domain (corrected by labels)', 'low', 'BC', softmax=True,
            at_equality='elsewhere', per_sample=True)
+@mean_over_samples
 def MFT(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -273,7 +280,7 @@ def MFT(
     t = check_predictions(pred, teacher_pred, softmax=True)
     q = _correct_teacher(rows(soften(t, T)).softmax(1), labels_per_row(pred, target), threshold)
     s = rows(soften(pred, T)).log_softmax(1)
-    return T**2 * (torch.xlogy(q, q)-q*s).sum()/len(s)
+    return T**2 * (torch.xlogy(q, q)-q*s).sum(1)
 
 # %% ../../nbs/11_losses.output.ipynb #ada9fa3c
 def _gram_mahalanobis(s, t, valid, tikhonov):
@@ -317,6 +324,7 @@ def StreamlinedKD(
 @loss_info('Touvron et al., Training data-efficient image transformers, ICML 2021', 'https://arxiv.org/abs/2012.12877',
            "the teacher's class as label; no temperature", 'low', 'BC', softmax=True, at_equality='elsewhere',
            per_sample=True)
+@mean_over_samples
 def HardTarget(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -325,7 +333,8 @@ def HardTarget(
     """Return the cross-entropy with the teacher's most probable class (Touvron et al., 2021).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
-    return F.cross_entropy(pred, check_predictions(pred, teacher_pred, softmax=True).argmax(1))
+    t = check_predictions(pred, teacher_pred, softmax=True)
+    return F.cross_entropy(pred, t.argmax(1), reduction='none')
 
 # %% ../../nbs/11_losses.output.ipynb #92bc3d0b
 def _log_mixture(p, q, a):
@@ -342,6 +351,7 @@ def _log_probabilities(pred, teacher_pred, T):
 @loss_info('Agarwal et al., On-Policy Distillation of Language Models, ICLR 2024', 'https://arxiv.org/abs/2306.13649',
            'interpolates forward and reverse KL (mode covering to mode seeking)', 'low', 'BC', softmax=True,
            per_sample=True)
+@mean_over_samples
 def JSD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -354,15 +364,16 @@ def JSD(
     Raises `ValueError` for unequal shapes, fewer than two classes, or `beta` outside 0 to 1."""
     check_between_0_and_1(beta=beta)
     s,t = _log_probabilities(pred, teacher_pred, T)
-    if beta==0: return T**2 * kl(s, t)
-    if beta==1: return T**2 * kl(t, s)
+    if beta==0: return T**2 * kl_per_row(s, t)
+    if beta==1: return T**2 * kl_per_row(t, s)
     m = _log_mixture(t, s, beta)
-    return T**2 * (beta*kl(m, t) + (1-beta)*kl(m, s))
+    return T**2 * (beta*kl_per_row(m, t) + (1-beta)*kl_per_row(m, s))
 
 # %% ../../nbs/11_losses.output.ipynb #c76c1267
 @loss_info('Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models, ICML 2024',
            'https://arxiv.org/abs/2402.03898',
            'language models and large vocabularies; bounded gradients', 'low', 'BC', softmax=True, per_sample=True)
+@mean_over_samples
 def SkewKL(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -377,7 +388,7 @@ def SkewKL(
     check_between_0_and_1(alpha=alpha)
     s,t = _log_probabilities(pred, teacher_pred, T)
     p,q = (s,t) if reverse else (t,s)
-    return T**2 * kl(_log_mixture(p, q, alpha), p)
+    return T**2 * kl_per_row(_log_mixture(p, q, alpha), p)
 
 # %% ../../nbs/11_losses.output.ipynb #0cdf4954
 def _alpha_beta(p, q, a, b):
@@ -390,6 +401,7 @@ def _alpha_beta(p, q, a, b):
 
 @loss_info('Wang et al., ABKD: Distillation via α-β-Divergence, ICML 2025', 'https://arxiv.org/abs/2505.04560',
            'tunable α-β divergence', 'low', 'BC', softmax=True, per_sample=True)
+@mean_over_samples
 def AlphaBeta(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -403,11 +415,12 @@ def AlphaBeta(
     Raises `ValueError` for unequal shapes, fewer than two classes, or a negative power."""
     if alpha<0 or beta<0: raise ValueError(f"Expected alpha and beta of 0 or more, got {alpha} and {beta}")
     s,t = _log_probabilities(pred, teacher_pred, T)
-    return T**2 * _alpha_beta(t, s, alpha, beta).sum(1).mean()
+    return T**2 * _alpha_beta(t, s, alpha, beta).sum(1)
 
 # %% ../../nbs/11_losses.output.ipynb #8904a813
 @loss_info('Yang et al., Multi-Label Knowledge Distillation, ICCV 2023', 'https://arxiv.org/abs/2308.06453',
            'multi-label and binary classification (sigmoid)', 'low', 'BC', per_sample=True)
+@mean_over_samples
 def MultiLabel(
     pred:torch.Tensor,         # Logits of the student, any shape
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -419,12 +432,13 @@ def MultiLabel(
     Raises `ValueError` for unequal shapes."""
     s,t = soften(pred, T),soften(check_predictions(pred, teacher_pred), T)
     def divergence(s, t): return kl_terms(F.logsigmoid(s), F.logsigmoid(t))
-    return T**2 * (divergence(s, t) + divergence(-s, -t)).mean()
+    return T**2 * (divergence(s, t) + divergence(-s, -t))
 
 # %% ../../nbs/11_losses.output.ipynb #324e22ab
 @loss_info('Chen et al., Learning Efficient Object Detection Models with Knowledge Distillation, NIPS 2017',
            'https://papers.nips.cc/paper/2017/hash/e1e32e235eee1f970470a3a6658dfdd5-Abstract.html',
            'regression, with the teacher as an upper bound', 'low', 'BC', weight=0.5, per_sample=True)
+@mean_over_samples
 def BoundedRegression(
     pred:torch.Tensor,         # Outputs of the student, `(B)`, `(B, D)` or `(B, D, *spatial)`
     teacher_pred:torch.Tensor, # Outputs of the teacher, the same shape
@@ -441,4 +455,4 @@ def BoundedRegression(
         f"got {'none' if target is None else tuple(target.shape)}")
     error_s,error_t = ((x-target.reshape(x.shape)).pow(2) for x in (pred,t))
     if pred.ndim>1: error_s,error_t = error_s.sum(1),error_t.sum(1)
-    return (error_s*(error_s+m>error_t)).mean()
+    return error_s*(error_s+m>error_t)
