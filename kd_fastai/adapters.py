@@ -126,6 +126,7 @@ def check_adapt(
 
 class LossWithAdapters(nn.Module):
     "A loss on adapted features of the student. `build` creates the adapters from the shapes of a first batch"
+    takes_reduction = True  # for `per_sample`
     def __init__(self,
         loss:Callable,            # A loss on features
         adapt:str|Callable|list='auto' # 'auto', a function such as `make_adapter`, a module, or a list, one per pair
@@ -134,7 +135,7 @@ class LossWithAdapters(nn.Module):
         check_adapt(adapt)
         self.loss,self.adapt,self.adapters = loss,adapt,None
         # what it needs, its name and its facts are read through the wrapper; not a second submodule
-        self.__dict__['__wrapped__'] = self.__dict__['mean_of'] = loss  # the second for `per_sample`
+        self.__dict__['__wrapped__'] = loss
 
     def _adapter(self, adapt, s, t):
         if isinstance(adapt, nn.Module): return adapt

@@ -250,7 +250,8 @@ def PKD(
 # %% ../../nbs/12_losses.feature.ipynb #ef01dea5
 @loss_info('Guo et al., Class Attention Transfer Based Knowledge Distillation, CVPR 2023',
            'https://arxiv.org/abs/2304.12777',
-           'class activation maps', 'low', 'BCHW', weight=10., must_match='channels', per_sample=True)
+           'class activation maps', 'low', 'BCHW', weight=10., must_match='channels', per_sample=True,
+           default_layer='>maps')
 def CATKD(
     fm_s:dict[str, torch.Tensor], # Student's class activation maps by layer, `(B, classes, *size)`
     fm_t:dict[str, torch.Tensor], # Teacher's class activation maps by layer, of the same classes
