@@ -249,6 +249,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         "Add the weighted terms to the loss"
         if not self.is_capturing: return
         batch,task,values,weights = self.compute()
+        self.fit_state.values,self.fit_state.weights = values,weights
         self.record(batch, task, values, weights)
         self.set_loss(self.objective.total(task if self.fit_state.is_first else self.learn.loss_grad, values, weights))
 
@@ -355,8 +356,9 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.learn.loss_grad,self.learn.loss = total,total.detach().clone()
 
     def after_batch(self):
-        "Release the task loss and its graph"
-        if self.fit_state is not None: self.fit_state.task = None
+        "Release the losses and their graphs"
+        if self.fit_state is None: return
+        self.fit_state.task = self.fit_state.values = self.fit_state.weights = None
 
     # ---- the first batch
 
@@ -494,6 +496,8 @@ class FitState:
         self.awaits_forward = False # whether the next forward pass of the model is the Learner's own
         self.answer = None          # the teacher's predictions and features for the current batch
         self.task = None            # the task loss of the current batch
+        self.values = None          # the raw value of each term for the current batch
+        self.weights = None         # and its weight
         self.teacher_random = RandomStream() # for a teacher that draws random numbers
 
 class FirstForward:
