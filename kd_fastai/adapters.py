@@ -165,8 +165,13 @@ class LossWithAdapters(nn.Module):
 
     def _adapted(self, fm_s): return {k: m(f) for m,(k,f) in zip(self.adapters, fm_s.items())}
 
-    def forward(self, reduction='mean', **given):
+    def forward(self,
+        around:Callable|None=None, # Applied to the loss before it is called, such as `masked_loss`
+        reduction:str='mean',      # 'none': the value of each sample, see `per_sample`
+        **given                    # Arguments of the loss, by name
+    ):
         if self.adapters is None: raise RuntimeError(
             "The adapters are made by build(fm_s, fm_t), which the callback calls with the first batch")
-        loss = self.loss if reduction=='mean' else per_sample(self.loss)
+        loss = self.loss if around is None else around(self.loss)
+        if reduction!='mean': loss = per_sample(loss)
         return loss(**{**given, 'fm_s':self._adapted(given['fm_s'])})
