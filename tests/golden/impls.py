@@ -59,6 +59,7 @@ FEATURE = dict(
     ofd_partial_l2=feature(lambda fm_s, fm_t, aux: len([*fm_t.values()][0])*weighted_sum_over_layers(PartialL2)(fm_s, fm_t, margin={n: aux[f'margin_{n}'] for n in fm_t})),  # a sum over the batch
     srd=both(partial(SRD, alpha=1.), exponent='alpha', temperature='T'),
 )
+FEATURE |= dict(wkd_feature=feature(GaussianWasserstein, grid='g', mean_cov_ratio='r'))  # with the logits' wkd above
 RELATION = dict(
     pkt=feature(PKT), rkd=feature(RKD, w_d='distance', w_a='angle'), rkd_l2norm=feature(unit_length(RKD), w_d='distance', w_a='angle'),
     rkd_distance=feature(partial(RKD, distance=1., angle=0.)), rkd_angle=feature(partial(RKD, distance=0., angle=1.)),
