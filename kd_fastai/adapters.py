@@ -12,7 +12,7 @@ import math
 from typing import Callable
 import torch
 from torch import nn, Tensor
-from .features import channels_first, resize_to, shape_to_match
+from .features import channels_first, per_sample, resize_to, shape_to_match
 from .info import get_loss_info
 from .signature import accepted_kwargs
 
@@ -134,7 +134,7 @@ class LossWithAdapters(nn.Module):
         check_adapt(adapt)
         self.loss,self.adapt,self.adapters = loss,adapt,None
         # what it needs, its name and its facts are read through the wrapper; not a second submodule
-        self.__dict__['__wrapped__'] = loss
+        self.__dict__['__wrapped__'] = self.__dict__['mean_of'] = loss  # the second for `per_sample`
 
     def _adapter(self, adapt, s, t):
         if isinstance(adapt, nn.Module): return adapt
@@ -164,7 +164,13 @@ class LossWithAdapters(nn.Module):
 
     def _adapted(self, fm_s): return {k: m(f) for m,(k,f) in zip(self.adapters, fm_s.items())}
 
-    def forward(self, **given):
+    def forward(self,
+        around:Callable|None=None, # Applied to the loss before it is called, such as `masked_loss`
+        reduction:str='mean',      # 'none': the value of each sample, see `per_sample`
+        **given                    # Arguments of the loss, by name
+    ):
         if self.adapters is None: raise RuntimeError(
             "The adapters are made by build(fm_s, fm_t), which the callback calls with the first batch")
-        return self.loss(**{**given, 'fm_s':self._adapted(given['fm_s'])})
+        loss = self.loss if around is None else around(self.loss)
+        if reduction!='mean': loss = per_sample(loss)
+        return loss(**{**given, 'fm_s':self._adapted(given['fm_s'])})

@@ -6,6 +6,8 @@ from .capture import Capture
 from .card import KDCard
 from .classes import match_classes
 from .compare import KDComparison, kd_compare
+from .find import KDFind
+from .gates import all_of, by_entropy, teacher_right, teacher_sure
 from .inputs import normalization_tfm
 from .layers import get_model_layers, get_module_by_name
 from .losses import *

@@ -9,7 +9,8 @@ __all__ = ['kd_callbacks', 'KnowledgeDistillationCallback', 'stateful_modules', 
            'loss_layout', 'recorder_table']
 
 # %% ../nbs/26_callback.ipynb #d260f0dc
-import copy, inspect, warnings
+import inspect, warnings
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Callable
@@ -18,22 +19,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
-from fastai.basics import L, Learner, detuplify, find_bs, rank_distrib
+from fastai.basics import L, Learner, detuplify, find_bs, noop, rank_distrib
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from .adapters import check_adapt
 from .capture import Capture, LiveHook, RandomStream
-from .classes import check_compatible_data
+from .classes import TeacherConfusion, check_compatible_data
 from .columns import Columns, TermColumn
-from kd_fastai.fastai_internals import (ScopedCallback, all_reduce_sum, in_validation_context, is_distributed,
-    without_extra_parameters)
+from .fastai_internals import (ScopedCallback, all_reduce_sum, in_validation_context, is_distributed,
+    without_extra_parameters, without_last_inputs)
 from .info import get_loss_info
 from .layers import parse_layer_pairs, unique_names, unwrap_model
 from .losses import Attention, SoftTarget
-from .objective import Objective, Term, check_number, check_schedule, check_weight
+from .masks import check_mask
+from .objective import Objective, Term, check_count, check_number, check_schedule, check_weight
 from .owned import OwnedWeights, load_sidecar, save_sidecar, sidecar_path
 from .signature import loss_name
-from .inputs import as_plain_tensor
+from .sources import as_teacher
+from .inputs import as_plain_tensor, split_inputs
 from .teacher import Teacher, get_logits, shared_tensors
 from .views import BatchTracker, batch_positions
 
@@ -57,6 +60,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
     together; and with the first batch, before any optimizer step, for shapes that do not fit."""
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
     _copy_by_reference,_not_copied = ('teacher',),('fit_state',)
+    has_trained_teacher = True # False for a teacher that learns together with the student
     fit_state = None # a `FitState` during a fit
     history = None   # the recorder's table of the last fit
 
@@ -73,7 +77,10 @@ class KnowledgeDistillationCallback(ScopedCallback):
         early_exit:bool=True,       # Stop the teacher after the last requested layer, if its predictions are not used
         class_map:list|None=None,   # The teacher's column for each class of the student, or -1: see `match_classes`
         balance:bool=False,         # Scale each term to the size of the task loss, so that weights are shares of it
-        layers:str|list|dict|None=None # Names, (student, teacher) tuples, or what `match_feature_layers` returns
+        layers:str|list|dict|None=None, # Names, (student, teacher) tuples, or what `match_feature_layers` returns
+        teacher_dtype:torch.dtype|None=None, # Type of a faster copy of the teacher that answers, see `FastTeacher`
+        teacher_inputs:int=0,       # How many of a batch's inputs, the last ones, are the teacher's alone
+        mask:str|Callable|None=None # Positions that count: a key such as 'attention_mask', or a function of the batch
     ):
         if layers is not None and activations_student is not None: raise ValueError(
             "layers and activations_student are the same argument: give one of them")
@@ -82,18 +89,20 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if is_swapped: raise TypeError(
             "teacher and loss are swapped: expected (teacher, loss), "
             f"got ({loss_name(teacher)}, {type(loss).__name__})")
-        teacher = copy.copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)
+        teacher = as_teacher(teacher, teacher_dtype)
         losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
         if not losses: raise ValueError("Expected at least one loss, got none")
         weight,task_weight = check_weight(weight, 'weight'),check_number(task_weight, 'task_weight')
         check_schedule(schedule)
         check_adapt(adapt)
+        check_mask(mask)
         pairs = parse_layer_pairs(activations_student if layers is None else layers, activations_teacher)
         terms = [o if isinstance(o, Term) else Term(o, weight=weight) for o in losses]
-        terms = [o.with_defaults(pairs, schedule, adapt) for o in terms]
+        terms = [o.with_defaults(pairs, schedule, adapt, mask) for o in terms]
         self.objective = Objective(terms, task_weight, class_map=class_map, balance=balance)
         self.owned = OwnedWeights(self.objective)
         self.teacher = teacher.configure(self.objective.layers[1], teacher_tfm, early_exit)
+        self.teacher.own_inputs = self.teacher_inputs = check_count(teacher_inputs, 'teacher_inputs')
         self.can_exit_early = early_exit and not self.objective.uses_teacher_pred
         self.warned = set()
         if (any(pairs) or adapt is not None) and not any(o.uses_features for o in terms): self._warn(
@@ -118,6 +127,11 @@ class KnowledgeDistillationCallback(ScopedCallback):
         return {o.name: None if o in unknown else self.objective.base_weight(o) for o in self.terms}
 
     @property
+    def compares_with_labels(self)->bool:
+        "Whether the teacher should agree with the labels: not if the task loss is left out, as with placeholder labels"
+        return self.has_trained_teacher and self.task_weight!=0 and self.objective.class_map is None
+
+    @property
     def is_capturing(self)->bool:
         "Whether an epoch's training runs, with hooks on the models"
         return self.fit_state is not None and self.fit_state.is_capturing
@@ -127,6 +141,29 @@ class KnowledgeDistillationCallback(ScopedCallback):
         if key not in self.warned: warnings.warn(msg, stacklevel=3)
         self.warned.add(key)
 
+    # ---- inputs of the teacher alone
+
+    def __call__(self, event_name):
+        "Before each batch, also in validation, the student gets its own inputs only"
+        if event_name=='before_batch' and self.teacher_inputs: self.split_inputs()
+        return super().__call__(event_name)
+
+    def split_inputs(self):
+        "Keep the teacher's inputs for this batch; of several callbacks the first one does"
+        if kd_callbacks(self.learn)[0] is not self: return
+        self.learn.xb,own = split_inputs(self.learn.xb, self.teacher_inputs)
+        if self.is_capturing: self.fit_state.teacher_xb = own
+
+    def check_inputs(self):
+        "Raise `ValueError` for callbacks that do not agree on the inputs"
+        first = kd_callbacks(self.learn)[0]
+        if first.teacher_inputs!=self.teacher_inputs: raise ValueError(
+            f"Expected one teacher_inputs in all distillation callbacks of a Learner, got {first.teacher_inputs} "
+            f"and {self.teacher_inputs}: a function as teacher_tfm chooses among them")
+        if self.teacher_inputs and self.mixer: raise ValueError(
+            f"{type(self.mixer).__name__} mixes a single input, and would not mix the teacher's: "
+            "leave it out, or leave out teacher_inputs")
+
     # ---- a fit
 
     def before_fit(self):
@@ -135,11 +172,13 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.close()
         self.history = None
         self.check_models()
+        self.check_inputs()
         self.check_data()
         self.objective.class_axis,self.objective.ignore_index = loss_layout(self.loss_func)
         self.teacher.prepare(self.learn.dls.train)
         capture = Capture(self.learn.model, self.objective.layers[0], who='student')
         self.fit_state = FitState(capture, self.make_columns(), kd_callbacks(self.learn)[0] is self)
+        if self.compares_with_labels: self.fit_state.confusion = TeacherConfusion()
         self.scope.callback(self.end_fit)
         self.add_columns()
         if self.owned.source.built: self.owned.attach(self.learn, self.scope)
@@ -222,6 +261,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.fit_state.epoch.close()
         self.fit_state.columns.flush()
         if self.fit_state.columns.count and not self.fit_state.columns.has_labels: self._warn_without_labels()
+        self.check_agreement()
         if is_distributed(self.learn): self.fit_state.columns.sum_over_processes(self.learn.model.device)
 
     def after_epoch(self):
@@ -237,9 +277,20 @@ class KnowledgeDistillationCallback(ScopedCallback):
             "The batch has no target, and fastai skips the backward pass without one: "
             "give unlabeled data a placeholder target by a transform, and set task_weight=0")
         self.fit_state.awaits_forward,self.fit_state.answer = True,None
+        self.fit_state.masks = self.find_masks()
+
+    def find_masks(self)->dict:
+        "The masks of this batch, before the student can change it. Of mixed samples both partners must count"
+        masks = self.objective.find_masks(self.learn.xb, self.learn.yb)
+        if not masks or not getattr(self.mixer, 'stack_y', False): return masks
+        partners = self.objective.find_masks(self.learn.xb, self.mixer.yb1)
+        return {k: m & partners[k] for k,m in masks.items()}
 
     def ask_teacher(self, *xb)->tuple:
-        "The teacher's predictions and features for these inputs; random numbers stay as they are"
+        """The teacher's predictions and features, for these inputs or for its own.
+
+        Random numbers stay as they are."""
+        if self.teacher_inputs: xb = kd_callbacks(self.learn)[0].fit_state.teacher_xb
         device = next((o.device for o in xb if isinstance(o, Tensor)), torch.device('cpu'))
         with self.fit_state.teacher_random.on(device):
             return self.teacher(*xb, need_pred=self.objective.uses_teacher_pred, **self.indices('cpu'))
@@ -267,7 +318,9 @@ class KnowledgeDistillationCallback(ScopedCallback):
         teacher_pred,fm_t = self.teacher_answer()
         pred,idx = self.student_pred(),self.indices(get_logits(self.learn.pred).device).get('idx')
         target,mixed = self.labels(self.learn.yb),self.mixed_labels()
-        batch = self.objective.prepare(pred, teacher_pred, self.fit_state.capture.pop(), fm_t, target, idx, mixed)
+        fm_s,fields = self.fit_state.capture.pop(),self.batch_fields()
+        batch = self.objective.prepare(pred, teacher_pred, fm_s, fm_t, target, idx, mixed, fields,
+                                       self.fit_state.masks)
         if not self.objective.built: self.build(batch)
         return batch._replace(teacher_pred=None) if self.can_exit_early else batch
 
@@ -290,15 +343,21 @@ class KnowledgeDistillationCallback(ScopedCallback):
         return next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
 
     def mixed_labels(self)->tuple|None:
-        "The labels of the partners of mixed samples, and the share of the samples' own labels"
+        "The labels of the partners of mixed samples, and the shares of the samples' own labels, `(B,)` or `(1,)`"
         mixer = self.mixer
         if not getattr(mixer, 'stack_y', False): return None
-        return self.labels(mixer.yb1),as_plain_tensor(mixer.lam).mean()
+        return self.labels(mixer.yb1),as_plain_tensor(mixer.lam)
+
+    def batch_fields(self)->dict:
+        "The tensors of inputs and labels that are dicts, by name"
+        dicts = [o for o in (*self.learn.xb, *self.learn.yb) if isinstance(o, Mapping)]
+        return {k: as_plain_tensor(v) for o in dicts for k,v in o.items() if isinstance(v, Tensor)}
 
     @property
     def uses_idx(self)->bool:
         "Whether the teacher or a term uses the positions of the samples"
-        return self.teacher.needs_idx or any('idx' in o.args.accepted for o in self.terms)
+        return self.teacher.needs_idx or any(
+            'idx' in o.args.accepted or callable(o.sample_weight) for o in self.terms)
 
     def track_positions(self):
         """Context in which the positions of each batch are known.
@@ -338,6 +397,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         where = f"epoch {self.epoch}, batch {self.learn.iter}"
         self.fit_state.columns.add(where, find_bs(self.learn.yb), columns, must_be_finite)
         self.fit_state.columns.has_labels |= batch.has_labels()
+        confusion,is_known = self.fit_state.confusion,batch.teacher_pred is not None and batch.mixed is None
+        if confusion is not None and is_known: confusion.add(batch.teacher_pred, batch.target, batch.mask)
 
     def set_loss(self, total:Tensor):
         """Make `total` the loss of this batch.
@@ -347,8 +408,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.learn.loss_grad,self.learn.loss = total,total.detach().clone()
 
     def after_batch(self):
-        "Release the task loss and its graph"
-        if self.fit_state is not None: self.fit_state.task = None
+        "Release the task loss and its graph, and the teacher's inputs"
+        if self.fit_state is not None: self.fit_state.task = self.fit_state.teacher_xb = None
 
     # ---- the first batch
 
@@ -367,10 +428,16 @@ class KnowledgeDistillationCallback(ScopedCallback):
             sums = iter(all_reduce_sum([n for pair in norms.values() for n in pair], task.device))
             norms = {k: (next(sums), next(sums)) for k in norms}
         without = self.objective.find_weights(norms)
-        if without and self.task_weight: self._warn('auto', f"{', '.join(without)} has no gradient on the first batch: "
+        if without and self.task_weight: self._warn('auto',
+            f"{', '.join(without)} has no gradient on the first batch, or one that is not finite: "
             "its weight is the default of the loss instead of one found")
         found = ', '.join(f'{k} {w:.3g}' for k,w in self.objective.found_weights.items())
-        if not rank_distrib(): print(f"Weights found on the first batch: {found}")
+        is_silent = rank_distrib() or self.learn.logger is noop  # noop: inside `learn.no_logging()`
+        if not is_silent: print(f"Weights found on the first batch: {found}")
+
+    def reset_weights(self):
+        "Forget the weights that 'auto' found: the next fit finds them again, on its first batch"
+        self.objective.found_weights.clear()
 
     def check_batch(self, batch, task, values, weights):
         "With the first batch of a fit: raise or warn about terms that cannot have an effect"
@@ -402,6 +469,12 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self._warn(('small', term.name),
             f"{term.name} adds {weight*value:.1g} to a task loss of {self.task_weight*task:.2g}, "
             f"too little to matter: {hint}, and weight='auto' finds one")
+
+    def check_agreement(self):
+        "After the first epoch of a fit: warn about a teacher that does not agree with the labels"
+        confusion,self.fit_state.confusion = self.fit_state.confusion,None
+        problem = confusion and confusion.warning()
+        if problem and not rank_distrib(): self._warn('agreement', problem)
 
     def _warn_without_labels(self):
         for o in self.terms:
@@ -446,13 +519,15 @@ class KnowledgeDistillationCallback(ScopedCallback):
 
     @contextmanager
     def around_export(self, *args, **kwargs):
-        "Export the student alone, also during a fit"
-        learn,metrics = self.learn,self.learn.metrics
+        "Export the student alone, also during a fit, and without the teacher's inputs"
+        learn,metrics,dls = self.learn,self.learn.metrics,self.learn.dls
+        if self.teacher_inputs and kd_callbacks(learn)[0] is self:
+            learn.dls = without_last_inputs(dls, self.teacher_inputs)
         learn.metrics = L(m for m in metrics if not isinstance(m, TermColumn))
         with super().around_export(*args, **kwargs), self.owned.extra.removed_from(learn.opt), \
                 without_extra_parameters(learn):
             try: yield
-            finally: learn.metrics = metrics
+            finally: learn.metrics,learn.dls = metrics,dls
 
 # %% ../nbs/26_callback.ipynb #b7ae5108
 def stateful_modules(
@@ -486,6 +561,9 @@ class FitState:
         self.awaits_forward = False # whether the next forward pass of the model is the Learner's own
         self.answer = None          # the teacher's predictions and features for the current batch
         self.task = None            # the task loss of the current batch
+        self.masks = {}             # the masks of the terms for the current batch
+        self.teacher_xb = None      # the teacher's own inputs for the current batch
+        self.confusion = None       # of the teacher and the labels, in the first epoch
         self.teacher_random = RandomStream() # for a teacher that draws random numbers
 
 class FirstForward:

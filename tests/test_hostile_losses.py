@@ -10,7 +10,7 @@ from kd_fastai.losses import output, feature, relation
 def public(module): return [f for f in (getattr(module, n) for n in module.__all__) if hasattr(f, 'info')]
 
 OF_PREDICTIONS = {f.__name__: f for f in public(output)}
-OF_LOGITS      = {n: f for n,f in OF_PREDICTIONS.items() if f.info.softmax}
+OF_LOGITS      = {n: f for n,f in OF_PREDICTIONS.items() if f.info.softmax and 'teacher_pred' in loss_args(f).accepted}
 OF_FEATURES    = {f.__name__: f for m in (feature, relation) for f in public(m)}
 PREDICTIONS = pytest.mark.parametrize('name', OF_PREDICTIONS)
 LOGITS      = pytest.mark.parametrize('name', OF_LOGITS)

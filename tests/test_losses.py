@@ -12,6 +12,7 @@ from kd_fastai.info import get_loss_info
 from kd_fastai.signature import loss_name, loss_args
 from kd_fastai.losses import *
 from kd_fastai.losses import output, feature, relation
+from kd_fastai.objective import Objective, Term
 
 root = Path(__file__).resolve().parent.parent
 golden = root/'tests'/'golden'
@@ -113,16 +114,19 @@ VARIANTS = { # the same tests for other parameters, and for wrappers
     'KTA, p=2': partial(KTA, p=2, q=1),
     'CATKD, raw': partial(CATKD, normalize=False), 'PKD, teacher resized': partial(PKD, resize_stu=False),
     'normalized(RKD)': unit_length(RKD),
+    'PairwiseKD, windows': partial(PairwiseKD, window=2, constant_norm=False),
+    'MiniLMv2, weights': partial(MiniLMv2, heads=1, weights=(.5,2.)),
     'CorrelationCongruence, bilinear': partial(CorrelationCongruence, kernel='bilinear', normalize=False,
                                                squared=False),
 }
 VARIANTS = {n: row(f) for n,f in VARIANTS.items()}
 VARIANTS['WassersteinKD, cost'] = row(partial(WassersteinKD, cost=COST), (MINIMA['WassersteinKD'][0], transport))
-ALL = {**LOSSES, **VARIANTS}
+NARROW = {'MiniLMv2': partial(MiniLMv2, heads=2)}  # parameters for the few channels of the inputs below
+ALL = {**LOSSES, **VARIANTS, **{n: row(f) for n,f in NARROW.items()}}
 every = pytest.mark.parametrize('name', ALL)
 each  = pytest.mark.parametrize('name', LOSSES)
 def some(test): return pytest.mark.parametrize('name', [k for k,(f,*_) in ALL.items() if test(loss_args(f).accepted)])
-with_maps,with_preds,with_labels = (some(lambda n, o=o: o in n) for o in ('fm_t','teacher_pred','target'))
+with_maps,with_preds,with_labels = (some(lambda n, o=o: o<=n) for o in ({'fm_t'},{'teacher_pred'},{'target','pred'}))
 
 # --- inputs
 
@@ -141,8 +145,11 @@ def inputs(name, B=4, C=5, dtype=torch.float32, seed=0, same=False, grids=None):
     def rand(*shape): return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
     s,t = grids or GRIDS[must_match(name)]
     fm_t = {f't{i}': rand(B,*o) for i,o in enumerate(t)}
+    # a loss on features takes labels of positions, one on class maps of samples
+    positions,classes = (s[0][1:],C) if kind=='features' else ((),C)
+    if name.startswith('scale_decoupled'): positions,classes = (),s[0][0]
     x = dict(pred=2*rand(B,C), teacher_pred=2*rand(B,C), fm_t=fm_t, fm_s={f's{i}': rand(B,*o) for i,o in enumerate(s)},
-             target=torch.randint(t[0][0] if kind=='features' else C, (B,), generator=g) if kind!='numbers' else rand(B,C))
+             target=rand(B,C) if kind=='numbers' else torch.randint(classes, (B,*positions), generator=g))
     if same: x.update(pred=x['teacher_pred'].clone(), fm_s={k.replace('t','s'): v.clone() for k,v in fm_t.items()})
     return {k: x[k] for k in inspect.signature(f).parameters if k in loss_args(f).accepted and k in x}
 
@@ -171,8 +178,8 @@ def close(a, b, tol=1e-4):
 
 # golden/README.md: informative, or not to be built
 EXCLUDED = {'kd_ce_combined', 'decoupled_kd_normalized', 'hkd', 'cc_repdistiller', 'kdsvd', 'mlkd_authors_full',
-            # learns a variance: a loss with weights
-            'pad_l2'}
+            # learn a variance, keep a queue: losses with weights
+            'pad_l2', 'queue_kl'}
 STATELESS = [k for k,m in load_index(golden)['methods'].items() if not m['parameterised'] and k not in EXCLUDED]
 
 @pytest.mark.parametrize('method', STATELESS)
@@ -204,7 +211,7 @@ def test_every_loss_has_a_golden_case_or_a_reason():
 def test_cases_left_to_their_value_give_a_reason():
     cases = [(n, c) for n,m in load_index(golden)['methods'].items() for c in m['cases'] if 'compare_reason' in c]
     said = (golden/'README.md').read_text()
-    assert len(cases)==8
+    assert len(cases)==9
     for name,case in cases:
         assert case['compare']=='value'
         assert f"{name}/{case['key']}" in said
@@ -373,7 +380,9 @@ def test_tokens(name):
     # pooling a row is not pooling a plane
     if name.startswith(('HCL','CATKD','FSP','PKD','IRG','pooled','scale')):
         assert value.isfinite() and all(g.abs().sum()>0 for g in grads)
-    else: close(value, run(name, changed(x, lambda t: t[...,None], ('fm_s','fm_t')))[0], 1e-8)
+    else:
+        one_column = ('fm_s','fm_t','target')
+        close(value, run(name, changed(x, lambda t: t[...,None], one_column))[0], 1e-8)
 
 @with_preds
 def test_dense(name):
@@ -398,7 +407,8 @@ def test_compile(name):
 @every
 def test_gradcheck(name):
     if name in ('WSLD', 'entropy_weighted(SoftTarget)'): pytest.skip("its weights have no gradient: see test_wsld")
-    small = {'shape': (((2,3,3),(4,2,2)),)*2, 'size': (((2,3,3),(4,2,2)), ((3,3,3),(6,2,2))),
+    if name=='PairwiseKD': pytest.skip("the length of its vectors has no gradient: see test_constant_norm")
+    small = {'shape': (((2,3,3),(4,2,2)),)*2, 'size': (((2,3,3),(4,2,2)), ((4,3,3),(6,2,2))),
              'channels': (((2,3,3),(4,2,2)), ((2,2,2),(4,3,3))), 'batch': (((2,3,3),(4,2,2)), ((3,2,2),(6,2,2)))}
     x = inputs(name, B=3, dtype=torch.float64, seed=1, grids=small[must_match(name)])
     keys = [(n,k) for n in ('pred','fm_s') if n in x and not (n=='pred' and name=='Similarity')
@@ -429,6 +439,7 @@ class _Largest(TorchDispatchMode):
 @with_maps
 def test_lean(name):
     "No tensor much larger than a feature: nothing of B×B×D, B×C×C×HW or B×C×HW×HW"
+    if '(HW)²' in get_loss_info(ALL[name][0]).cost: pytest.skip("compares all positions with each other, and says so")
     grids = {'shape': (((16,8,8),(16,8,8)),)*2}
     x = inputs(name, B=16, grids=grids['shape'])
     with _Largest() as seen: run(name, x)
@@ -538,6 +549,61 @@ def test_wsld():
     w = 1-np.exp(np.log(q1[range(4),y])/-np.log(p1[range(4),y]))
     np.testing.assert_allclose(run('WSLD', x)[1][0], 4*w[:,None]*(q-p)/2/4, rtol=1e-5)
 
+def test_constant_norm():
+    "The gradient of PairwiseKD with the lengths of vectors held fixed"
+    x = inputs('PairwiseKD', dtype=torch.float64)
+    s = x['fm_s']['s0'].requires_grad_()
+    def relations(f, lengths):
+        f = F.max_pool2d(f, 3)/lengths
+        return f.flatten(2).mT@f.flatten(2)
+    def lengths(f): return F.max_pool2d(f.detach(), 3).norm(dim=1, keepdim=True)
+    t = x['fm_t']['t0']
+    expected = (relations(s, lengths(s))-relations(t, lengths(t))).pow(2).mean()
+    value = PairwiseKD({'s0': s}, {'t0': t})
+    close(torch.autograd.grad(value, s), torch.autograd.grad(expected, s), 1e-6)
+
+def test_class_centers_of_ignored_positions():
+    "Positions with the label that the Learner ignores are in no center, whatever the label is"
+    x = inputs('IFVD', dtype=torch.float64)
+    target = x['target'].clone()
+    ignored = torch.rand(target.shape, generator=torch.Generator().manual_seed(0))<.3
+    pairs = [('s0','t0')]
+    term,values = Term(IFVD, layers=pairs),[]
+    for label in (-100, 3, 255):
+        target[ignored] = label
+        objective = Objective([term], ignore_index=label)
+        pred = torch.randn(4,5,6,6)
+        other = torch.where(ignored | (x['target']==3), -1, x['target'])  # label 3 is ignored in all of them
+        target = torch.where(other<0, label, other)
+        batch = objective.prepare(pred, None, {'s0': x['fm_s']['s0']}, {'t0': x['fm_t']['t0']}, target)
+        values.append(objective.values(batch)['ifvd'])
+    assert values[0]>0
+    assert torch.equal(values[0], values[1])
+    assert torch.equal(values[0], values[2])
+    changed_there = torch.where(ignored[:,None], 9., x['fm_s']['s0'])
+    batch = objective.prepare(pred, None, {'s0': changed_there}, {'t0': x['fm_t']['t0']}, target)
+    close(objective.values(batch)['ifvd'], values[0], 1e-9)
+
+@pytest.mark.parametrize('target', [torch.ones(4, dtype=torch.long), torch.ones(3,6,6, dtype=torch.long), None,
+                                    torch.ones(4,6,6)], ids=['of samples','of three','none','floating'])
+def test_labels_of_positions(target):
+    x = inputs('IFVD')
+    with pytest.raises(ValueError, match=r'integer labels \(B, \*size\) for features \(4, 4, 6, 6\)'):
+        IFVD(**{**x, 'target': target})
+
+def test_masked_tokens():
+    "Value and gradient do not depend on masked tokens, not even on NaN; a sample without tokens adds 0"
+    x = inputs('MiniLMv2', dtype=torch.float64, grids=(((4,6),),((6,6),)))
+    mask = torch.tensor([[1,1,0,1,0,0],[1,1,1,1,1,1],[0,0,0,0,0,0],[0,0,0,0,0,1]]).bool()
+    def values(fill):
+        s,t = ({'a': torch.where(mask[...,None], f.mT, fill)} for fm in (x['fm_s'],x['fm_t']) for f in fm.values())
+        s['a'].requires_grad_()
+        value = MiniLMv2(s, t, heads=2, mask=mask)
+        return value.detach(),torch.autograd.grad(value, s['a'])[0]
+    (v,g),(w,h) = values(0.),values(torch.nan)
+    assert torch.equal(v, w) and torch.equal(g, h)
+    assert not g[~mask].any() and g[mask].any()
+
 def test_standardize():
     "Scale and shift do not matter, and constant logits learn as they are"
     x = inputs('SoftTarget', dtype=torch.float64)
@@ -587,7 +653,7 @@ def test_per_sample_is_a_fact(name):
     "A loss without the fact is not a mean over samples, and is refused"
     f,x = ALL[name][0],inputs(name, dtype=torch.float64)
     if name in SAMPLES: return
-    if 'teacher_pred' in x: x['teacher_pred'][0] = x['teacher_pred'][0].round()  # a tie: pairs of classes differ in number
+    if 'teacher_pred' in x: x['teacher_pred'][0] = x['teacher_pred'][0].round()  # ties: fewer pairs
     loop = torch.stack([f(**sample(x, i)) for i in range(4)]).mean()
     assert not torch.isclose(loop, f(**x), rtol=1e-6)
     with pytest.raises(ValueError, match='not a mean over samples'): per_sample(f)

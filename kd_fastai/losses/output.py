@@ -17,9 +17,11 @@ from types import SimpleNamespace
 from typing import Callable
 import torch
 import torch.nn.functional as F
-from ..features import at_least_float32, check_predictions, pair_features, per_sample, pool_to
+from ..features import (at_least_float32, check_predictions, mean_over_samples, pair_features,
+    per_sample, pool_to)
 from ..info import get_loss_info, loss_info
-from ._ops import (batch_per_position, check_between_0_and_1, gram, gram_error, kl, kl_terms, labels_per_row,
+from ._ops import (batch_per_position, check_between_0_and_1, gram, gram_error, kl_per_row, kl_terms,
+    labels_per_row,
     masked_z_scores, rows, soften, unit)
 from ..signature import loss_name, map_inputs
 
@@ -27,6 +29,7 @@ from ..signature import loss_name, map_inputs
 @loss_info('Hinton et al., Distilling the Knowledge in a Neural Network, NIPS workshop 2014',
            'https://arxiv.org/abs/1503.02531',
            'general distillation, matching logits', 'low', 'BC', softmax=True, per_sample=True)
+@mean_over_samples
 def SoftTarget(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -39,22 +42,24 @@ def SoftTarget(
     if not T>0: raise ValueError(f"Expected a temperature above 0, got T={T}")
     t = check_predictions(pred, teacher_pred, softmax=True)
     s,t = soften(pred, T).log_softmax(1),soften(t, T).log_softmax(1)
-    return kl_terms(s, t).sum() * T**2 * (pred.shape[1]/pred.numel())
+    return T**2 * kl_terms(s, t).sum(1)
 
 # %% ../../nbs/11_losses.output.ipynb #acbfa0c6
 @loss_info('Ba & Caruana, Do Deep Nets Really Need to be Deep?, NeurIPS 2014', 'https://arxiv.org/abs/1312.6184',
            'regression and multi-label heads; any prediction', 'low', 'BC', per_sample=True)
+@mean_over_samples
 def Logits(
     pred:torch.Tensor,         # Predictions of the student, any shape
     teacher_pred:torch.Tensor, # Predictions of the teacher, the same shape
     **kwargs
 )->torch.Tensor: # Scalar
     "Return the mean squared difference of predictions (Ba & Caruana, 2014). Raises `ValueError` for unequal shapes"
-    return F.mse_loss(pred, check_predictions(pred, teacher_pred))
+    return F.mse_loss(pred, check_predictions(pred, teacher_pred), reduction='none')
 
 # %% ../../nbs/11_losses.output.ipynb #0213d9f3
 @loss_info('Zhang et al., Deep Mutual Learning, CVPR 2018', 'https://arxiv.org/abs/1706.00384',
            'mutual learning: networks that train together', 'low', 'BC', softmax=True, per_sample=True)
+@mean_over_samples
 def Mutual(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the other network, the same shape
@@ -63,7 +68,7 @@ def Mutual(
     """Return the Kullback-Leibler divergence of class probabilities (Zhang et al., 2018).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
-    return SoftTarget(pred, teacher_pred, T=1)
+    return SoftTarget(pred, teacher_pred, T=1, reduction='none')
 
 # %% ../../nbs/11_losses.output.ipynb #262903c3
 def _label_mask(x, y): return F.one_hot(y, x.shape[1]).bool()
@@ -81,6 +86,7 @@ def _label_vs_rest(x, y):
 # %% ../../nbs/11_losses.output.ipynb #9933fe42
 @loss_info('Zhao et al., Decoupled Knowledge Distillation, CVPR 2022', 'https://arxiv.org/abs/2203.08679',
            'accurate, confident teachers', 'low', 'BC', softmax=True, per_sample=True)
+@mean_over_samples
 def DecoupledKD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -95,8 +101,8 @@ def DecoupledKD(
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
     t = check_predictions(pred, teacher_pred, softmax=True)
     y,s,t = labels_per_row(pred, target),rows(soften(pred, T)),rows(soften(t, T))
-    label = kl(_label_vs_rest(s, y), _label_vs_rest(t, y))
-    others = kl(_log_softmax_without(s, y), _log_softmax_without(t, y))
+    label = kl_per_row(_label_vs_rest(s, y), _label_vs_rest(t, y))
+    others = kl_per_row(_log_softmax_without(s, y), _log_softmax_without(t, y))
     return T**2 * (alpha*label + beta*others)
 
 # %% ../../nbs/11_losses.output.ipynb #6550edb7
@@ -104,6 +110,7 @@ def DecoupledKD(
            'https://arxiv.org/abs/2303.13005',
            'label and non-label knowledge in one cross-entropy', 'low', 'BC', softmax=True, at_equality='elsewhere',
            per_sample=True)
+@mean_over_samples
 def NormalizedKD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -119,7 +126,7 @@ def NormalizedKD(
     y,s,t = labels_per_row(pred, target),rows(soften(pred)),rows(soften(t))
     label = _label_vs_rest(t, y)[:,0].exp()*_label_vs_rest(s, y)[:,0]
     others = _log_softmax_without(t/T, y).exp()*_log_softmax_without(s/T, y)
-    return -label.mean() - gamma*T**2*others.sum(1).mean()
+    return -label - gamma*T**2*others.sum(1)
 
 # %% ../../nbs/11_losses.output.ipynb #9a974e3d
 def _centered(x):
@@ -160,12 +167,11 @@ def _standard_logits(x, eps=1e-7):
 
 def _loss_of_rows(loss):
     "A function of the loss of each sample and position, `(N,)`, from predictions and, if the loss reads them, labels"
-    per_sample(loss)   # raises an error if the loss is not a mean over samples
-    reads_labels = 'target' in inspect.signature(loss).parameters
+    values,reads_labels = per_sample(loss),'target' in inspect.signature(loss).parameters
     def _(pred, teacher_pred, target=None, **kwargs):
-        inputs = dict(pred=rows(pred), teacher_pred=rows(teacher_pred))
+        inputs = dict(kwargs, pred=rows(pred), teacher_pred=rows(teacher_pred))
         if reads_labels: inputs['target'] = labels_per_row(pred, target)
-        return per_sample(partial(loss, **kwargs))(**inputs)
+        return values(**inputs)
     return _
 
 def _weight_rows(loss, prepare):
@@ -174,12 +180,13 @@ def _weight_rows(loss, prepare):
     `prepare` gets the predictions of both networks, `(N, C)`, and returns their new values and the weights `(N,)`"""
     values,softmax = _loss_of_rows(loss),get_loss_info(loss).softmax
     reads_labels = 'target' in inspect.signature(loss).parameters
+    @mean_over_samples
     @wraps(loss)
     def _(pred, teacher_pred, target=None, **kwargs):
         t = check_predictions(pred, teacher_pred, softmax)
         y = labels_per_row(pred, target) if reads_labels else None
         s,t,weight = prepare(rows(pred), rows(t))
-        return (weight*values(s, t, y, **kwargs)).mean()
+        return weight*values(s, t, y, **kwargs)
     return _
 
 def _teacher_variance(t):
@@ -308,6 +315,7 @@ def MultiLevel(
            'https://arxiv.org/abs/2102.00650',
            'soft labels weighted per sample (bias-variance tradeoff)', 'low', 'BC', weight=2.5, softmax=True,
            at_equality='stationary', per_sample=True)
+@mean_over_samples
 def WSLD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -323,13 +331,14 @@ def WSLD(
     error_s,error_t = (F.cross_entropy(x, y, reduction='none') for x in (s.detach(),t))
     weight = -torch.expm1(-error_s/(error_t+1e-7))
     soft_error = F.cross_entropy(s/T, (t/T).softmax(1), reduction='none')
-    return T**2 * (weight*soft_error).mean()
+    return T**2 * weight*soft_error
 
 # %% ../../nbs/11_losses.output.ipynb #86315086
 @loss_info('Zheng & Yang, Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024',
            'https://arxiv.org/abs/2402.11148',
            "temperature for the teacher only; regularizes the student's confidence", 'low', 'BC', softmax=True,
            at_equality='elsewhere', per_sample=True)
+@mean_over_samples
 def TTM(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -343,8 +352,7 @@ def TTM(
     t = check_predictions(pred, teacher_pred, softmax=True)
     s,t = rows(soften(pred)),rows(soften(t))
     loss = kl_terms(s.log_softmax(1), (t/T).log_softmax(1)).sum(1)
-    if weighted: loss = loss*(t.log_softmax(1)/T).logsumexp(1).exp()
-    return loss.mean()
+    return loss*(t.log_softmax(1)/T).logsumexp(1).exp() if weighted else loss
 
 # %% ../../nbs/11_losses.output.ipynb #38ea7745
 def _correct_teacher(p, y, threshold):
@@ -359,6 +367,7 @@ def _correct_teacher(p, y, threshold):
 @loss_info('Belcak et al., Minifinetuning, 2025', 'https://arxiv.org/abs/2506.15702',
            'teachers that are often wrong on the new domain (corrected by labels)', 'low', 'BC', softmax=True,
            at_equality='elsewhere', per_sample=True)
+@mean_over_samples
 def MFT(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -373,7 +382,7 @@ def MFT(
     t = check_predictions(pred, teacher_pred, softmax=True)
     q = _correct_teacher(rows(soften(t, T)).softmax(1), labels_per_row(pred, target), threshold)
     s = rows(soften(pred, T)).log_softmax(1)
-    return T**2 * (torch.xlogy(q, q)-q*s).sum()/len(s)
+    return T**2 * (torch.xlogy(q, q)-q*s).sum(1)
 
 # %% ../../nbs/11_losses.output.ipynb #ada9fa3c
 def _gram_mahalanobis(s, t, valid, tikhonov):
@@ -417,6 +426,7 @@ def StreamlinedKD(
 @loss_info('Touvron et al., Training data-efficient image transformers, ICML 2021', 'https://arxiv.org/abs/2012.12877',
            "the teacher's class as label; no temperature", 'low', 'BC', softmax=True, at_equality='elsewhere',
            per_sample=True)
+@mean_over_samples
 def HardTarget(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -425,7 +435,8 @@ def HardTarget(
     """Return the cross-entropy with the teacher's most probable class (Touvron et al., 2021).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
-    return F.cross_entropy(pred, check_predictions(pred, teacher_pred, softmax=True).argmax(1))
+    t = check_predictions(pred, teacher_pred, softmax=True)
+    return F.cross_entropy(pred, t.argmax(1), reduction='none')
 
 # %% ../../nbs/11_losses.output.ipynb #92bc3d0b
 def _log_mixture(p, q, a):
@@ -442,6 +453,7 @@ def _log_probabilities(pred, teacher_pred, T):
 @loss_info('Agarwal et al., On-Policy Distillation of Language Models, ICLR 2024', 'https://arxiv.org/abs/2306.13649',
            'interpolates forward and reverse KL (mode covering to mode seeking)', 'low', 'BC', softmax=True,
            per_sample=True)
+@mean_over_samples
 def JSD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -454,15 +466,16 @@ def JSD(
     Raises `ValueError` for unequal shapes, fewer than two classes, or `beta` outside 0 to 1."""
     check_between_0_and_1(beta=beta)
     s,t = _log_probabilities(pred, teacher_pred, T)
-    if beta==0: return T**2 * kl(s, t)
-    if beta==1: return T**2 * kl(t, s)
+    if beta==0: return T**2 * kl_per_row(s, t)
+    if beta==1: return T**2 * kl_per_row(t, s)
     m = _log_mixture(t, s, beta)
-    return T**2 * (beta*kl(m, t) + (1-beta)*kl(m, s))
+    return T**2 * (beta*kl_per_row(m, t) + (1-beta)*kl_per_row(m, s))
 
 # %% ../../nbs/11_losses.output.ipynb #c76c1267
 @loss_info('Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models, ICML 2024',
            'https://arxiv.org/abs/2402.03898',
            'language models and large vocabularies; bounded gradients', 'low', 'BC', softmax=True, per_sample=True)
+@mean_over_samples
 def SkewKL(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -477,7 +490,7 @@ def SkewKL(
     check_between_0_and_1(alpha=alpha)
     s,t = _log_probabilities(pred, teacher_pred, T)
     p,q = (s,t) if reverse else (t,s)
-    return T**2 * kl(_log_mixture(p, q, alpha), p)
+    return T**2 * kl_per_row(_log_mixture(p, q, alpha), p)
 
 # %% ../../nbs/11_losses.output.ipynb #0cdf4954
 def _alpha_beta(p, q, a, b):
@@ -490,6 +503,7 @@ def _alpha_beta(p, q, a, b):
 
 @loss_info('Wang et al., ABKD: Distillation via α-β-Divergence, ICML 2025', 'https://arxiv.org/abs/2505.04560',
            'tunable α-β divergence', 'low', 'BC', softmax=True, per_sample=True)
+@mean_over_samples
 def AlphaBeta(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -503,7 +517,7 @@ def AlphaBeta(
     Raises `ValueError` for unequal shapes, fewer than two classes, or a negative power."""
     if alpha<0 or beta<0: raise ValueError(f"Expected alpha and beta of 0 or more, got {alpha} and {beta}")
     s,t = _log_probabilities(pred, teacher_pred, T)
-    return T**2 * _alpha_beta(t, s, alpha, beta).sum(1).mean()
+    return T**2 * _alpha_beta(t, s, alpha, beta).sum(1)
 
 # %% ../../nbs/11_losses.output.ipynb #8904a813
 def _binary_kl(s, t):
@@ -512,6 +526,7 @@ def _binary_kl(s, t):
 
 @loss_info('Yang et al., Multi-Label Knowledge Distillation, ICCV 2023', 'https://arxiv.org/abs/2308.06453',
            'multi-label and binary classification (sigmoid)', 'low', 'BC', per_sample=True)
+@mean_over_samples
 def MultiLabel(
     pred:torch.Tensor,         # Logits of the student, any shape
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -521,12 +536,13 @@ def MultiLabel(
     """Return the divergence of binary probabilities, class by class (Yang et al., 2023).
 
     Raises `ValueError` for unequal shapes."""
-    return T**2 * _binary_kl(soften(pred, T), soften(check_predictions(pred, teacher_pred), T)).mean()
+    return T**2 * _binary_kl(soften(pred, T), soften(check_predictions(pred, teacher_pred), T))
 
 # %% ../../nbs/11_losses.output.ipynb #324e22ab
 @loss_info('Chen et al., Learning Efficient Object Detection Models with Knowledge Distillation, NIPS 2017',
            'https://papers.nips.cc/paper/2017/hash/e1e32e235eee1f970470a3a6658dfdd5-Abstract.html',
            'regression, with the teacher as an upper bound', 'low', 'BC', weight=0.5, per_sample=True)
+@mean_over_samples
 def BoundedRegression(
     pred:torch.Tensor,         # Outputs of the student, `(B)`, `(B, D)` or `(B, D, *spatial)`
     teacher_pred:torch.Tensor, # Outputs of the teacher, the same shape
@@ -543,7 +559,7 @@ def BoundedRegression(
         f"got {'none' if target is None else tuple(target.shape)}")
     error_s,error_t = ((x-target.reshape(x.shape)).pow(2) for x in (pred,t))
     if pred.ndim>1: error_s,error_t = error_s.sum(1),error_t.sum(1)
-    return (error_s*(error_s+m>error_t)).mean()
+    return error_s*(error_s+m>error_t)
 
 # %% ../../nbs/11_losses.output.ipynb #e27bed02
 def _log_softmax_of(x, kept):
@@ -553,6 +569,7 @@ def _log_softmax_of(x, kept):
 @loss_info('Sun et al., Knowledge Distillation with Refined Logits, 2024', 'https://arxiv.org/abs/2408.07703',
            'teachers that are sometimes wrong (refined by labels)', 'low', 'BC', softmax=True, at_equality='elsewhere',
            per_sample=True)
+@mean_over_samples
 def RefinedLogits(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -569,8 +586,8 @@ def RefinedLogits(
     t = check_predictions(pred, teacher_pred, softmax=True)
     y,s,t = labels_per_row(pred, target),rows(soften(pred)),rows(soften(t))
     below = t<t.gather(1, y[:,None])
-    confidence = kl(_label_vs_rest(s/alpha_T, y), _label_vs_rest(t/alpha_T, t.argmax(1)))
-    others = kl(_log_softmax_of(s/T, below), _log_softmax_of(t/T, below))
+    confidence = kl_per_row(_label_vs_rest(s/alpha_T, y), _label_vs_rest(t/alpha_T, t.argmax(1)))
+    others = kl_per_row(_log_softmax_of(s/T, below), _log_softmax_of(t/T, below))
     return alpha*alpha_T**2*confidence + beta*T**2*others
 
 # %% ../../nbs/11_losses.output.ipynb #511e4c83
@@ -584,6 +601,7 @@ def _swap_label_with_top(x, y):
            'https://arxiv.org/abs/2504.20108',
            'teachers that are sometimes wrong (label and largest logit swapped)', 'low', 'BC', softmax=True,
            at_equality='elsewhere', per_sample=True)
+@mean_over_samples
 def SwappedLogits(
     pred:torch.Tensor,           # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor,   # Logits of the teacher, the same shape
@@ -598,12 +616,13 @@ def SwappedLogits(
     t = check_predictions(pred, teacher_pred, softmax=True)
     y,s,t = labels_per_row(pred, target),rows(soften(pred)),rows(soften(t))
     targets = [_swap_label_with_top(x, y) for x in ((t,s) if student else (t,))]
-    def at(tau): return tau**2*sum(kl((s/tau).log_softmax(1), (q/tau).log_softmax(1)) for q in targets)
+    def at(tau): return tau**2*sum(kl_per_row((s/tau).log_softmax(1), (q/tau).log_softmax(1)) for q in targets)
     return sum(map(at, T))
 
 # %% ../../nbs/11_losses.output.ipynb #ff4b923b
 @loss_info('Wei & Bai, Dynamic Temperature Knowledge Distillation, 2024', 'https://arxiv.org/abs/2404.12711',
            'temperatures per sample, by the largest logits', 'low', 'BC', softmax=True, per_sample=True)
+@mean_over_samples
 def DTKD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -619,8 +638,8 @@ def DTKD(
     s,t = rows(soften(pred)),rows(soften(t))
     top_s,top_t = (x.amax(1, keepdim=True).clamp_min(1e-3) for x in (s,t))
     T_s,T_t = (2*T*top/(top_s+top_t) for top in (top_s,top_t))
-    dynamic = (T_s*T_t*kl_terms((s/T_s).log_softmax(1), (t/T_t).log_softmax(1))).sum()/len(s)
-    return alpha*dynamic + beta*T**2*kl((s/T).log_softmax(1), (t/T).log_softmax(1))
+    dynamic = (T_s*T_t)[:,0]*kl_per_row((s/T_s).log_softmax(1), (t/T_t).log_softmax(1))
+    return alpha*dynamic + beta*T**2*kl_per_row((s/T).log_softmax(1), (t/T).log_softmax(1))
 
 # %% ../../nbs/11_losses.output.ipynb #1ef71a70
 def _rank_pairs(k, device):
@@ -630,6 +649,7 @@ def _rank_pairs(k, device):
 @loss_info('Xu et al., Local Dense Logit Relations for Enhanced Knowledge Distillation, ICCV 2025',
            'https://arxiv.org/abs/2507.15911',
            "pairs of the student's most likely classes", 'medium', 'B(C + k²)', softmax=True, per_sample=True)
+@mean_over_samples
 def LDRLD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -650,21 +670,22 @@ def LDRLD(
     top_s,top_t = s.gather(1, top),t.gather(1, top)
     a,b = _rank_pairs(k, s.device)
     weight = 2*torch.exp(-.05*(a+b+2))/(1.5+b-a)
-    pairs = (weight*_binary_kl(top_s[:,a]-top_s[:,b], top_t[:,a]-top_t[:,b])).sum()/len(s)
-    whole = kl(top_s.log_softmax(1), top_t.log_softmax(1)) * (weight[0] if k==2 else 1)
+    pairs = (weight*_binary_kl(top_s[:,a]-top_s[:,b], top_t[:,a]-top_t[:,b])).sum(1)
+    whole = kl_per_row(top_s.log_softmax(1), top_t.log_softmax(1)) * (weight[0] if k==2 else 1)
     rest = torch.ones_like(s, dtype=torch.bool)
     if k<s.shape[1]: rest = rest.scatter(1, top, False)
-    others = kl(_log_softmax_of(s, rest), _log_softmax_of(t, rest))
+    others = kl_per_row(_log_softmax_of(s, rest), _log_softmax_of(t, rest))
     return T**2*(alpha*(pairs+whole)/(len(a)+1) + beta*others)
 
 # %% ../../nbs/11_losses.output.ipynb #b3c49724
 def _total_variation(p, q):
-    "Half the sum of absolute differences of probabilities `(N, C)`, mean over rows"
-    return (p-q).abs().sum()/(2*len(p))
+    "Half the sum of absolute differences of probabilities `(N, C)`, for each row"
+    return (p-q).abs().sum(1)/2
 
 @loss_info('Wen et al., f-Divergence Minimization for Sequence-Level Knowledge Distillation, ACL 2023',
            'https://arxiv.org/abs/2307.15190',
            'language models; a symmetric, bounded difference', 'low', 'BC', softmax=True, per_sample=True)
+@mean_over_samples
 def TotalVariation(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -679,19 +700,20 @@ def TotalVariation(
 
 # %% ../../nbs/11_losses.output.ipynb #9240c339
 def _sinkhorn_cost(p, q, cost, kept, lam, n):
-    "Cost of the entropic transport from `p` to `q`, `(N, C)`, between the classes of the mask `kept`; mean over rows"
+    "Cost of the entropic transport from `p` to `q`, `(N, C)`, between the classes of the mask `kept`, for each row"
     cost = cost.to(p).clamp_min(0)+1e-8
     kernel = (-cost/lam).exp()
     u = kept.to(p)/kept.sum(1, keepdim=True)
     for _ in range(n):
         v = q/(u@kernel+1e-8)
         u = p/(v@kernel.T+1e-8)
-    return (u*(v@(kernel*cost).T)).sum()/len(p)
+    return (u*(v@(kernel*cost).T)).sum(1)
 
 @loss_info('Lv et al., Wasserstein Distance Rivals Kullback-Leibler Divergence, NeurIPS 2024',
            'https://arxiv.org/abs/2412.08139',
            'classes that are related to each other (a cost for each pair)', 'medium', 'BC²', softmax=True,
            at_equality='elsewhere', per_sample=True)
+@mean_over_samples
 def WassersteinKD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -715,7 +737,7 @@ def WassersteinKD(
     if separate:
         y = labels_per_row(pred, target)
         kept = ~_label_mask(s, y)
-        label = -(_label_vs_rest(t, y)[:,0].exp()*_label_vs_rest(s, y)[:,0]).mean()
+        label = -_label_vs_rest(t, y)[:,0].exp()*_label_vs_rest(s, y)[:,0]
     p,q = (_log_softmax_of(x/T, kept).exp()*kept for x in (s,t))
     moved = _total_variation(p, q) if cost is None else _sinkhorn_cost(p, q, cost, kept, lam, n)
     return label + gamma*moved
@@ -777,6 +799,7 @@ def LogisticRanking(
            'https://arxiv.org/abs/1909.11723',
            'no teacher: a virtual one that is always right', 'low', 'BC', weight=10., softmax=True,
            at_equality='elsewhere', per_sample=True)
+@mean_over_samples
 def TfKD(
     pred:torch.Tensor,   # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     target:torch.Tensor, # Labels, `(B)` or `(B, *spatial)`
@@ -793,4 +816,4 @@ def TfKD(
     n = possible.sum(1, keepdim=True)
     u = torch.where(label, a, (1-a)/(n-1).clamp_min(1)).to(s)
     t = (u/T).masked_fill(~possible, -1e30).log_softmax(1)
-    return (kl_terms(s, t).sum(1)/n[:,0]).mean()
+    return kl_per_row(s, t)/n[:,0]

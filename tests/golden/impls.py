@@ -10,6 +10,7 @@ def renamed(f, names): return lambda *args, **hp: f(*args, **{names.get(k, k): v
 def output(f, **names):   f = renamed(f, names); return lambda pred, teacher_pred, fm_s, fm_t, target, **hp: f(pred, teacher_pred, **hp)
 def labelled(f, **names): f = renamed(f, names); return lambda pred, teacher_pred, fm_s, fm_t, target, **hp: f(pred, teacher_pred, target, **hp)
 def feature(f, **names):  f = renamed(f, names); return lambda pred, teacher_pred, fm_s, fm_t, target, **hp: f(fm_s, fm_t, **hp)
+def dense(f, **names):    f = renamed(f, names); return lambda pred, teacher_pred, fm_s, fm_t, target, **hp: f(fm_s, fm_t, target, **hp)
 def both(f, **names):     f = renamed(f, names); return lambda pred, teacher_pred, fm_s, fm_t, target, **hp: f(pred, teacher_pred, fm_s, fm_t, **hp)
 
 def weighted(f, weight): return lambda *args, loss_weight=weight, **hp: loss_weight*f(*args, **hp)
@@ -59,6 +60,14 @@ FEATURE = dict(
     ofd_partial_l2=feature(lambda fm_s, fm_t, aux: len([*fm_t.values()][0])*weighted_sum_over_layers(PartialL2)(fm_s, fm_t, margin={n: aux[f'margin_{n}'] for n in fm_t})),  # a sum over the batch
     srd=both(partial(SRD, alpha=1.), exponent='alpha', temperature='T'),
 )
+SEGMENTATION_AND_TOKENS = dict(
+    cirkd_minibatch=feature(CIRKD, temperature='T'), ifvd=dense(IFVD),
+    skd_pairwise_authors=feature(PairwiseKD), skd_pairwise=feature(partial(PairwiseKD, window=2, constant_norm=False)),
+    token_relation_kl=feature(TokenRelationKL, temperature='T'),
+    minilmv2=feature(lambda fm_s, fm_t, aux={}, **hp: MiniLMv2(fm_s, fm_t, mask=aux.get('attention_mask'), **hp), num_relation_heads='heads'),
+    cosine_smooth_l1=feature(lambda fm_s, fm_t, **hp: CosineSmoothL1(fm_s, fm_t, **hp)/len(fm_s), lam_cos='cosine', lam_sl1='smooth_l1'),  # a mean over layers
+)
+FEATURE.update(SEGMENTATION_AND_TOKENS)
 FEATURE |= dict(wkd_feature=feature(GaussianWasserstein, grid='g', mean_cov_ratio='r'))  # with the logits' wkd above
 RELATION = dict(
     pkt=feature(PKT), rkd=feature(RKD, w_d='distance', w_a='angle'), rkd_l2norm=feature(unit_length(RKD), w_d='distance', w_a='angle'),
@@ -130,6 +139,13 @@ class Banked(Owned):
         return loss
     def call(self, loss, **case): return super().call(loss, idx=self.idx, **case)
 
+class Queued(Owned):
+    "The case gives the queue, and says whether the batch is put in front of it"
+    def build(self, aux, update=True, **kw):
+        loss = super().build(**kw)
+        for pair in loss.pairs: pair.queue = aux['queue'].clone()
+        return loss.train(update)
+
 class Sized(Owned):
     "Sizes of the case's weights are parameters of the loss: `sizes` reads them from the weights"
     def __init__(self, make, names, sizes): super().__init__(make, names); self.sizes = sizes
@@ -170,6 +186,7 @@ TRAINABLE = dict(
     dcd=Sized(DCD, {**HEADS, r'params\.tau': 'pairs.0.tau'}, lambda state: dict(dim=len(state['embed_s.weight']))),
     rrd=Sized(renamed(RRD, dict(nce_t_s='T_s', nce_t_t='T_t')), {**HEADS, 'queue_ptr': 'pairs.0.position', 'queue$': 'pairs.0.queue'},
               lambda state: dict(dim=len(state['embed_s.weight']), queue=len(state['queue']))),
+    queue_kl=Queued(renamed(partial(QueueKL, project=False), dict(temperature='T'))),
 )
 IMPLS = {**OUTPUT, **FEATURE, **RELATION, **TRAINABLE}
 
