@@ -278,8 +278,8 @@ class Term:
         if (on_positions or self.needs_labels) and not takes_mask: batch = batch.labeled()
         if not len(batch.pred) and (self.needs_labels or not self.uses_features): return batch.pred.sum()
         inputs = {**batch.inputs(), **self.features(batch.fm_s, batch.fm_t)}
-        if takes_mask and self.uses_features: inputs['valid'] = mask
-        elif takes_mask and batch.pred.ndim>2: inputs['valid'] = batch.mask
+        if takes_mask and batch.pred.ndim>2: inputs['valid'] = batch.mask
+        elif takes_mask and self.uses_features: inputs['valid'] = mask
         mixed = batch.mixed if 'target' in self.args.accepted else None
         masks_features = mask is not None and self.uses_features
         by_sample = self.sample_weight is not None or (
