@@ -12,6 +12,7 @@ __all__ = ['kd_callbacks', 'KnowledgeDistillationCallback', 'check_teacher_names
 import inspect, warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Callable
 import pandas as pd
@@ -313,6 +314,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
         "Add the weighted terms to the loss"
         if not self.is_capturing: return
         batch,task,values,weights = self.compute()
+        self.fit_state.values,self.fit_state.weights = values,weights
         self.record(batch, task, values, weights)
         self.set_loss(self.objective.total(task if self.fit_state.is_first else self.learn.loss_grad, values, weights))
 
@@ -422,8 +424,9 @@ class KnowledgeDistillationCallback(ScopedCallback):
         self.learn.loss_grad,self.learn.loss = total,total.detach().clone()
 
     def after_batch(self):
-        "Release the task loss and its graph, and the teacher's inputs"
-        if self.fit_state is not None: self.fit_state.task = self.fit_state.teacher_xb = None
+        "Release the losses and their graphs, and the teacher's inputs"
+        if self.fit_state is None: return
+        self.fit_state.task = self.fit_state.values = self.fit_state.weights = self.fit_state.teacher_xb = None
 
     # ---- the first batch
 
@@ -592,6 +595,8 @@ class FitState:
         self.awaits_forward = False # whether the next forward pass of the model is the Learner's own
         self.answer = None          # the teacher's predictions and features for the current batch
         self.task = None            # the task loss of the current batch
+        self.values = None          # the raw value of each term for the current batch
+        self.weights = None         # and its weight
         self.masks = {}             # the masks of the terms for the current batch
         self.teacher_xb = None      # the teacher's own inputs for the current batch
         self.confusion = None       # of the teacher and the labels, in the first epoch
@@ -648,7 +653,7 @@ def loss_layout(
 @patch
 def distill(self:Learner,
     teacher:nn.Module|Learner|str|Path|Teacher, # As in `KnowledgeDistillationCallback`
-    loss:Callable|Term|list=SoftTarget, # As in `KnowledgeDistillationCallback`
+    loss:Callable|Term|list=partial(SoftTarget, T=4), # As in `KnowledgeDistillationCallback`
     layers:str|list|dict|None=None,     # Layers to compare as well: as in `KnowledgeDistillationCallback`
     features:Callable=Attention,        # The loss that compares them, with weight='auto'
     weight:float|str='auto',            # Weight of bare losses

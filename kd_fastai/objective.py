@@ -223,6 +223,8 @@ class Term:
         if res.layers is None: res.layers = layers
         if res.schedule is None: res.schedule = schedule
         if res.adapt is None: res.adapt = adapt
+        default = getattr(get_loss_info(self.loss), 'default_layer', '')
+        if default and not any(res.layers): res.layers = [default],[default]
         if res.mask is None and mask is not None:
             check_maskable(res.loss)
             res.mask = mask
@@ -364,7 +366,7 @@ def find_class_axis(
     return -1 if shape==pred.shape[:-1]!=pred[:,0].shape else 1
 
 # %% ../nbs/22_objective.ipynb #97f94d4a
-AUTO_RATIO = {'predictions': 1., 'features': 2.}  # for weight='auto': gradient norm of a term by what it compares
+AUTO_RATIO = {'predictions': 1., 'features': 0.5}  # for weight='auto': gradient norm of a term by what it compares
 
 def auto_ratio(
     loss:Callable # A loss
@@ -609,6 +611,7 @@ class Objective:
     )->dict: # `{name: (norm of the task's gradient, norm of the term's)}`
         """For each unknown weight, gradient norms over the parameters that the term reaches.
 
+        Where the task loss reaches none of them, its norm is that over all parameters.
         Changes no gradient, buffer or random number. Costs a backward pass for the task loss and one for each term.
         A norm is 0 for a loss without a gradient."""
         def grads(loss):
@@ -618,7 +621,9 @@ class Objective:
         of_task,res = grads(task),{}
         for o in self.unknown_weights:
             reached = [(t, g) for t,g in zip(of_task, grads(values[o.name])) if g is not None]
-            res[o.name] = norm([t for t,_ in reached if t is not None]),norm([g for _,g in reached])
+            there = norm([t for t,_ in reached if t is not None])
+            # a classifier that starts at zero passes no gradient of the task on
+            res[o.name] = there or norm([t for t in of_task if t is not None]),norm([g for _,g in reached])
         return res
 
     def find_weights(self,

@@ -552,9 +552,11 @@ def test_classifier_input_is_what_the_last_linear_layer_receives():
         assert classifier_input(model, inputs)==layer
         received = []
         handle = get_module_by_name(model, layer[1:]).register_forward_pre_hook(lambda m,args: received.append(args[0]))
-        with Capture(model.eval(), [layer]) as c, torch.no_grad():
+        with Capture(model.eval(), [layer, '>']) as c, torch.no_grad():
             model(inputs)
-            assert c.pop()[layer] is received[-1]
+            by_name,found = c.pop().values()
+        assert by_name is received[-1]
+        assert found is received[-1]
         handle.remove()
 
 def test_input_of_a_layer_given_by_keyword():
