@@ -418,7 +418,8 @@ class CachedTeacher(StoredTeacher):
         with replayed_draws(0):
             self._dl = dl if self.views else dl.new(shuffle=False, drop_last=False, get_idxs=self._missing().tolist)
             with self.ready(dl.device):
-                for b in progress_bar(self._dl) if bar else self._dl: self(*split_inputs(batch_inputs(dl, b), self.own_inputs)[1])
+                for b in progress_bar(self._dl) if bar else self._dl:
+                    self(*split_inputs(batch_inputs(dl, b), self.own_inputs)[1])
         dl.rng = rng
 
     def _missing(self):
