@@ -8,11 +8,11 @@ Docs: https://kd-fastai.github.io/kd_fastai/losses.output.html.md"""
 __all__ = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NormalizedKD', 'DIST', 'standardize', 'entropy_weighted',
            'scale_decoupled', 'MultiLevel', 'WSLD', 'TTM', 'MFT', 'StreamlinedKD', 'HardTarget', 'JSD', 'SkewKL',
            'AlphaBeta', 'MultiLabel', 'BoundedRegression', 'RefinedLogits', 'SwappedLogits', 'DTKD', 'LDRLD',
-           'TotalVariation', 'WassersteinKD', 'HingeRanking', 'LogisticRanking', 'TfKD']
+           'TotalVariation', 'WassersteinKD', 'HingeRanking', 'LogisticRanking', 'TfKD', 'CrossView', 'MLKDAsPublished']
 
 # %% ../../nbs/11_losses.output.ipynb #583fc88f
 import inspect, math
-from functools import partial, wraps
+from functools import wraps
 from types import SimpleNamespace
 from typing import Callable
 import torch
@@ -817,3 +817,58 @@ def TfKD(
     u = torch.where(label, a, (1-a)/(n-1).clamp_min(1)).to(s)
     t = (u/T).masked_fill(~possible, -1e30).log_softmax(1)
     return kl_per_row(s, t)/n[:,0]
+
+# %% ../../nbs/11_losses.output.ipynb #4e7d1736
+def _softened_kl(s, t, T):
+    "`SoftTarget` of rows of logits `(N, C)`, for each row"
+    return T**2*kl_per_row((s/T).log_softmax(1), (t/T).log_softmax(1))
+
+@mean_over_samples
+def CrossView(
+    pred:torch.Tensor,           # Logits of the student for the weak view, `(B, C)` or `(B, C, *spatial)`
+    teacher_pred:torch.Tensor,   # Logits of the teacher for the weak view, the same shape
+    pred_strong:torch.Tensor,    # Logits of the student for the strong view, the same shape
+    teacher_strong:torch.Tensor, # Logits of the teacher for the strong view, the same shape
+    T:float=4.,                  # Temperature
+    within:float=2.,             # Weight of the comparison within views
+    across:float=.5,             # Weight of the comparison across views
+    tau_w:float=.9,              # Confidence that the teacher must have for the weak view, within views
+    tau_s:float=.2,              # Confidence that the teacher must have for the strong view, across views
+    **kwargs
+)->torch.Tensor: # Scalar
+    """Return the divergence within and across two views of the samples of which the teacher is sure (Zhang et al., 2024).
+
+    Raises `ValueError` for unequal shapes or fewer than two classes."""
+    check_predictions(pred, pred_strong, softmax=True)
+    t_w,t_s = check_predictions(pred, teacher_pred),check_predictions(pred_strong, teacher_strong)
+    s_w,s_s = (rows(soften(x)) for x in (pred,pred_strong))
+    t_w,t_s = (rows(soften(x)) for x in (t_w,t_s))
+    sure_w,sure_s = (t.softmax(1).amax(1)>=tau for t,tau in ((t_w,tau_w),(t_s,tau_s)))
+    return (within*sure_w*(_softened_kl(s_w, t_w, T)+_softened_kl(s_s, t_s, T))
+            + across*sure_s*(_softened_kl(s_s, t_w, T)+_softened_kl(s_w, t_s, T)))
+
+# %% ../../nbs/11_losses.output.ipynb #da9ef377
+def _share_up_to_median(x):
+    "Share of the numbers that are not above their median"
+    return (x<=x.quantile(.5)).to(x).mean()
+
+def MLKDAsPublished(
+    pred:torch.Tensor,           # Logits of the student for the weak view, `(B, C)`
+    teacher_pred:torch.Tensor,   # Logits of the teacher for the weak view, the same shape
+    pred_strong:torch.Tensor,    # Logits of the student for the strong view, the same shape
+    teacher_strong:torch.Tensor, # Logits of the teacher for the strong view, the same shape
+    T:float=4.,                  # First temperature; the others are 3, 5, 2 and 6
+    standardized:bool=False,     # Compare z-scores of logits, in the terms of samples?
+    **kwargs
+)->torch.Tensor: # Scalar
+    """Return the distillation part of the published training step of MultiLevel (Jin et al., 2023).
+
+    Raises `ValueError` for unequal shapes or fewer than two classes."""
+    p = at_least_float32(check_predictions(pred, teacher_pred, softmax=True)).softmax(1)
+    of_samples,of_classes = _share_up_to_median(p.amax(1)),_share_up_to_median(p.sum(0))
+    instance = standardize(SoftTarget) if standardized else SoftTarget
+    def at(temperatures, s, t): return sum(instance(s, t, T=tau) for tau in temperatures)
+    all_T,strong_T,weak_T = (T,3.,5.,2.,6.),(T,3.,5.),(2.,6.)
+    return (of_samples*(at(all_T, pred, teacher_pred) + MultiLevel(pred, teacher_pred, T=all_T, levels=('batch',)))
+            + of_classes*MultiLevel(pred, teacher_pred, T=all_T, levels=('class',))
+            + at(strong_T, pred_strong, teacher_strong) + at(weak_T, pred, teacher_pred))
