@@ -2,7 +2,8 @@
 
     python benchmarks/per_sample.py [--rounds 200] [--batch 64 256] [--channels 64] [--only SoftTarget FitNet]
 
-For each loss that is a mean over samples: the loss, and the mean of its `per_sample` values, weighted sample by sample. Both take turns on the same inputs, those of `losses.py`; ratios are medians over rounds, with quartiles. Losses
+For each loss that is a mean over samples: the loss, and the mean of its `per_sample` values, weighted sample by
+sample. Both take turns on the same inputs, those of `losses.py`; ratios are medians over rounds, with quartiles. Losses
 on predictions are written by `mean_over_samples`; the others are vectorized by `torch.func.vmap`."""
 import argparse
 from functools import partial

@@ -6,6 +6,7 @@ from .capture import Capture
 from .card import KDCard
 from .classes import match_classes
 from .compare import KDComparison, kd_compare
+from .dot import DOT
 from .find import KDFind
 from .gates import all_of, by_entropy, teacher_right, teacher_sure
 from .inputs import normalization_tfm

@@ -68,6 +68,9 @@ def _read(dl, idx, seed):
         b = dl.do_batch([dl.do_item(i) for i in idx])
         return batch_inputs(dl, dl.after_batch(b if dl.device is None else to_device(b, dl.device)))
 
+_OWN_GENERATOR = ("it draws from a random generator of its own, which cannot be replayed without a method "
+                  "set_random_seed(seed)")
+
 def check_repeatable(
     dl,               # A fastai `DataLoader` of training data
     n:int=8,          # How many samples to look at
@@ -85,7 +88,7 @@ def check_repeatable(
     tfms = _plain_repr(getattr(dl.dataset, 'transform', all_transforms(dl)))
     if not _same(xb, again): raise ValueError(
         f"Reading a sample twice gives different inputs, by a transform of {type(dl.dataset).__name__} {tfms}: "
-        + ("it draws from a random generator of its own, which cannot be replayed" if replay else hint))
+        + (_OWN_GENERATOR if replay else hint))
     padded = not replay and getattr(getattr(dl, 'before_batch', None), 'fs', None)
     if padded and any(_shapes(_read(dl, [i], 0))!=_shapes(xb) for i in idx): raise ValueError(
         f"The input of a sample depends on its batch, by {_plain_repr(dl.before_batch)} (padding?): {hint}")

@@ -15,7 +15,7 @@ from functools import partial, wraps
 from typing import Callable
 from torch import Tensor
 from .info import get_loss_info
-from .signature import LOSS_ARGS, loss_name
+from .signature import LOSS_ARGS, is_mean_over_samples, loss_name
 
 # %% ../nbs/02_features.ipynb #f236dda0
 def _shape(t): return '('+', '.join(map(str, t.shape))+')'
@@ -146,9 +146,9 @@ def mean_over_samples(
     return loss
 
 def _takes_reduction(loss):
-    "Whether a loss was made by `mean_over_samples`. A wrapper that copies its attributes, as `wraps` does, was not"
+    "Whether a loss, possibly in partials, takes `reduction='none'`"
     while isinstance(loss, partial): loss = loss.func
-    return hasattr(loss, 'mean_of') and loss.mean_of is loss.__wrapped__
+    return is_mean_over_samples(loss) or getattr(loss, 'takes_reduction', False)
 
 def per_sample(
     loss:Callable # A loss that is a mean over samples: with the fact `per_sample`

@@ -30,6 +30,7 @@ def loss_info(
     at_equality:str='zero', # Where the minimum is: see below
     per_sample:bool=False,  # Is the loss a mean of values of single samples?
     masking:str='',         # How a loss on features leaves out positions: 'select', 'sample', 'zero'; '': it cannot
+    default_layer:str=''    # What it compares if no layers are named: `'>'` or `'>maps'`, see `parse_layer`
 )->Callable:                # A decorator
     "Return a decorator that attaches facts to a loss. Raises `ValueError` for an unknown `at_equality` or `masking`"
     if masking not in MASKING: raise ValueError(f"Expected masking to be one of {MASKING}, got {masking!r}")
@@ -37,7 +38,7 @@ def loss_info(
         raise ValueError(f"Expected at_equality to be one of {AT_EQUALITY}, got {at_equality!r}")
     info = SimpleNamespace(paper=paper, url=url, best_for=best_for, complexity=complexity, cost=cost, weight=weight,
         softmax=softmax, must_match=must_match, trains=trains, at_equality=at_equality, per_sample=per_sample,
-        masking=masking)
+        masking=masking, default_layer=default_layer)
     def _(loss):
         loss.info = info
         return loss

@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/masks.html.md"""
 # %% auto #0
 __all__ = ['find_mask', 'check_mask', 'resize_mask', 'feature_mask', 'zero_masked', 'how_masked', 'check_maskable', 'masked_loss']
 
-# %% ../nbs/07_masks.ipynb #6183c2e8
+# %% ../nbs/07_masks.ipynb #150e48dc
 from collections.abc import Mapping
 from typing import Callable
 import torch
@@ -18,7 +18,7 @@ from .info import get_loss_info
 from .inputs import as_plain_tensor
 from .signature import loss_args, loss_name, unwrap_chain
 
-# %% ../nbs/07_masks.ipynb #bc6e0ef6
+# %% ../nbs/07_masks.ipynb #7c95b0bf
 def find_mask(
     mask:str|Callable, # Key of a dict input, or a function of the items of a batch, `mask(*xb, *yb)`
     xb:tuple,          # Inputs of the student
@@ -48,7 +48,7 @@ def check_mask(
         "mask is the key of a dict input, such as 'attention_mask', or a function of the items of a batch, "
         f"such as lambda x, y: y!=255, got {mask!r}")
 
-# %% ../nbs/07_masks.ipynb #895766ad
+# %% ../nbs/07_masks.ipynb #6d6a58b2
 def resize_mask(
     mask:Tensor, # `(B, *positions)` of bool
     size:tuple   # Size of a feature, without batch and channels
@@ -77,14 +77,14 @@ def zero_masked(
         return f if m is None else torch.where(m.unsqueeze(-1 if f.ndim==3 else 1), f, 0)
     return {k: zero(f) for k,f in fm.items()}
 
-# %% ../nbs/07_masks.ipynb #bc4ca694
+# %% ../nbs/07_masks.ipynb #bd0d42ad
 def how_masked(
     loss:Callable # A loss on features
 )->str: # 'select', 'sample', 'zero', or '' if it cannot
     "How a loss leaves out positions, by its facts. A function around a loss may change what they mean"
     def is_function_around(o):
         if isinstance(o, nn.Module) or hasattr(o, '_torchdynamo_orig_callable'): return False
-        return hasattr(o, '__wrapped__')
+        return hasattr(o, '__wrapped__') and getattr(o, 'mean_of', None) is not o.__wrapped__
     if any(map(is_function_around, unwrap_chain(loss))): return ''
     return getattr(get_loss_info(loss), 'masking', '')
 

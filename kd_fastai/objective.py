@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     mixed:tuple|None=None         # Of mixed samples: the labels of their partners, and the shares of the first labels
     mask:Tensor|None=None         # Positions that have a label, `(B, *spatial)`; None if all have one
     masks:dict={}                 # Positions of inputs that count, `(B, *positions)`, by the name of the term
+    by_teacher:dict={}            # With several teachers: a batch with the answers of each, by name
     fields:dict={}                # Other tensors of the batch by name, such as weights of the samples
     sample_weight:Tensor|None=None # Weights of the samples in one term, `(B,)` or `(B, *spatial)`
 
@@ -45,6 +46,12 @@ class Batch(NamedTuple):
         "The arguments for losses that are not None, by name"
         names = 'pred','teacher_pred','target','idx'
         return {k:v for k in names if (v := getattr(self, k)) is not None}
+
+    def of(self,
+        teacher:str|None # Name of a teacher; None for the only one
+    )->'Batch':
+        "The batch with the answers of this teacher"
+        return self if teacher is None else self.by_teacher[teacher]
 
     def labeled(self)->'Batch':
         "The positions that have a label: `(N, C)` predictions and `(N,)` labels"
@@ -151,6 +158,7 @@ class Term:
         name:str|None=None,             # Name of its column; default: made from the loss
         adapt:str|Callable|list|None=None, # Trained layers as in `LossWithAdapters`; default: the callback's
         mask:str|Callable|None=None,    # Positions that count, as in `find_mask`; default: the callback's
+        teacher:str|None=None,          # Name of the teacher, if the callback has a dict of them
         sample_weight:str|Callable|None=None, # Weights of samples: a field of the batch, or a function of the `Batch`
         **params                        # Parameters of the loss: constants, or schedules such as `T=SchedCos(8,2)`
     ):
@@ -160,7 +168,8 @@ class Term:
         self.loss = partial(loss, **constants) if constants else loss
         self.weight = check_weight(weight, f"The weight of {loss_name(loss)}")
         self.layers = None if layers is None else parse_layer_pairs(layers)
-        self.name = camel2snake(loss_name(loss)) if name is None else name
+        self.teacher = teacher
+        self.name = '_'.join(filter(None, [camel2snake(loss_name(loss)), teacher])) if name is None else name
         self.schedule,self.adapt,self.params = schedule,adapt,scheduled
         for o in (schedule, *scheduled.values()): check_schedule(o)
         self.sample_weight = sample_weight
@@ -189,6 +198,14 @@ class Term:
         return bool(self.args.accepted & {'pred','teacher_pred'})
 
     @property
+    def uses_teacher_pred(self)->bool:
+        """Whether the loss may need the teacher's predictions.
+
+        Losses of other packages that take `**kwargs` are assumed to use them."""
+        is_unknown = self.args.has_var_kwargs and get_loss_info(self.loss) is None
+        return 'teacher_pred' in self.args.accepted or is_unknown or callable(self.sample_weight)
+
+    @property
     def needs_labels(self)->bool:
         "Whether the loss requires labels"
         return 'target' in self.args.required
@@ -206,6 +223,8 @@ class Term:
         if res.layers is None: res.layers = layers
         if res.schedule is None: res.schedule = schedule
         if res.adapt is None: res.adapt = adapt
+        default = getattr(get_loss_info(self.loss), 'default_layer', '')
+        if default and not any(res.layers): res.layers = [default],[default]
         if res.mask is None and mask is not None:
             check_maskable(res.loss)
             res.mask = mask
@@ -251,6 +270,7 @@ class Term:
 
         Raises `TypeError` if the loss does not return a scalar tensor; `ValueError` for sample weights of another shape
         than `(B,)` or that of the positions."""
+        batch = batch.of(self.teacher)
         takes_mask,mask = 'valid' in self.args.accepted,batch.masks.get(self.name)
         if mask is not None: batch = batch.masked(mask)
         if self.sample_weight is not None: batch = self._weighted(batch)
@@ -258,7 +278,8 @@ class Term:
         if (on_positions or self.needs_labels) and not takes_mask: batch = batch.labeled()
         if not len(batch.pred) and (self.needs_labels or not self.uses_features): return batch.pred.sum()
         inputs = {**batch.inputs(), **self.features(batch.fm_s, batch.fm_t)}
-        if takes_mask: inputs['valid'] = mask if self.uses_features else batch.mask
+        if takes_mask and batch.pred.ndim>2: inputs['valid'] = batch.mask
+        elif takes_mask and self.uses_features: inputs['valid'] = mask
         mixed = batch.mixed if 'target' in self.args.accepted else None
         masks_features = mask is not None and self.uses_features
         by_sample = self.sample_weight is not None or (
@@ -315,6 +336,7 @@ class Term:
         res += loss_name(self.loss)
         params = {**unwrap_loss(self.loss)[1], **dict.fromkeys(self.params, 'schedule')}
         if params: res += f"({', '.join(f'{k}={v}' for k,v in params.items())})"
+        if self.teacher: res += f" from {self.teacher}"
         if not self.uses_features: return res
         pairs = [(layer_name(s), layer_name(t)) for s,t in zip(*(self.layers or ([],[])))]
         if pairs: res += f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in pairs)}"
@@ -344,7 +366,7 @@ def find_class_axis(
     return -1 if shape==pred.shape[:-1]!=pred[:,0].shape else 1
 
 # %% ../nbs/22_objective.ipynb #97f94d4a
-AUTO_RATIO = {'predictions': 1., 'features': 2.}  # for weight='auto': gradient norm of a term by what it compares
+AUTO_RATIO = {'predictions': 1., 'features': 0.5}  # for weight='auto': gradient norm of a term by what it compares
 
 def auto_ratio(
     loss:Callable # A loss
@@ -362,15 +384,13 @@ class Objective:
         task_weight:float=1.,    # Weight of the task loss
         class_axis:int|None=1,   # Dimension of the classes in predictions of 3 dimensions or more; None: inferred
         ignore_index:int|None=None, # Label of positions that are left out
-        class_map:list|None=None,# The teacher's column for each class of the student, or -1: see `match_classes`
+        class_map:list|dict|None=None,# The teacher's column for each class of the student, or -1: see `match_classes`
         balance:bool=False       # Scale each term, batch by batch, to the size of the task loss
     ):
         self.terms = [o.with_defaults(([],[])) for o in terms]
         for o,name in zip(self.terms, unique_names(['task_loss', *(o.name for o in self.terms)])[1:]): o.name = name
         self.task_weight = check_number(task_weight, 'task_weight')
-        self.class_map = class_map
-        with_labels = [o.name for o in self.terms if o.needs_labels]
-        if class_map is not None: self.class_map = check_class_map(class_map, with_labels)
+        self.class_map = self._check_class_map(class_map)
         store_attr('class_axis,ignore_index,balance')
         self.found_weights,self.magnitudes = {},{}
         self.built,self.params,self.channels = not self.modules,[],{}  # without modules there is nothing to build
@@ -382,15 +402,31 @@ class Objective:
         "The losses that are modules, each once"
         return [*dict.fromkeys(o.module for o in self.terms if o.module is not None)]
 
+    def _check_class_map(self, class_map):
+        "The map, or a dict of maps by teacher, without labels that they would leave out"
+        def check(o, terms): return check_class_map(o, [t.name for t in terms if t.needs_labels])
+        if class_map is None: return None
+        if not isinstance(class_map, dict): return check(class_map, self.terms)
+        return {k: check(o, [t for t in self.terms if t.teacher==k]) for k,o in class_map.items()}
+
     @property
     def uses_teacher_pred(self)->bool:
-        """Whether a term may need the teacher's predictions.
+        "Whether a term may need the teacher's predictions"
+        return self.class_map is not None or any(o.uses_teacher_pred for o in self.terms)
 
-        Losses of other packages that take `**kwargs` are assumed to use them."""
-        def may(o):
-            is_unknown = o.args.has_var_kwargs and get_loss_info(o.loss) is None
-            return 'teacher_pred' in o.args.accepted or is_unknown or callable(o.sample_weight)
-        return self.class_map is not None or any(map(may, self.terms))
+    @property
+    def teachers(self)->list:
+        "The names of the teachers in the terms, in their order; `[None]` for a single teacher without a name"
+        return [*dict.fromkeys(o.teacher for o in self.terms)]
+
+    def of(self,
+        teacher:str|None # Name of a teacher
+    )->'Objective':
+        "The part of the objective that learns from this teacher"
+        res = copy.copy(self)
+        res.terms = [o for o in self.terms if o.teacher==teacher]
+        if isinstance(self.class_map, dict): res.class_map = self.class_map.get(teacher)
+        return res
 
     @property
     def layers(self)->tuple: # Names of the student's layers, and of the teacher's
@@ -400,23 +436,26 @@ class Objective:
     def build(self,
         batch:Batch,       # A first batch, from `prepare`
         student:nn.Module, # The student
-        teacher:nn.Module|None=None, # The teacher
+        teacher:nn.Module|dict|None=None, # The teacher, or several by name
         **extra            # What else a loss's `build` may ask for, such as `n_data`, the number of training samples
     )->'Objective':
         """Create the weights that losses own, once, from the shapes of a first batch. Random numbers stay as they are.
 
         Parameters of the student and the teacher that a loss refers to are not its own: they are left out of
         `parameters`, and their modules keep their modes."""
-        common = dict(pred=batch.pred.detach(), teacher_pred=batch.teacher_pred, student=student, teacher=teacher)
+        teachers = teacher if isinstance(teacher, (dict,nn.ModuleDict)) else {None: teacher}
         with torch.random.fork_rng():
             built = set()
             for o in self.terms:
                 if not hasattr(o.module, 'build') or o.module in built: continue
                 built.add(o.module)
-                features = {'fm_s': {}, 'fm_t': {}, **o.features(batch.fm_s, batch.fm_t)}
+                answers = batch.of(o.teacher)
+                features = {'fm_s': {}, 'fm_t': {}, **o.features(answers.fm_s, answers.fm_t)}
                 features = {k: {n: f.detach() for n,f in fm.items()} for k,fm in features.items()}
-                o.module.build(**accepted_kwargs(o.module.build, {**features, **common, **extra}))
-        models = [o for o in (student, teacher) if o is not None]
+                given = dict(pred=answers.pred.detach(), teacher_pred=answers.teacher_pred, student=student,
+                             teacher=teachers[o.teacher], **features, **extra)
+                o.module.build(**accepted_kwargs(o.module.build, given))
+        models = [o for o in (student, *teachers.values()) if o is not None]
         with preserving_modes(*models):
             for m in self.modules: m.to(batch.pred.device).train()
         foreign = {id(p) for m in models for p in m.parameters()}
@@ -431,7 +470,8 @@ class Objective:
         return self.params
 
     def _channels(self, batch):
-        return {o.name: [channels_first(f).shape[1] for f in o.features(batch.fm_s, batch.fm_t)['fm_s'].values()]
+        def features(o): return o.features(batch.fm_s, batch.of(o.teacher).fm_t)['fm_s'].values()
+        return {o.name: [channels_first(f).shape[1] for f in features(o)]
                 for o in self.terms if hasattr(o.module, 'build') and any(o.layers)}
 
     def check_channels(self,
@@ -467,9 +507,9 @@ class Objective:
 
     def prepare(self,
         pred:Tensor,                # Predictions of the student
-        teacher_pred:Tensor|None=None, # Predictions of the teacher
+        teacher_pred:Tensor|dict|None=None, # Predictions of the teacher, or of several by name
         fm_s:dict|None=None,        # Features of the student by layer, as named in the terms
-        fm_t:dict|None=None,        # Features of the teacher by layer
+        fm_t:dict|None=None,        # Features of the teacher by layer, or of several by name
         target=None,                # Labels
         idx:Tensor|None=None,       # Positions of the samples in the training set
         mixed:tuple|None=None,      # Of mixed samples: the labels of their partners, and the shares of the first labels
@@ -484,19 +524,27 @@ class Objective:
         Raises `ValueError` if `class_map` does not fit the predictions."""
         axis = find_class_axis(self.class_axis, pred, target) if pred.ndim>2 else 1
         pred = as_float32(as_plain_tensor(pred)).movedim(axis, 1) if pred.ndim>2 else as_float32(as_plain_tensor(pred))
-        def of_teacher(t):
+        fm_s = {k: as_float32(as_plain_tensor(v)) for k,v in (fm_s or {}).items()}
+        if mixed is not None: mixed = mixed[0],torch.as_tensor(mixed[1], device=pred.device)
+        mask = self._label_mask(pred, target, mixed)
+        batch = Batch(pred, None, fm_s, {}, target, idx, mixed, mask, masks or {}, fields=fields or {})
+        def answered(name, teacher_pred, fm_t):
+            return self.of(name)._with_answer(batch, teacher_pred, fm_t or {}, axis)
+        if not isinstance(teacher_pred, dict): return answered(None, teacher_pred, fm_t)
+        return batch._replace(by_teacher={k: answered(k, p, fm_t[k]) for k,p in teacher_pred.items()})
+
+    def _with_answer(self, batch, teacher_pred, fm_t, axis):
+        "The batch with what a teacher returned, in the student's type"
+        pred = batch.pred
+        def as_students(t):
             t = as_plain_tensor(t)
             if t.is_inference(): t = t.clone()
             return t.to(pred.dtype) if t.is_floating_point() else t
         if teacher_pred is not None:
-            teacher_pred = of_teacher(teacher_pred)
+            teacher_pred = as_students(teacher_pred)
             if teacher_pred.ndim>2: teacher_pred = teacher_pred.movedim(axis, 1)
             if self.class_map is not None: pred,teacher_pred = shared_classes(pred, teacher_pred, self.class_map)
-        fm_s = {k: as_float32(as_plain_tensor(v)) for k,v in (fm_s or {}).items()}
-        fm_t = {k: of_teacher(v) for k,v in (fm_t or {}).items()}
-        if mixed is not None: mixed = mixed[0],torch.as_tensor(mixed[1], device=pred.device)
-        mask = self._label_mask(pred, target, mixed)
-        return Batch(pred, teacher_pred, fm_s, fm_t, target, idx, mixed, mask, masks or {}, fields or {})
+        return batch._replace(pred=pred, teacher_pred=teacher_pred, fm_t={k: as_students(v) for k,v in fm_t.items()})
 
     def find_masks(self,
         xb:tuple,  # Inputs of the student
@@ -563,6 +611,7 @@ class Objective:
     )->dict: # `{name: (norm of the task's gradient, norm of the term's)}`
         """For each unknown weight, gradient norms over the parameters that the term reaches.
 
+        Where the task loss reaches none of them, its norm is that over all parameters.
         Changes no gradient, buffer or random number. Costs a backward pass for the task loss and one for each term.
         A norm is 0 for a loss without a gradient."""
         def grads(loss):
@@ -572,7 +621,9 @@ class Objective:
         of_task,res = grads(task),{}
         for o in self.unknown_weights:
             reached = [(t, g) for t,g in zip(of_task, grads(values[o.name])) if g is not None]
-            res[o.name] = norm([t for t,_ in reached if t is not None]),norm([g for _,g in reached])
+            there = norm([t for t,_ in reached if t is not None])
+            # a classifier that starts at zero passes no gradient of the task on
+            res[o.name] = there or norm([t for t in of_task if t is not None]),norm([g for _,g in reached])
         return res
 
     def find_weights(self,

@@ -21,6 +21,7 @@ from fastai.torch_core import no_random
 from .callback import KnowledgeDistillationCallback, kd_callbacks
 from .capture import preserving_modes
 from .classes import TeacherConfusion, in_student_order
+from .info import get_loss_info
 from .inputs import split_inputs
 from .losses import Mutual, SoftTarget
 from .signature import unwrap_loss
@@ -74,7 +75,7 @@ class MeasureTerms(Callback):
 
     def pairs(self, term, batch)->list:
         "A row for each pair of layers of a term"
-        fm = term.features(batch.fm_s, batch.fm_t)
+        fm = term.features(batch.fm_s, batch.of(term.teacher).fm_t)
         pairs = zip(fm['fm_s'].items(), fm['fm_t'].items())
         return [(term.name, s, (*fs.shape,), t, (*ft.shape,)) for (s,fs),(t,ft) in pairs]
 
@@ -203,8 +204,8 @@ def is_kl_at_T1(
     term # A `Term`
 )->bool:
     "Whether its loss is a plain divergence at temperature 1"
-    f,params = unwrap_loss(term.loss_at(0.5))
-    return f is Mutual or f is SoftTarget and params.get('T')==1
+    info,params = get_loss_info(term.loss),unwrap_loss(term.loss_at(0.5))[1]
+    return info is Mutual.info or info is SoftTarget.info and params.get('T')==1
 
 # %% ../nbs/32_report.ipynb #6015ca03
 def shadow_learner(
@@ -274,6 +275,9 @@ def kd_report(self:Learner,
         with attached(self, teacher, **kwargs): return self.kd_report()
     kd = next(iter(kd_callbacks(self)), None)
     if kd is None: raise ValueError("There is no teacher to report on: attach one first with learn.distill(teacher)")
+    if [*kd.teacher.by_name]!=[None]: raise ValueError(
+        f"kd_report compares the student with one teacher, and this callback has {[*kd.teacher.by_name]}: "
+        "give one of them, kd_report(teacher, loss=...)")
     models = self.model,kd.teacher.model
     with no_random(), preserving_loader_rngs(self.dls), preserving_buffers(*models), preserving_modes(*models):
         learn = shadow_learner(self, kd)

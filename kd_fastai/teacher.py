@@ -110,6 +110,17 @@ class Teacher:
         self._guard = InPlaceGuard('teacher')
         return self
 
+    @property
+    def by_name(self)->dict:
+        "All teachers by name: only this one, without a name"
+        return {None: self}
+
+    def set_own_inputs(self,
+        n:int # How many of a batch's last inputs are its own; 0: it gets the student's
+    ):
+        "Called before a fit, for teachers that read batches themselves"
+        self.own_inputs = n
+
     def prepare(self,
         dl # Training data
     ):

@@ -97,9 +97,10 @@ def test_a_cached_teacher_and_an_early_exit_find_the_same(teacher):
 def test_finding_changes_nothing_else(teacher):
     "With a schedule of 0 the training is one without a teacher, bit for bit, and gradients are not left."
     term = Term(SoftTarget, 'auto', schedule=lambda pos: 0.)
-    learn = fit(learner(KD(teacher, term)))
+    learn,random = fit(learner(KD(teacher, term))),torch.get_rng_state()
     plain = fit(learner())
     assert found(learn)['soft_target']>0
+    assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(a, b) for a,b in zip(learn.model.state_dict().values(), plain.model.state_dict().values()))
     assert not hooks(learn.model, teacher)
     assert all(p.grad is None for p in teacher.parameters())
@@ -158,6 +159,18 @@ def test_equal_models_have_no_gradient():
     learn = learner(KD(deepcopy(net), Logits, weight='auto'), model=net)
     with pytest.warns(UserWarning, match='logits has no gradient on the first batch.*default of the loss'): fit(learn)
     assert found(learn)=={'logits': get_loss_info(Logits).weight}
+
+def test_a_classifier_that_starts_at_zero():
+    "It passes no gradient of the task to the layers before it, but the weight is found all the same."
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64,12), nn.ReLU(), nn.Linear(12,10))
+    t = deepcopy(net)
+    t[1].weight.data.mul_(-2)
+    net[3].weight.data.zero_()
+    learn = learner(KD(t, FitNet, '1', weight='auto'), model=net)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        fit(learn)
+    assert 0<found(learn)['fit_net']!=get_loss_info(FitNet).weight
 
 def test_frozen_layers_have_no_gradient(teacher):
     "The other term is found all the same."

@@ -21,7 +21,8 @@ def inputs(B=6, C=5, size=()):
     def rand(*shape): return torch.randn(shape, generator=g, dtype=torch.float64)
     target = torch.randint(C, (B,*size), generator=g)
     fm_s,fm_t = {'a': rand(B,4,3,3).requires_grad_()},{'a': rand(B,4,3,3), 'b': rand(B,7,3,3)}
-    return dict(pred=rand(B,C,*size).requires_grad_(), teacher_pred=rand(B,C,*size), fm_s=fm_s, fm_t=fm_t, target=target)
+    pred,teacher_pred = rand(B,C,*size).requires_grad_(),rand(B,C,*size)
+    return dict(pred=pred, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=target)
 
 def one(x, i):
     "The batch of one sample"

@@ -535,6 +535,69 @@ def test_export(name, teachers, tmp_path):
     assert not any(o in data for o in (b'kd_fastai.losses', b'kd_fastai.callback', b'kd_fastai.scope'))
     assert same(state(load_learner(tmp_path/'m.pkl').model), state(learn.model))
 
+# --- losses that find the feature that the classifier reads
+
+FINDS = [n for n,r in LOSSES.items() if get_loss_info(r.make()).default_layer]
+
+@pytest.mark.parametrize('name', FINDS)
+def test_finds_the_input_of_the_classifier(name, teachers):
+    "Without layers, the training equals one on the input of the last linear layer, bit for bit"
+    def train(**layers):
+        kd = KnowledgeDistillationCallback(teachers[6], LOSSES[name].make(), weight=1., **layers)
+        return weights_of(fit(learner(kd, dls=digits(40))).model)
+    found = train()
+    assert torch.equal(found, train(layers='>5'))
+    assert not torch.equal(found, train(layers=[('1','2')]))  # explicit layers win
+
+def weights_of(model): return nn.utils.parameters_to_vector(model.parameters())
+
+def test_which_losses_find_their_layers():
+    assert {*FINDS}=={'SRRL','SimKD','CRD','CRDBank','ITRD','DCD','RRD','PEFD'}
+    assert get_loss_info(CATKD).default_layer=='>maps'
+
+def test_class_activation_maps(teachers):
+    "Their mean over positions are the logits; they train the student's classifier too"
+    net = teachers[6].eval()
+    x = digits(20).one_batch()[0]
+    with Capture(net, ['>maps']) as c:
+        logits = net(x)
+        maps = c.pop()['>maps']
+    assert maps.shape[1]==10 and maps.ndim==4
+    torch.testing.assert_close(maps.mean((2,3)), logits)
+    student = learner(KnowledgeDistillationCallback(teachers[6], CATKD, weight=10., task_weight=0))
+    before = state(student.model)
+    fit(student)
+    after = state(student.model)
+    assert not torch.equal(before['5.weight'], after['5.weight'])
+    assert not torch.equal(before['0.0.weight'], after['0.0.weight'])
+
+def headless(): return nn.Sequential(*small_net(4)[:2], nn.Flatten(), nn.Linear(128,16), nn.ReLU())
+def of_tokens(): return nn.Sequential(nn.Flatten(2), nn.Linear(64,8), nn.Flatten(), nn.ReLU())
+
+@pytest.mark.parametrize('loss,make,match', [
+    (SRRL, lambda: small_net(4)[:2], 'student: Sequential has no linear layer for a classifier'),
+    (CRD, lambda: small_net(4)[:5], 'student: Sequential has no linear layer for a classifier'),
+    (SimKD, headless, "last linear layer of the student, '3', does not compute its predictions"),
+    (CRD, of_tokens, r"student: the last linear layer '1' receives \(\d+, 1, 64\), so it is not a classifier"),
+    (lambda: CATKD, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,10)), "got no pooling layer before '1'"),
+    (lambda: CATKD, lambda: nn.Sequential(*small_net(4)[:5], nn.Linear(16,8), nn.ReLU(), nn.Linear(8,10)),
+     r"got \['5'\] before '7'")], ids=['SRRL','CRD','headless','tokens','no pooling','layers between'])
+def test_no_classifier_to_find(loss, make, match, teachers):
+    learn = learner(KnowledgeDistillationCallback(teachers[6], loss(), weight=1.), model=make())
+    with pytest.raises(ValueError, match=match): fit(learn)
+
+@pytest.mark.parametrize('layer', ['>', '>5'])
+def test_simkd_student_from_the_input_of_the_classifier(layer, teachers):
+    "The projector comes before the teacher's classifier"
+    kd = KnowledgeDistillationCallback(teachers[6], simkd := SimKD(), [(layer, '>')], weight=1., task_weight=0)
+    learn = fit(learner(kd), 4)
+    final = simkd.student(learn.model).eval()
+    x = learn.dls.valid.one_batch()[0]
+    with torch.no_grad():
+        feature = learn.model.eval()[:5](x)
+        expected = teachers[6][5](simkd.eval().transfer(feature[...,None,None]).flatten(1))
+        torch.testing.assert_close(final(x), expected)
+
 # --- variances, and margins of the overhaul
 
 def test_first_variance():

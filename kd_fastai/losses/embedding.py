@@ -120,7 +120,7 @@ def _mutual_information_loss(s, t):
 
 @loss_info('Miles et al., Information Theoretic Representation Distillation, BMVC 2022', 'https://arxiv.org/abs/2112.00459',
        'correlation and mutual information of embeddings, at low cost', 'medium', 'BD² + B²D',
-       weight=1., must_match='batch', trains='a linear map')
+       weight=1., must_match='batch', trains='a linear map', default_layer='>')
 class ITRD(TrainableLoss):
     "Correlation and mutual information of embeddings (Miles et al., 2022)"
     def __init__(self,
@@ -186,7 +186,7 @@ class _QueueContrast(nn.Module):
 
 @loss_info('Tian et al., Contrastive Representation Distillation, ICLR 2020', 'https://arxiv.org/abs/1910.10699',
        'contrastive learning of embeddings, in-batch and queued negatives', 'medium', 'B·(B + queue)·dim',
-       weight=0.8, must_match='batch', trains='linear maps')
+       weight=0.8, must_match='batch', trains='linear maps', default_layer='>')
 class CRD(TrainableLoss):
     "Recognize the same sample among others of the batch and of a queue (Tian et al., 2020)"
     def __init__(self,
@@ -246,7 +246,7 @@ class _BankContrast(nn.Module):
 
 @loss_info('Tian et al., Contrastive Representation Distillation, ICLR 2020', 'https://arxiv.org/abs/1910.10699',
        'contrastive learning with a memory bank of all samples', 'high', 'B·n·dim',
-       weight=0.8, must_match='batch', trains='linear maps')
+       weight=0.8, must_match='batch', trains='linear maps', default_layer='>')
 class CRDBank(StochasticLoss):
     "Recognize the same sample among others of a memory bank (Tian et al., 2020)"
     def __init__(self,
@@ -309,7 +309,8 @@ class _BatchContrast(nn.Module):
 
 @loss_info('Giakoumoglou & Stathaki, Discriminative and Consistent Representation Distillation, arXiv 2024',
        'https://arxiv.org/abs/2407.11802', 'in-batch contrastive learning with a learned temperature',
-       'medium', 'B²·dim', weight=1., must_match='batch', trains='linear maps and a temperature')
+       'medium', 'B²·dim', weight=1., must_match='batch', trains='linear maps and a temperature',
+       default_layer='>')
 class DCD(TrainableLoss):
     "Recognize the same sample in the batch, consistently in both directions (Giakoumoglou & Stathaki, 2024)"
     def __init__(self,
@@ -366,7 +367,7 @@ class _QueueRelation(nn.Module):
 @loss_info('Giakoumoglou & Stathaki, Relational Representation Distillation, arXiv 2024',
        'https://arxiv.org/abs/2407.12073', 'similarities to a queue of earlier samples (relaxed contrast)',
        'medium', 'B·queue·dim',
-       weight=1., must_match='batch', trains='a linear map')
+       weight=1., must_match='batch', trains='a linear map', default_layer='>')
 class RRD(TrainableLoss):
     "Similarities of each sample to a queue of the teacher's earlier vectors (Giakoumoglou & Stathaki, 2024)"
     def __init__(self,
