@@ -6,11 +6,13 @@ Docs: https://kd-fastai.github.io/kd_fastai/losses.feature.html.md"""
 
 # %% auto #0
 __all__ = ['Attention', 'ActivationBoundaries', 'FitNet', 'Similarity', 'pool_to_smaller', 'weighted_sum_over_layers',
-           'AttentionNorm', 'NST', 'FSP', 'FactorTransfer', 'CWD', 'PKD', 'CATKD', 'HCL', 'KTA', 'Affinity',
-           'PairwiseKD', 'CIRKD', 'IFVD', 'TokenRelationKL', 'MiniLMv2', 'CosineSmoothL1', 'PartialL2', 'SRD']
+           'AttentionNorm', 'NST', 'FSP', 'FactorTransfer', 'CWD', 'PKD', 'CATKD', 'GaussianWasserstein', 'HCL', 'KTA',
+           'Affinity', 'PairwiseKD', 'CIRKD', 'IFVD', 'TokenRelationKL', 'MiniLMv2', 'CosineSmoothL1', 'PartialL2',
+           'SRD']
 
 # %% ../../nbs/12_losses.feature.ipynb #d722e9ec
 from functools import wraps
+from itertools import product
 from typing import Callable
 import torch
 import torch.nn.functional as F
@@ -267,6 +269,41 @@ def CATKD(
         return unit(f, 2) if normalize else f
     pairs = pair_features(fm_s, fm_t, must_match='channels', min_ndim=3)
     return sum(F.mse_loss(grid(s), grid(t)) for s,t in pairs)
+
+# %% ../../nbs/12_losses.feature.ipynb #79b6bf9f
+def _cells(size, g):
+    "Slices of the cells of a grid with `g` cells per side, as in adaptive pooling"
+    sides = [[slice(i*n//g, -(-(i+1)*n//g)) for i in range(g)] for n in size]
+    return [*product(*sides)]
+
+def _cell_statistics(f, g, eps):
+    "Mean and standard deviation of each channel in each cell of a map `(B, C, *size)`: two tensors `(B, C, cells)`"
+    cells = [f[(...,*c)].flatten(2) for c in _cells(f.shape[2:], g)]
+    mean = torch.stack([c.mean(2) for c in cells], 2)
+    var = torch.stack([(c-c.mean(2, keepdim=True)).pow(2).sum(2)/max(c.shape[2]-1, 1) for c in cells], 2)
+    return mean,(var+eps).sqrt()
+
+@loss_info('Lv et al., Wasserstein Distance Rivals Kullback-Leibler Divergence, NeurIPS 2024',
+           'https://arxiv.org/abs/2412.08139',
+           'statistics of channels; maps of any size', 'low', 'BCHW', weight=.08, must_match='channels',
+           per_sample=True)
+def GaussianWasserstein(
+    fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
+    fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same channels and any size
+    r:float=4.,                   # Weight of the means
+    g:int=1,                      # Cells of the grid per side
+    eps:float=1e-5,               # Added to the variances
+    **kwargs
+)->torch.Tensor: # Scalar
+    """Return the squared Wasserstein distance of the channels as normal distributions (Lv et al., 2024).
+
+    Raises `ValueError` for unequal channels."""
+    loss = 0.
+    for s,t in pair_features(fm_s, fm_t, must_match='channels', min_ndim=3):
+        (mean_s,std_s),(mean_t,std_t) = (_cell_statistics(f, g, eps) for f in (s,t))
+        error = r*(mean_s-mean_t).pow(2) + (std_s-std_t).pow(2)
+        loss = loss + error.sum(1).mean()
+    return loss
 
 # %% ../../nbs/12_losses.feature.ipynb #751a816d
 def _pyramid_mse(s, t):
