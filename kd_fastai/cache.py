@@ -19,7 +19,7 @@ import numpy as np, torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from fastai.basics import Learner, progress_bar, to_device, tuplify
-from .inputs import as_plain_tensor, batch_inputs
+from .inputs import as_plain_tensor, batch_inputs, split_inputs
 from .layers import LayerSpec, layer_name, unique_names, unwrap_model
 from .sources import to_logits
 from .store import AnswerStore, find_differences
@@ -74,8 +74,9 @@ _OWN_GENERATOR = ("it draws from a random generator of its own, which cannot be 
 def check_repeatable(
     dl,               # A fastai `DataLoader` of training data
     n:int=8,          # How many samples to look at
-    replay:bool=False # Are its random draws replayed?
-)->tuple:             # The inputs of these samples
+    replay:bool=False,# Are its random draws replayed?
+    own_inputs:int=0  # How many inputs, the last ones, are the teacher's; others may differ then
+)->tuple:             # The teacher's inputs of these samples
     """Raise `ValueError`, naming the transform where it can be known, if reading a sample twice gives different
     inputs. Does not change the random state"""
     check_positions(dl)
@@ -84,13 +85,14 @@ def check_repeatable(
     hint = "views=4 records four versions of each sample and replays them. Or train without a cache"
     if bad: raise ValueError(f"The training data are transformed at random by {', '.join(bad)}: {hint}")
     idx = sorted({int(i) for i in np.linspace(0, len(dl.dataset)-1, n)})
-    xb,again = _read(dl, idx, 0),_read(dl, idx, 0 if replay else 1)
+    def read(idx, seed): return split_inputs(_read(dl, idx, seed), own_inputs)[1]
+    xb,again = read(idx, 0),read(idx, 0 if replay else 1)
     tfms = _plain_repr(getattr(dl.dataset, 'transform', all_transforms(dl)))
     if not _same(xb, again): raise ValueError(
         f"Reading a sample twice gives different inputs, by a transform of {type(dl.dataset).__name__} {tfms}: "
         + (_OWN_GENERATOR if replay else hint))
     padded = not replay and getattr(getattr(dl, 'before_batch', None), 'fs', None)
-    if padded and any(_shapes(_read(dl, [i], 0))!=_shapes(xb) for i in idx): raise ValueError(
+    if padded and any(_shapes(read([i], 0))!=_shapes(xb) for i in idx): raise ValueError(
         f"The input of a sample depends on its batch, by {_plain_repr(dl.before_batch)} (padding?): {hint}")
     return xb
 
@@ -125,9 +127,9 @@ def weights_digest(
         _update_digest(h, v)
     return h.hexdigest()[:32]
 
-def _describe_data(dl, seed, tfm):
+def _describe_data(dl, seed, tfm, own_inputs=0):
     "What answers depend on: the inputs of some samples, and what `tfm` makes of them"
-    xb = check_repeatable(dl, replay=seed is not None)
+    xb = check_repeatable(dl, replay=seed is not None, own_inputs=own_inputs)
     made = None if tfm is None else tuplify(tfm(*map(as_plain_tensor, xb)))
     return dict(samples=len(dl.dataset), inputs=fingerprint(*xb).tolist(),
         teacher_tfm=made and fingerprint(*made).tolist())
@@ -214,7 +216,8 @@ class StoredTeacher(Teacher):
         made = self.store.made_with
         if 'inputs' not in made and self.tfm is not None: raise ValueError(
             "A StoredTeacher that has no inputs has no use for teacher_tfm")
-        now = _describe_data(dl, self._view_seed(0), self.tfm) if 'inputs' in made else dict(samples=len(dl.dataset))
+        now = dict(samples=len(dl.dataset))
+        if 'inputs' in made: now = _describe_data(dl, self._view_seed(0), self.tfm, self.own_inputs)
         if bad := find_differences(now, made): raise ValueError(
             f"The answers{f' in {self.store.path}' if self.store.path else ''} were made with another "
             f"{' and another '.join(bad)}")
@@ -325,7 +328,7 @@ class CachedTeacher(StoredTeacher):
         dl # Training data
     ):
         "Open the cache for these data. Does not change the random state"
-        data,info = _describe_data(dl, self._view_seed(0), self.tfm),_describe_run(dl)
+        data,info = _describe_data(dl, self._view_seed(0), self.tfm, self.own_inputs),_describe_run(dl)
         rows = data['samples']
         if self.views: rows = self.views*64*math.ceil(rows/64)  # up to 64 processes pad their shares
         self.store.open(dict(teacher=weights_digest(self.model), version=self.version, half=self.half,
@@ -399,9 +402,11 @@ class CachedTeacher(StoredTeacher):
 
     def fill(self,
         dls,           # `DataLoaders`, whose training set is gone through once, or `views` times
-        bar:bool=True  # Show progress?
+        bar:bool=True, # Show progress?
+        teacher_inputs:int=0 # As in the callback that will use it
     ):
         "Ask about each sample that is not there yet. Does not change the random state"
+        self.own_inputs = teacher_inputs
         self.prepare(dls.train)
         self._epoch,before = 0,self._epoch
         for _ in range(self.views or 1): self._fill_view(dls.train, bar)
@@ -413,7 +418,8 @@ class CachedTeacher(StoredTeacher):
         with replayed_draws(0):
             self._dl = dl if self.views else dl.new(shuffle=False, drop_last=False, get_idxs=self._missing().tolist)
             with self.ready(dl.device):
-                for b in progress_bar(self._dl) if bar else self._dl: self(*batch_inputs(dl, b))
+                for b in progress_bar(self._dl) if bar else self._dl:
+                    self(*split_inputs(batch_inputs(dl, b), self.own_inputs)[1])
         dl.rng = rng
 
     def _missing(self):

@@ -106,10 +106,18 @@ class Capture:
             try: value = spec.item(value) if callable(spec.item) else _get_item(value, spec.item)
             except (KeyError, IndexError, ValueError, TypeError, AttributeError) as e: raise ValueError(
                 f"{self._label(spec)} has no item {spec.item!r} in its {_side(spec)}: {_describe(value)}") from e
-        if isinstance(value, Tensor): return value
+        if isinstance(value, Tensor):
+            self._check_classifier(spec, value)
+            return value
         verb = 'receives' if spec.is_input else 'returns'
         raise TypeError(f"{self._label(spec)} {verb} {_describe(value)}, not a tensor: "
             f"pick an item, for example '{layer_name(spec.spec)}:{_first_key(value)}'")
+
+    def _check_classifier(self, spec, value):
+        "Raise an error if what was taken for the input of a classifier is not one vector per sample"
+        if spec.spec=='>' and value.ndim!=2: raise ValueError(
+            f"{self.who}: the last linear layer {spec.name!r} receives {tuple(value.shape)}, so it is not a classifier "
+            "of samples: name the layers to compare")
 
     def _label(self, spec): return f"{self.who} layer {spec.spec!r}"
 

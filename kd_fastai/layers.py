@@ -9,6 +9,7 @@ __all__ = ['get_model_layers', 'get_module_by_name', 'LayerSpec', 'parse_layer']
 
 # %% ../nbs/03_layers.ipynb #df16d7d1
 import difflib, re
+import torch.nn.functional as F
 from typing import Callable, NamedTuple
 from torch import nn
 from fastai.basics import Learner
@@ -70,6 +71,8 @@ def parse_layer(
     spec:str|tuple   # `[>]name[@call][:item]`, or a tuple of this and a function from the output to the tensor
 )->LayerSpec:
     "Parse a layer specification. Raises `TypeError` for other types and `ValueError` for an unknown layer"
+    if spec=='>': return LayerSpec(spec, last_linear(model), is_input=True)
+    if spec=='>maps': return _parse_class_maps(model)
     if _has_picker(spec): return parse_layer(model, spec[0])._replace(spec=spec, item=spec[1])
     if not isinstance(spec, str): raise TypeError(
         f"Expected the name of a layer, a string, got {spec!r} ({type(spec).__name__})")
@@ -83,6 +86,38 @@ def parse_layer(
 def _has_picker(spec):
     "Is it a tuple of a layer's name and a function?"
     return isinstance(spec, tuple) and len(spec)==2 and isinstance(spec[0], str) and callable(spec[1])
+
+# %% ../nbs/03_layers.ipynb #2f260a69
+def last_linear(
+    model:nn.Module # A model
+)->str:
+    "Return the name of a model's last linear layer. Raises `ValueError` if there is none"
+    names = [n for n,m in unwrap_model(model).named_modules() if isinstance(m, nn.Linear)]
+    if not names: raise ValueError(f"{type(unwrap_model(model)).__name__} has no linear layer for a classifier: name "
+                                   "the layers whose features a loss compares, and its classifier, if it has one")
+    return names[-1]
+
+class ClassMaps:
+    "Applies a linear classifier to each position of a map, which gives class activation maps `(B, classes, *size)`"
+    def __init__(self,
+        linear:nn.Linear # The classifier; its weights are used as they are at the time of the call
+    ): self.linear = linear
+    def __call__(self, f):
+        return F.linear(f.movedim(1, -1), self.linear.weight, self.linear.bias).movedim(-1, 1)
+    def __repr__(self): return 'class activation maps'
+
+def _parse_class_maps(model):
+    "The maps before the last global pooling, with a function that applies the classifier to them"
+    layers,head = dict(unwrap_model(model).named_modules()),last_linear(model)
+    before = [*layers][:[*layers].index(head)]
+    pools = [n for n in before if re.search('Adaptive(Avg)?Pool', type(layers[n]).__name__)]
+    between = before[before.index(pools[-1])+1:] if pools else []
+    trained = [n for n in between if any(True for _ in layers[n].parameters())
+               and not head.startswith(f'{n}.')]
+    if not pools or trained: raise ValueError(
+        f"Class activation maps of {type(unwrap_model(model)).__name__} cannot be found: expected a global pooling layer "
+        f"and a linear layer after it, got {trained or 'no pooling layer'} before {head!r}. Name layers that return them")
+    return LayerSpec('>maps', pools[-1], None, ClassMaps(layers[head]), True)
 
 # %% ../nbs/03_layers.ipynb #98d041ae
 def layer_name(

@@ -22,6 +22,7 @@ from .capture import eval_no_grad
 from .inputs import as_plain_tensor
 from .layers import get_module_by_name, layer_name, unwrap_model
 from .teacher import Teacher
+from .teachers import Teachers
 
 # %% ../nbs/27_sources.ipynb #1d5d2edf
 def to_logits(
@@ -234,10 +235,11 @@ class FastTeacher(Teacher):
         return fast
 
 def as_teacher(
-    source:nn.Module|Learner|str|Path|Teacher, # A model, a `Learner`, the path of an exported one, or a `Teacher`
+    source:nn.Module|Learner|str|Path|Teacher|dict, # A model, a `Learner`, its file, a `Teacher`, or a dict of these
     dtype:torch.dtype|None=None # Of a faster copy that answers
 )->Teacher:
     "Return a `Teacher` of its own for a callback. Raises `TypeError` for a `dtype` with a teacher that is not a model"
+    if isinstance(source, dict): return Teachers({k: as_teacher(o, dtype) for k,o in source.items()})
     if dtype is None: return copy(source) if isinstance(source, Teacher) else Teacher(source)
     if not isinstance(source, Teacher): return FastTeacher(source, dtype)
     if type(source) is not Teacher: raise TypeError(

@@ -178,7 +178,8 @@ class BatchTracker:
         "The order of the samples, as a list"
         tfms,rng = self._old['after_batch'],self.dl.rng
         if isinstance(tfms, Pipeline):
-            tfms.split_idx = getattr(self.dl.dataset, 'split_idx', None)  # fastai does not find it under a hook
+            # fastai does not find it under a hook
+            tfms.split_idx = getattr(self.dl.dataset, 'split_idx', tfms.split_idx)
         if self.seed is not None: self.dl.rng = random.Random(seed_from(self.seed, 'shuffle'))
         with self._seeded('order'): order = list(self._old['get_idxs']())
         self.dl.rng = rng

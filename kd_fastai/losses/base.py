@@ -13,7 +13,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..features import pair_features
+from ..layers import get_module_by_name, last_linear
 from ..signature import loss_name
+
+# %% ../../nbs/14_losses.base.ipynb #66871036
+def close_enough(
+    a:torch.Tensor, # Predictions
+    b:torch.Tensor  # Other predictions
+)->bool:
+    "Whether predictions are equal up to the errors of half precision"
+    return a.shape==b.shape and bool((a-b).norm()<=0.05*b.norm())
+
+def check_classifier_inputs(
+    given:dict # What `build` of a loss is given
+):
+    """Check that the features that were found (`'>'`) are what the classifiers of student and teacher read.
+
+    Raises `ValueError` if the last linear layer of a model does not compute its predictions."""
+    models = ('student','fm_s','pred'),('teacher','fm_t','teacher_pred')
+    for who,features,predictions in models:
+        model,f,pred = given.get(who),given.get(features, {}).get('>'),given.get(predictions)
+        if model is None or f is None or pred is None: continue
+        name = last_linear(model)
+        linear = get_module_by_name(model, name)
+        logits = F.linear(f.detach().to(linear.weight), linear.weight, linear.bias)
+        is_part = pred.shape[1]<logits.shape[1]  # a class map leaves out classes
+        if not is_part and not close_enough(logits.to(pred), pred): raise ValueError(
+            f"The last linear layer of the {who}, {name!r}, does not compute its predictions, so that its input is not "
+            "the feature to compare: name the layers")
 
 # %% ../../nbs/14_losses.base.ipynb #fffeab22
 def _to_4d(f):
@@ -33,6 +60,7 @@ class TrainableLoss(nn.Module):
 
         Raises `TypeError` if an argument that `make` requires is missing."""
         if self.built: return self
+        check_classifier_inputs(given)
         params = inspect.signature(self.make).parameters
         missing = [n for n,p in params.items() if n not in given and p.default is p.empty]
         if missing: raise TypeError(

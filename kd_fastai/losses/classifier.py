@@ -15,8 +15,8 @@ from fastcore.basics import store_attr
 from torch import nn
 from ..features import check_predictions
 from ..info import loss_info
-from ..layers import get_module_by_name, unwrap_model
-from .base import RobustBatchNorm2d, TrainableLoss, apply_per_layer, conv_bn
+from ..layers import get_module_by_name, last_linear, unwrap_model
+from .base import RobustBatchNorm2d, TrainableLoss, apply_per_layer, close_enough, conv_bn
 from ._ops import pool_to_smaller_pair
 from ..signature import loss_name
 
@@ -29,19 +29,9 @@ def _single_pair(loss, fm_s, fm_t):
     "Return the two features, as maps, of the only pair that a loss takes"
     s,t = loss.as_maps(fm_s, fm_t)
     if len(t)!=1: raise ValueError(
-        f"{loss_name(loss)} takes one layer, the input of the classifier, got {[*t]}: name one layer of each model")
+        f"{loss_name(loss)} takes one layer, the input of the classifier, got {[*t]}: name one layer of each model, "
+        f"or Term({loss_name(loss)}(), layers='>') for what goes into the last linear layer")
     return *s.values(),*t.values()
-
-def _last_linear(model):
-    "Return the name of a model's last linear layer"
-    names = [n for n,m in unwrap_model(model).named_modules() if isinstance(m, nn.Linear)]
-    if not names: raise ValueError(
-        f"{type(unwrap_model(model)).__name__} has no linear layer for a classifier: name one, classifier='...'")
-    return names[-1]
-
-def _close_enough(a, b):
-    "Tell whether predictions are equal up to the errors of half precision"
-    return a.shape==b.shape and (a-b).norm()<=0.05*b.norm()
 
 def _frozen_copy(model, name):
     "Return a copy of a layer, in eval mode, without gradients and without the hooks that capture the layer's output"
@@ -51,17 +41,17 @@ def _frozen_copy(model, name):
 
 def _classifier(loss, teacher, layer, t, teacher_pred):
     "Return a frozen copy of the teacher's classifier. Raises `ValueError` if the layer's feature is not its input"
-    name = loss.classifier_name or _last_linear(teacher)
+    name = loss.classifier_name or last_linear(teacher)
     head = _frozen_copy(teacher, name).to(t)
     fits = getattr(head[0], 'in_features', t.shape[1])==t.shape[1]
-    if fits and _close_enough(head(t.mean((2,3))), teacher_pred): return head
+    if fits and close_enough(head(t.mean((2,3))), teacher_pred): return head
     raise ValueError(f"The teacher's classifier {name!r} does not compute the predictions from layer {layer!r} "
                      f"{tuple(t.shape)}: name the layer that is its input, or the classifier, "
                      f"{loss_name(loss)}(classifier='...')")
 
 @loss_info('Yang et al., Knowledge Distillation via Softmax Regression Representation Learning, ICLR 2021',
        'https://openreview.net/forum?id=ZzwDy_wiWv', "penultimate feature, matched through the teacher's classifier",
-       'low', 'BC²HW', weight=1., must_match='batch', trains='a connector')
+       'low', 'BC²HW', weight=1., must_match='batch', trains='a connector', default_layer='>')
 class SRRL(TrainableLoss):
     "Difference of the last features, and of the teacher's classifier's outputs for them (Yang et al., 2021)"
     def __init__(self,
@@ -101,7 +91,7 @@ def _to_torch(module):
 
 @loss_info('Chen et al., Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022',
        'https://arxiv.org/abs/2203.14001', "reusing the teacher's classifier in the student", 'medium', 'BC²HW',
-       weight=1., must_match='batch', trains='a projector')
+       weight=1., must_match='batch', trains='a projector', default_layer='>')
 class SimKD(TrainableLoss):
     "Difference of the last features, after a projector that becomes part of the student (Chen et al., 2022)"
     def __init__(self,
@@ -144,15 +134,18 @@ class SimKD(TrainableLoss):
         `ValueError` for a layer after which a projector cannot be inserted."""
         if not self.built: raise RuntimeError("SimKD has no projector yet: train the student first")
         res = copy.deepcopy(unwrap_model(model))
-        head = classifier or _last_linear(res)
+        head = classifier or last_linear(res)
+        before_head = self.layer in ('>', f'>{head}')
         inside = f'{head}.'.startswith(f'{self.layer}.')
-        if self.ndim==3 or re.search('[@:]', self.layer) or inside: raise ValueError(
+        unknown = re.search('[@:>]', self.layer) and not before_head
+        if self.ndim==3 or unknown or inside: raise ValueError(
             f"A projector cannot be inserted between {self.layer!r} and the classifier {head!r}: "
             "train with an earlier layer that outputs one map or embedding")
         def new(m): return _to_torch(copy.deepcopy(m).train(res.training))
-        projector = new(nn.Sequential(*self.before, self.transfer, *self.after))
-        _replace(res, self.layer, projector.insert(0, get_module_by_name(res, self.layer)))
-        _replace(res, head, new(self.classifier[0]))
+        projector,reused = new(nn.Sequential(*self.before, self.transfer, *self.after)),new(self.classifier[0])
+        if before_head: reused = projector.append(reused)
+        else: _replace(res, self.layer, projector.insert(0, get_module_by_name(res, self.layer)))
+        _replace(res, head, reused)
         return res
 
 # %% ../../nbs/16_losses.classifier.ipynb #e2982662

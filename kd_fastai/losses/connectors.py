@@ -335,7 +335,7 @@ class ICKDEmbed(TrainableLoss):
 # %% ../../nbs/15_losses.connectors.ipynb #b5761e17
 @loss_info('Chen et al., Improved Feature Distillation via Projector Ensemble, NeurIPS 2022',
        'https://arxiv.org/abs/2210.15274', 'penultimate features of unequal channels (projector ensemble)',
-       'low', 'B·q·C²', weight=25., must_match='batch', trains='projectors')
+       'low', 'B·q·C²', weight=25., must_match='batch', trains='projectors', default_layer='>')
 class PEFD(TrainableLoss):
     "Angle between the teacher's feature and the mean of several projections of the student's (Chen et al., 2022)"
     def __init__(self,

@@ -6,11 +6,13 @@ Docs: https://kd-fastai.github.io/kd_fastai/losses.feature.html.md"""
 
 # %% auto #0
 __all__ = ['Attention', 'ActivationBoundaries', 'FitNet', 'Similarity', 'pool_to_smaller', 'weighted_sum_over_layers',
-           'AttentionNorm', 'NST', 'FSP', 'FactorTransfer', 'CWD', 'PKD', 'CATKD', 'HCL', 'KTA', 'Affinity',
-           'PartialL2', 'SRD']
+           'AttentionNorm', 'NST', 'FSP', 'FactorTransfer', 'CWD', 'PKD', 'CATKD', 'GaussianWasserstein', 'HCL', 'KTA',
+           'Affinity', 'PairwiseKD', 'CIRKD', 'IFVD', 'TokenRelationKL', 'MiniLMv2', 'CosineSmoothL1', 'PartialL2',
+           'SRD']
 
 # %% ../../nbs/12_losses.feature.ipynb #d722e9ec
 from functools import wraps
+from itertools import product
 from typing import Callable
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ def _attention_map(f, p, over=torch.mean):
 
 @loss_info('Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017', 'https://arxiv.org/abs/1612.03928',
            'spatial attention maps, any number of channels', 'low', 'BCHW', weight=1000., must_match='size',
-           per_sample=True)
+           per_sample=True, masking='sample')
 def Attention(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
@@ -46,7 +48,8 @@ def Attention(
 # %% ../../nbs/12_losses.feature.ipynb #732ad618
 @loss_info('Heo et al., Knowledge Transfer via Distillation of Activation Boundaries, AAAI 2019',
            'https://arxiv.org/abs/1811.03233',
-           'activation boundaries before a ReLU', 'low', 'BCHW', at_equality='elsewhere', per_sample=True)
+           'activation boundaries before a ReLU', 'low', 'BCHW', at_equality='elsewhere', per_sample=True,
+           masking='select')
 def ActivationBoundaries(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, before the ReLU
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -63,7 +66,7 @@ def ActivationBoundaries(
 
 # %% ../../nbs/12_losses.feature.ipynb #4e8a6ce5
 @loss_info('Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015', 'https://arxiv.org/abs/1412.6550',
-           'matching intermediate features (mean squared error)', 'medium', 'BCHW', per_sample=True)
+           'matching intermediate features (mean squared error)', 'medium', 'BCHW', per_sample=True, masking='select')
 def FitNet(
     fm_s:dict[str, torch.Tensor], # Student's features by layer
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -74,7 +77,8 @@ def FitNet(
 
 # %% ../../nbs/12_losses.feature.ipynb #1c4c3f1c
 @loss_info('Tung & Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019', 'https://arxiv.org/abs/1907.09682',
-           'pairwise similarity of samples, layers of any shape', 'medium', 'B²CHW', weight=3000., must_match='batch')
+           'pairwise similarity of samples, layers of any shape', 'medium', 'B²CHW', weight=3000., must_match='batch',
+           masking='zero')
 def Similarity(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, any shape
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same samples
@@ -121,7 +125,7 @@ def weighted_sum_over_layers(
 
 # %% ../../nbs/12_losses.feature.ipynb #8e7e3752
 @loss_info('Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017', 'https://arxiv.org/abs/1612.03928',
-           'attention maps, unsquared norm', 'low', 'BCHW', must_match='size', per_sample=True)
+           'attention maps, unsquared norm', 'low', 'BCHW', must_match='size', per_sample=True, masking='sample')
 def AttentionNorm(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
@@ -148,7 +152,7 @@ def _mmd(s, t):
 @loss_info('Huang & Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017',
            'https://arxiv.org/abs/1707.01219',
            'channel activation patterns (MMD), any width', 'medium', 'BCHW·min(C, HW)', weight=50., must_match='size',
-           per_sample=True)
+           per_sample=True, masking='sample')
 def NST(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
@@ -186,7 +190,7 @@ def FSP(
 # %% ../../nbs/12_losses.feature.ipynb #7c2f68a8
 @loss_info('Kim et al., Paraphrasing Complex Network: Network Compression via Factor Transfer, NeurIPS 2018',
            'https://arxiv.org/abs/1802.04977',
-           'normalized features (invariant to scale)', 'low', 'BCHW', weight=200., per_sample=True)
+           'normalized features (invariant to scale)', 'low', 'BCHW', weight=200., per_sample=True, masking='sample')
 def FactorTransfer(
     fm_s:dict[str, torch.Tensor], # Student's factors by layer
     fm_t:dict[str, torch.Tensor], # Teacher's factors by layer, of the same shapes; with `p1`, of the same sizes
@@ -204,7 +208,8 @@ def FactorTransfer(
 # %% ../../nbs/12_losses.feature.ipynb #a96bf0ff
 @loss_info('Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021',
            'https://arxiv.org/abs/2011.13256',
-           'segmentation and detection: channel-wise spatial distributions', 'low', 'BCHW', weight=3., per_sample=True)
+           'segmentation and detection: channel-wise spatial distributions', 'low', 'BCHW', weight=3., per_sample=True,
+           masking='sample')
 def CWD(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -227,7 +232,7 @@ def _standardize_channels(f):
 @loss_info('Cao et al., PKD: Distillation for Object Detectors via Pearson Correlation, NeurIPS 2022',
            'https://arxiv.org/abs/2207.02039',
            'detectors of different architectures (Pearson correlation)', 'low', 'BCHW', weight=6.,
-           must_match='channels')
+           must_match='channels', masking='select')
 def PKD(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same channels
@@ -247,7 +252,8 @@ def PKD(
 # %% ../../nbs/12_losses.feature.ipynb #ef01dea5
 @loss_info('Guo et al., Class Attention Transfer Based Knowledge Distillation, CVPR 2023',
            'https://arxiv.org/abs/2304.12777',
-           'class activation maps', 'low', 'BCHW', weight=10., must_match='channels', per_sample=True)
+           'class activation maps', 'low', 'BCHW', weight=10., must_match='channels', per_sample=True,
+           default_layer='>maps')
 def CATKD(
     fm_s:dict[str, torch.Tensor], # Student's class activation maps by layer, `(B, classes, *size)`
     fm_t:dict[str, torch.Tensor], # Teacher's class activation maps by layer, of the same classes
@@ -263,6 +269,41 @@ def CATKD(
         return unit(f, 2) if normalize else f
     pairs = pair_features(fm_s, fm_t, must_match='channels', min_ndim=3)
     return sum(F.mse_loss(grid(s), grid(t)) for s,t in pairs)
+
+# %% ../../nbs/12_losses.feature.ipynb #79b6bf9f
+def _cells(size, g):
+    "Slices of the cells of a grid with `g` cells per side, as in adaptive pooling"
+    sides = [[slice(i*n//g, -(-(i+1)*n//g)) for i in range(g)] for n in size]
+    return [*product(*sides)]
+
+def _cell_statistics(f, g, eps):
+    "Mean and standard deviation of each channel in each cell of a map `(B, C, *size)`: two tensors `(B, C, cells)`"
+    cells = [f[(...,*c)].flatten(2) for c in _cells(f.shape[2:], g)]
+    mean = torch.stack([c.mean(2) for c in cells], 2)
+    var = torch.stack([(c-c.mean(2, keepdim=True)).pow(2).sum(2)/max(c.shape[2]-1, 1) for c in cells], 2)
+    return mean,(var+eps).sqrt()
+
+@loss_info('Lv et al., Wasserstein Distance Rivals Kullback-Leibler Divergence, NeurIPS 2024',
+           'https://arxiv.org/abs/2412.08139',
+           'statistics of channels; maps of any size', 'low', 'BCHW', weight=.08, must_match='channels',
+           per_sample=True)
+def GaussianWasserstein(
+    fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
+    fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same channels and any size
+    r:float=4.,                   # Weight of the means
+    g:int=1,                      # Cells of the grid per side
+    eps:float=1e-5,               # Added to the variances
+    **kwargs
+)->torch.Tensor: # Scalar
+    """Return the squared Wasserstein distance of the channels as normal distributions (Lv et al., 2024).
+
+    Raises `ValueError` for unequal channels."""
+    loss = 0.
+    for s,t in pair_features(fm_s, fm_t, must_match='channels', min_ndim=3):
+        (mean_s,std_s),(mean_t,std_t) = (_cell_statistics(f, g, eps) for f in (s,t))
+        error = r*(mean_s-mean_t).pow(2) + (std_s-std_t).pow(2)
+        loss = loss + error.sum(1).mean()
+    return loss
 
 # %% ../../nbs/12_losses.feature.ipynb #751a816d
 def _pyramid_mse(s, t):
@@ -289,7 +330,7 @@ def HCL(
 # %% ../../nbs/12_losses.feature.ipynb #e83b5ddc
 @loss_info('He et al., Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019',
            'https://arxiv.org/abs/1903.04688',
-           'normalized features, in any norm', 'low', 'BCHW', weight=200., per_sample=True)
+           'normalized features, in any norm', 'low', 'BCHW', weight=200., per_sample=True, masking='sample')
 def KTA(
     fm_s:dict[str, torch.Tensor], # Student's features by layer
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -313,7 +354,7 @@ def _outer_product_distance(u, v):
 
 @loss_info('He et al., Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019',
            'https://arxiv.org/abs/1903.04688',
-           'segmentation: affinity of positions within a channel', 'low', 'BCHW', per_sample=True)
+           'segmentation: affinity of positions within a channel', 'low', 'BCHW', per_sample=True, masking='sample')
 def Affinity(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -326,6 +367,186 @@ def Affinity(
         s,t = unit(s.flatten(2), 2),unit(t.flatten(2), 2)
         return _outer_product_distance(s, t).sum(1).mean()/s.shape[2]
     return sum(distance(s, t) for s,t in pair_features(fm_s, fm_t, min_ndim=3))
+
+# %% ../../nbs/12_losses.feature.ipynb #14060263
+def _max_pool(f, window):
+    "Max-pool maps with a window for each dimension; the rest at the end of a dimension is a window of its own"
+    pool = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}[f.ndim]
+    return pool(f, window, stride=window, ceil_mode=True)
+
+def _unit_constant_norm(f):
+    "Scale vectors over channels to length 1, with a gradient as if the length were a constant"
+    norm = torch.linalg.vector_norm(f, dim=1, keepdim=True).detach()
+    return f/torch.where(norm>1e-12, norm+1e-8, torch.inf)
+
+@loss_info('Liu et al., Structured Knowledge Distillation for Semantic Segmentation, CVPR 2019',
+           'https://arxiv.org/abs/1903.04197',
+           'segmentation: similarity of the regions of an image', 'low', 'BCHW', weight=0.5, must_match='size',
+           per_sample=True)
+def PairwiseKD(
+    fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
+    fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
+    scale:float=0.5,              # Part of each dimension that a region covers
+    window:int|None=None,         # Length of a region in each dimension, in positions, instead of `scale`
+    constant_norm:bool=True,      # Leave the length of vectors out of the gradient?
+    **kwargs
+)->torch.Tensor: # Scalar
+    """Return the mean squared difference of the similarities of regions (Liu et al., 2019).
+
+    Raises `ValueError` for unequal sizes, and for a scale or window that is not above 0."""
+    if not (scale>0 if window is None else window>0): raise ValueError(
+        f"Expected a scale or a window above 0, got scale={scale} and window={window}")
+    def relations(f):
+        sizes = [min(n, window) if window else max(1, int(n*scale)) for n in f.shape[2:]]
+        f = _max_pool(f, sizes)
+        return gram((_unit_constant_norm(f) if constant_norm else unit(f)).flatten(2).mT)
+    return sum(F.mse_loss(relations(s), relations(t)) for s,t in pair_features(fm_s, fm_t, 'size', min_ndim=3))
+
+# %% ../../nbs/12_losses.feature.ipynb #c3084a76
+def _unit_positions(f):
+    "Positions as unit vectors over channels, `(B, N, C)`"
+    return unit(f.flatten(2)).mT
+
+def _mean_row_kl(s, t):
+    "KL(t || s) of softmaxes along the last dimension, mean over all rows"
+    return kl_terms(s.log_softmax(-1), t.log_softmax(-1)).sum(-1).mean()
+
+@loss_info('Yang et al., Cross-Image Relational Knowledge Distillation for Semantic Segmentation, CVPR 2022',
+           'https://arxiv.org/abs/2204.06986',
+           'segmentation: similarity of positions across images', 'high', 'B²C(HW)²', must_match='size')
+def CIRKD(
+    fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
+    fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
+    T:float=0.1,                  # Temperature, above 0
+    **kwargs
+)->torch.Tensor: # Scalar
+    """Return the divergence of similarities between the positions of all images of a batch (Yang et al., 2022).
+
+    Raises `ValueError` for unequal sizes."""
+    def similarities(f):
+        x = _unit_positions(f)
+        return (x.flatten(0, 1)@x.flatten(0, 1).T).unflatten(1, x.shape[:2])/T  # (B N, B, N)
+    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
+    return sum(_mean_row_kl(similarities(s), similarities(t)) for s,t in pairs)
+
+# %% ../../nbs/12_losses.feature.ipynb #3f54f8bc
+def _labels_like(target, f):
+    """Labels `(B, N)` at the positions of a feature, by the nearest neighbor.
+
+    Raises `ValueError` for labels that are not of positions."""
+    got = tuple(getattr(target, 'shape', ()))
+    if len(got)!=f.ndim-1 or got[0]!=len(f) or target.is_floating_point(): raise ValueError(
+        f"IFVD expects integer labels (B, *size) for features {tuple(f.shape)}, channels first, got {got} of "
+        f"{getattr(target, 'dtype', type(target).__name__)}: it is for dense labels and maps")
+    return F.interpolate(target[:,None].float(), f.shape[2:], mode='nearest').flatten(1).long()
+
+def _class_cosines(f, y, n):
+    "Cosine of each position with the mean of its class in the image; 0 for labels outside 0 to n-1"
+    f,inside = f.flatten(2).mT,((y>=0)&(y<n))
+    y,inside = torch.where(inside, y, 0),inside.to(f.dtype)
+    index = y[...,None].expand_as(f)
+    sums = f.new_zeros(len(f), n, f.shape[2]).scatter_add(1, index, f*inside[...,None])
+    counts = f.new_zeros(len(f), n).scatter_add(1, y, inside)
+    centers = (sums/(counts+1e-6)[...,None]).gather(1, index)
+    return (unit(f, 2)*unit(centers, 2)).sum(2)*inside
+
+@loss_info('Wang et al., Intra-class Feature Variation Distillation for Semantic Segmentation, ECCV 2020',
+           'https://doi.org/10.1007/978-3-030-58571-6_21',
+           'segmentation: variation within each class of an image', 'low', 'BCHW', weight=200., must_match='size',
+           per_sample=True)
+def IFVD(
+    fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`
+    fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
+    target:torch.Tensor,          # Labels of positions, `(B, *size)`, of any size
+    valid:torch.Tensor|None=None, # Positions that have a label, of the labels' shape; None if all have one
+    num_classes:int=256,          # Labels from 0 to below this number are classes, others are left out
+    **kwargs
+)->torch.Tensor: # Scalar
+    """Return the mean squared difference of the cosines between positions and class centers (Wang et al., 2020).
+
+    Raises `ValueError` for unequal sizes and for labels that are not of positions."""
+    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
+    if valid is not None: target = torch.where(valid, target, -1)
+    def distance(s, t):
+        y = _labels_like(target, s)
+        return F.mse_loss(_class_cosines(s, y, num_classes), _class_cosines(t, y, num_classes))
+    return sum(distance(s, t) for s,t in pairs)
+
+# %% ../../nbs/12_losses.feature.ipynb #efa08a77
+@loss_info('Lightly, LightlyTrain distillation v3, 2026',
+           'https://docs.lightly.ai/train/stable/methods/distillation.html',
+           'tokens of a headless teacher: similarities within an image', 'medium', 'BC(HW)²', must_match='size',
+           per_sample=True, masking='sample')
+def TokenRelationKL(
+    fm_s:dict[str, torch.Tensor], # Student's features by layer: tokens `(B, N, D)`, or `(B, C, *size)`
+    fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
+    T:float=0.07,                 # Temperature, above 0
+    **kwargs
+)->torch.Tensor: # Scalar
+    """Return the divergence of similarities between the tokens of a sample (LightlyTrain, 2026).
+
+    Raises `ValueError` for unequal sizes."""
+    def similarities(f): return gram(_unit_positions(f))/T
+    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
+    return sum(_mean_row_kl(similarities(s), similarities(t)) for s,t in pairs)
+
+# %% ../../nbs/12_losses.feature.ipynb #4f291641
+def _relation_heads(f, heads, mask, name):
+    "Log-probabilities of the relations between tokens, `(B, heads, N, N)`"
+    x = f.flatten(2).mT
+    if x.shape[2]%heads: raise ValueError(
+        f"Expected a width that {heads} relation heads divide, got {x.shape[2]} of layer {name!r}: MiniLMv2(heads=...)")
+    if mask is not None: x = x.masked_fill(~mask[...,None], 0)
+    x = x.unflatten(2, (heads, -1)).transpose(1, 2)
+    scores = gram(x)/x.shape[3]**0.5
+    if mask is not None: scores = scores.masked_fill(~mask[:,None,None], -1e30)
+    return scores.log_softmax(-1)
+
+@loss_info('Wang et al., MiniLMv2: Multi-Head Self-Attention Relation Distillation, Findings of ACL 2021',
+           'https://arxiv.org/abs/2012.15828',
+           'queries, keys and values of transformers', 'medium', 'BC(HW)²', must_match='size', per_sample=True)
+def MiniLMv2(
+    fm_s:dict[str, torch.Tensor], # Student's features by layer, `(B, N, D)`: queries, keys and values
+    fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same number of tokens
+    heads:int=12,                 # Relation heads; they divide the widths of both
+    weights:tuple|None=None,      # A weight for each pair of layers; 1 each if None
+    valid:torch.Tensor|None=None, # Tokens that count, `(B, N)`: an attention mask; all if None
+    **kwargs
+)->torch.Tensor: # Scalar
+    """Return the divergence of relations between tokens, head by head (Wang et al., 2021).
+
+    Raises `ValueError` for unequal numbers of tokens, for widths that the heads do not divide, and for another number
+    of weights than pairs of layers."""
+    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
+    weights = [1.]*len(pairs) if weights is None else weights
+    if len(weights)!=len(pairs): raise ValueError(
+        f"Expected a weight for each of {len(pairs)} pairs of layers, got {len(weights)}")
+    mask = None if valid is None else valid.bool()
+    def divergence(s, t, names):
+        s,t = (_relation_heads(f, heads, mask, n) for f,n in zip((s,t), names))
+        rows = kl_terms(s, t).sum(-1).mean(1)  # (B, N)
+        if mask is None: return rows.mean()
+        return ((rows*mask).sum(1)/mask.sum(1).clamp_min(1)).mean()
+    return sum(w*divergence(*pair, names) for w,pair,names in zip(weights, pairs, zip(fm_s, fm_t)))
+
+# %% ../../nbs/12_losses.feature.ipynb #5dbee5a9
+@loss_info('Sariyildiz et al., UNIC: Universal Classification Models via Multi-teacher Distillation, ECCV 2024',
+           'https://arxiv.org/abs/2408.05088',
+           'embeddings and tokens of a headless teacher', 'low', 'BCHW', per_sample=True, masking='select')
+def CosineSmoothL1(
+    fm_s:dict[str, torch.Tensor], # Student's features by layer: embeddings `(B, D)`, tokens `(B, N, D)` or maps
+    fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
+    cosine:float=0.5,             # Weight of the angle
+    smooth_l1:float=0.5,          # Weight of the distance
+    **kwargs
+)->torch.Tensor: # Scalar
+    """Return the cosine distance and the smooth L1 distance (Sariyildiz et al., 2024).
+
+    Raises `ValueError` for unequal shapes."""
+    def distance(s, t):
+        angle = 1-(unit(s)*unit(t)).sum(1).mean()
+        return cosine*angle + smooth_l1*F.smooth_l1_loss(s, t)
+    return sum(distance(s, t) for s,t in pair_features(fm_s, fm_t))
 
 # %% ../../nbs/12_losses.feature.ipynb #c5705644
 def _negative_means(t):
@@ -340,7 +561,7 @@ def _partial_l2(s, t, margin):
 
 @loss_info('Heo et al., A Comprehensive Overhaul of Feature Distillation, ICCV 2019',
            'https://arxiv.org/abs/1904.01866',
-           'features before a ReLU (partial L2)', 'low', 'BCHW')
+           'features before a ReLU (partial L2)', 'low', 'BCHW', masking='select')
 def PartialL2(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, before the ReLU
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -357,7 +578,7 @@ def PartialL2(
 @loss_info('Miles & Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024',
            'https://arxiv.org/abs/2303.11098',
            'projected embeddings (log-sum distance) and predictions', 'low', 'BD', softmax=True,
-           at_equality='unbounded')
+           at_equality='unbounded', masking='zero')
 def SRD(
     pred:torch.Tensor,            # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor,    # Logits of the teacher, the same shape
