@@ -8,7 +8,7 @@ from .classes import match_classes
 from .compare import KDComparison, kd_compare
 from .dot import DOT
 from .find import KDFind
-from .gates import all_of, by_entropy, teacher_right, teacher_sure
+from .gates import all_of, by_entropy, by_position, teacher_right, teacher_sure
 from .inputs import normalization_tfm
 from .layers import get_model_layers, get_module_by_name
 from .losses import *
@@ -22,3 +22,4 @@ from .schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, S
 from .schemes import on_exits, train_generations
 from .sources import FunctionTeacher, fast_copy, onnx_teacher
 from .teacher import Teacher
+from .two_views import TwoViews, across_views, by_view, on_two_views
