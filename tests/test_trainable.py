@@ -427,7 +427,8 @@ def test_bad_sizes_of_a_regressor():
     (lambda: OFA(T=0.), 'got eps=1.0 and T=0.0'),
     (lambda: OFA(eps=0.), 'got eps=0.0'), (lambda: DCD(max_tau=0.), 'max_tau above 0'),
     (lambda: RRD(T_t=0.), 'T_t=0.0'),
-    (lambda: RRD(queue=0), 'queue=0'), (lambda: QueueKL(T=0.), 'got T=0.0'), (lambda: CRDBank(10, T=math.nan), 'and T=nan')])
+    (lambda: RRD(queue=0), 'queue=0'), (lambda: QueueKL(T=0.), 'got T=0.0'),
+    (lambda: CRDBank(10, T=math.nan), 'and T=nan')])
 def test_bad_parameters(make, match):
     with pytest.raises(ValueError, match=match): make()
 
