@@ -1,16 +1,18 @@
-"""Every loss of the package on the digits, alone beside the labels, with the same budget and over several seeds: the
-table of the tutorial `which_loss`.
+"""Every loss of the package on the digits, each in addition to the labels, with the same budget and over several seeds:
+the table of the tutorial `which_loss`.
 
-    python benchmarks/which_loss.py [--seeds 8] [--epochs 20] [--only SoftTarget RKD]
+    python benchmarks/which_loss.py [--seeds 8] [--epochs 20] [--only SoftTarget RKD] [--weight-by paper auto]
         [--runs FILE] [--out benchmarks/which_loss.csv] [--quick]
 
-One row a run: seed, loss, weight, accuracy in percent of 797 test digits, seconds of processor time, and why not where
-a loss does not fit this task. `--runs` keeps the runs in a file of `kd_compare`, from which a stopped sweep goes on;
-delete rows to have them made again. `--quick` runs one seed for two epochs, to see that it works.
+One row a run: seed, loss, where its weight comes from (`paper` or `auto`), the weight, accuracy in percent of 797 test
+digits, seconds of processor time, and why not where a loss does not fit this task. Rows of `--out` for weights that
+are not measured are kept. `--runs` keeps the runs in a file of `kd_compare`, from which a stopped sweep goes on; delete
+rows to have them made again. `--quick` runs one seed for two epochs, to see that it works.
 
-Each loss has its default weight beside a task weight of 1: nothing is tuned. Teacher and student have the same
-channels, so that losses that compare features element by element take part without an adapter; the student's
-convolutions are separable, it has a sixth of the weights. The teacher learned from 1000 labels, the students from 200.
+Each loss has the default weight of its page, or weight='auto', and the task a weight of 1: nothing is tuned. Teacher
+and student have the same channels, so that losses that compare features element by element take part without an
+adapter; the student's convolutions are separable, it has a sixth of the weights. The teacher learned from 1000 labels,
+the students from 200.
 
 The classifier is a convolution before the mean, as `CATKD` needs it. `SRRL` and `SimKD` need a linear one: they get
 the same function with the mean first. `SimKD` is measured with its projector and the teacher's classifier, which
@@ -22,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
-from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, noop, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, Learner, Metric, accuracy, noop, set_seed
 import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
 import kd_fastai.losses as losses
 from kd_fastai.compare import kd_compare
@@ -32,7 +34,7 @@ from kd_fastai.signature import loss_args
 from kd_fastai.demo import digits
 
 ERRORS = TypeError,ValueError,RuntimeError,FloatingPointError,NotImplementedError
-FIELDS = ['seed','loss','weight','accuracy','seconds','why_not']
+FIELDS = ['seed','loss','weight_by','weight','accuracy','seconds','why_not']
 WIDTH,LABELS = 16,200
 MAPS,LAST = ['1','2'],['2']
 OTHER = {'regression': {'BoundedRegression'}}                            # losses for other tasks
@@ -66,9 +68,21 @@ def linear(model):
     fc.load_state_dict({'weight': cam.weight.flatten(1), 'bias': cam.bias})
     return nn.Sequential(*stages, pool, flat, fc)
 
+class TermWeight(Metric):
+    "The weight of the only term, with its schedule at the start, as a column of the runs; 0 for a student alone"
+    kd,name = None,'weight'
+    def reset(self): pass
+    def accumulate(self, learn): pass
+    @property
+    def value(self):
+        if self.kd is None: return 0.
+        (term,) = self.kd.terms
+        return self.kd.weights[term.name]*term.schedule_at(0.)
+
 def make_learner(seed):
     "A Learner with the thin student"
-    return Learner(digits(LABELS, seed), net(True), lr=1e-2, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    return Learner(digits(LABELS, seed), net(True), lr=1e-2, loss_func=CrossEntropyLossFlat(),
+                   metrics=[accuracy, TermWeight()])
 
 @cache
 def teacher(epochs):
@@ -87,29 +101,36 @@ class DeployedStudent(Callback):
     def __init__(self, loss): self.loss = loss
     def after_fit(self): self.learn.model = self.loss.student(self.learn.model)
 
-def distillation(name, epochs, learn):
-    "The callbacks for one loss at its default weight. Raises what does not fit"
+def distillation(name, weight_by, epochs, learn):
+    "The callbacks for one loss at its default weight, or at 'auto'. Raises what does not fit"
     loss,head = all_losses()[name],linear if name in LINEAR else noop
     if isinstance(loss, type): loss = loss(n_data=LABELS) if name=='CRDBank' else loss()
     layers = LAYERS.get(name, MAPS) if 'fm_s' in loss_args(loss).accepted else None
     learn.model = head(learn.model)
-    term = Term(loss, weight=get_loss_info(loss).weight, layers=layers)
-    kd = KnowledgeDistillationCallback(head(teacher(epochs).model), term)
+    term = Term(loss, get_loss_info(loss).weight if weight_by=='paper' else 'auto', layers)
+    kd = learn.metrics[1].kd = KnowledgeDistillationCallback(head(teacher(epochs).model), term)
     return [kd, DeployedStudent(loss)] if name=='SimKD' else kd
 
 def rows(runs):
     "The rows of the page's file"
-    res = runs.rename(columns=dict(way='loss', error='why_not')).reindex(columns=FIELDS)
-    known = all_losses()
-    res['weight'] = [get_loss_info(known[n]).weight if n in known else None for n in res.loss]
+    res = runs.rename(columns=dict(error='why_not')).reindex(columns=[*FIELDS, 'way'])
+    res[['loss','weight_by']] = res.way.str.extract(r'^(.*?)(?: (paper|auto))?$')
+    res['weight'] = res.weight.where(res.weight_by.notna()).map('{:.4g}'.format, na_action='ignore')
     res['accuracy'] = res.accuracy.mul(100).round(2)
-    return res
+    return res[FIELDS]
+
+def kept_rows(file, weight_by):
+    "The rows of an earlier file for weights that are not measured now"
+    if not file.exists(): return pd.DataFrame(columns=FIELDS)
+    old = pd.read_csv(file, dtype={'weight': str})
+    return old[old.weight_by.notna() & ~old.weight_by.isin(weight_by)]
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     p.add_argument('--seeds', type=int, default=8)
     p.add_argument('--epochs', type=int, default=20)
     p.add_argument('--only', nargs='*', default=[])
+    p.add_argument('--weight-by', nargs='*', default=['paper','auto'])
     p.add_argument('--runs', type=Path)
     p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.csv'))
     p.add_argument('--quick', action='store_true')
@@ -121,12 +142,14 @@ def main():
     task = {n: t for t,names in OTHER.items() for n in names}
     names = [n for n in all_losses() if n not in task and (not a.only or n in a.only)]
     t = 2 if a.quick else 10
-    ways = {'student alone': None, **{n: partial(distillation, n, t) for n in names}}
-    res = kd_compare(make_learner, ways, a.seeds, a.epochs, csv=a.runs, rounds=0, catch=ERRORS)
+    ways = {f'{n} {by}': partial(distillation, n, by, t) for n in names for by in a.weight_by}
+    res = kd_compare(make_learner, {'student alone': None, **ways}, a.seeds, a.epochs, csv=a.runs, rounds=0,
+                     catch=ERRORS, progress=False)
     with teacher(t).no_bar(), teacher(t).no_logging(): score = teacher(t).validate()[1]
     first = pd.DataFrame([dict(seed=0, loss='teacher', accuracy=round(100*score, 2))])
     left_out = pd.DataFrame([dict(seed=s, loss=n, why_not=f'for {task[n]}') for s in range(a.seeds) for n in task])
-    pd.concat([first, rows(res.runs), left_out]).reindex(columns=FIELDS).to_csv(a.out, index=False)
+    parts = [first, rows(res.runs), kept_rows(a.out, a.weight_by), left_out]
+    pd.concat(parts).reindex(columns=FIELDS).to_csv(a.out, index=False)
     print(res)
 
 if __name__=='__main__': main()

@@ -12,7 +12,7 @@ import math
 from typing import Callable
 import torch
 from torch import nn, Tensor
-from .features import channels_first, resize_to, shape_to_match
+from .features import channels_first, per_sample, resize_to, shape_to_match
 from .info import get_loss_info
 from .signature import accepted_kwargs
 
@@ -120,7 +120,9 @@ def make_adapter(
         f"got {tuple(s.shape)} of the student for {tuple(t.shape)} of the teacher: "
         "an embedding has no positions, take a layer before the pooling, or the teacher's after it")
     a,b = channels_first(s),channels_first(t)
-    size = ResizeFeature(b.shape[2:], class_tokens) if must_match!='channels' else nn.Identity()
+    is_equal = a.shape[2:]==b.shape[2:] and class_tokens[0]==class_tokens[1]  # then another batch may have another size
+    keeps_size = is_equal or must_match=='channels'
+    size = nn.Identity() if keeps_size else ResizeFeature(b.shape[2:], class_tokens)
     if must_match=='size': channels = nn.Identity()
     else:
         ndim = (b if must_match!='channels' else a).ndim
@@ -141,6 +143,7 @@ def check_adapt(
 
 class LossWithAdapters(nn.Module):
     "A loss on adapted features of the student. `build` creates the adapters from the shapes of a first batch"
+    takes_reduction = True  # for `per_sample`
     def __init__(self,
         loss:Callable,            # A loss on features
         adapt:str|Callable|list='auto' # 'auto', a function such as `make_adapter`, a module, or a list, one per pair
@@ -179,7 +182,13 @@ class LossWithAdapters(nn.Module):
 
     def _adapted(self, fm_s): return {k: m(f) for m,(k,f) in zip(self.adapters, fm_s.items())}
 
-    def forward(self, **given):
+    def forward(self,
+        around:Callable|None=None, # Applied to the loss before it is called, such as `masked_loss`
+        reduction:str='mean',      # 'none': the value of each sample, see `per_sample`
+        **given                    # Arguments of the loss, by name
+    ):
         if self.adapters is None: raise RuntimeError(
             "The adapters are made by build(fm_s, fm_t), which the callback calls with the first batch")
-        return self.loss(**{**given, 'fm_s':self._adapted(given['fm_s'])})
+        loss = self.loss if around is None else around(self.loss)
+        if reduction!='mean': loss = per_sample(loss)
+        return loss(**{**given, 'fm_s':self._adapted(given['fm_s'])})

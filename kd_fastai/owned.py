@@ -12,8 +12,8 @@ __all__ = ['SIDECAR_FORMAT', 'tensors_of', 'OwnedWeights', 'sidecar_path', 'file
 import copy, hashlib, warnings
 from pathlib import Path
 import torch
-from torch import Tensor
-from fastai.basics import Learner, join_path_file
+from torch import Tensor, nn
+from fastai.basics import Learner, join_path_file, norm_bias_params
 from fastai.callback.schedule import LRFinder
 from .fastai_internals import ExtraParams, all_reduce_grads, broadcast_from_rank0, extra_parameters, is_distributed
 
@@ -28,7 +28,7 @@ def tensors_of(
 class OwnedWeights:
     """Trains the parameters of `source` with a Learner's own, and saves them with their optimizer state.
 
-    `source` has `parameters()`, `state_dict()`, `load_state_dict()` and `built`: an `Objective`, or networks that
+    `source` has `modules`, `parameters()`, `state_dict()`, `load_state_dict()` and `built`: an `Objective`, or networks that
     learn together with the student."""
     def __init__(self,
         source # What owns the weights
@@ -60,7 +60,18 @@ class OwnedWeights:
         self.extra.params = [p for p in self.source.parameters() if id(p) not in in_optimizer]
         if not self.params: return
         scope.enter_context(self.extra.added_to(learn.opt, restore_state=trial))
+        self.set_fastai_states(learn)
         scope.enter_context(extra_parameters(learn, self.params))
+
+    def set_fastai_states(self,
+        learn:Learner # The Learner that trains
+    ):
+        "`freeze_to` freezes the student alone, and `wd_bn_bias` says whether norms and biases get weight decay"
+        for p in self.params: learn.opt.state[p]['force_train'] = True
+        if learn.wd_bn_bias: return
+        ours = {id(p) for p in self.params}
+        for p in norm_bias_params(nn.ModuleList(self.source.modules)):
+            if id(p) in ours: learn.opt.state[p]['do_wd'] = False
 
     def before_train(self,
         learn:Learner # The Learner that trains

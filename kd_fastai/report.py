@@ -20,7 +20,9 @@ from fastai.basics import AvgLoss, Callback, CancelFitException, L, Learner, noo
 from fastai.torch_core import no_random
 from .callback import KnowledgeDistillationCallback, kd_callbacks
 from .capture import preserving_modes
-from .classes import in_student_order
+from .classes import TeacherConfusion, in_student_order
+from .info import get_loss_info
+from .inputs import split_inputs
 from .losses import Mutual, SoftTarget
 from .signature import unwrap_loss
 from .teacher import get_logits
@@ -73,7 +75,7 @@ class MeasureTerms(Callback):
 
     def pairs(self, term, batch)->list:
         "A row for each pair of layers of a term"
-        fm = term.features(batch.fm_s, batch.fm_t)
+        fm = term.features(batch.fm_s, batch.of(term.teacher).fm_t)
         pairs = zip(fm['fm_s'].items(), fm['fm_t'].items())
         return [(term.name, s, (*fs.shape,), t, (*ft.shape,)) for (s,fs),(t,ft) in pairs]
 
@@ -93,11 +95,15 @@ class ScoreTeacher(Callback):
     "Score the teacher while the student is validated, and compare their predictions"
     run_train = False
     def __init__(self, kd, metrics):
-        self.kd,self.rows = kd,[]
+        self.kd,self.rows,self.confusion = kd,[],TeacherConfusion()
         self.scores = [AvgLoss(), *copy.deepcopy([*metrics])]
 
     def before_validate(self):
         for m in self.scores: m.reset()
+
+    def before_batch(self):
+        "Keep the teacher's inputs: the distillation callback takes its own out of the batch"
+        self.teacher_xb = split_inputs(self.xb, self.kd.teacher_inputs)[1]
 
     def after_loss(self):
         "Add one batch of the validation set"
@@ -106,13 +112,14 @@ class ScoreTeacher(Callback):
         if pred is None: return
         batch = objective.prepare(get_logits(self.pred), pred, target=self.kd.labels(self.yb))
         self.compare(batch.pred, batch.teacher_pred, batch.target)
+        if self.kd.compares_with_labels: self.confusion.add(batch.teacher_pred, batch.target, batch.mask)
         if objective.class_map is not None: pred = in_student_order(pred, objective.class_map)
         answered = LearnerWithPreds(self.learn, pred, self.learn.loss_func(pred, *self.yb))
         for m in self.scores: m.accumulate(answered)
 
     def teacher_pred(self)->Tensor|None:
         "The teacher's predictions; None for a teacher without a classifier, if no loss needs them"
-        try: pred = self.kd.teacher(*self.xb, need_pred=True)[0]
+        try: pred = self.kd.teacher(*self.teacher_xb, need_pred=True)[0]
         except TypeError:
             if self.kd.objective.uses_teacher_pred: raise
             return None
@@ -197,8 +204,8 @@ def is_kl_at_T1(
     term # A `Term`
 )->bool:
     "Whether its loss is a plain divergence at temperature 1"
-    f,params = unwrap_loss(term.loss_at(0.5))
-    return f is Mutual or f is SoftTarget and params.get('T')==1
+    info,params = get_loss_info(term.loss),unwrap_loss(term.loss_at(0.5))[1]
+    return info is Mutual.info or info is SoftTarget.info and params.get('T')==1
 
 # %% ../nbs/32_report.ipynb #6015ca03
 def shadow_learner(
@@ -268,6 +275,9 @@ def kd_report(self:Learner,
         with attached(self, teacher, **kwargs): return self.kd_report()
     kd = next(iter(kd_callbacks(self)), None)
     if kd is None: raise ValueError("There is no teacher to report on: attach one first with learn.distill(teacher)")
+    if [*kd.teacher.by_name]!=[None]: raise ValueError(
+        f"kd_report compares the student with one teacher, and this callback has {[*kd.teacher.by_name]}: "
+        "give one of them, kd_report(teacher, loss=...)")
     models = self.model,kd.teacher.model
     with no_random(), preserving_loader_rngs(self.dls), preserving_buffers(*models), preserving_modes(*models):
         learn = shadow_learner(self, kd)
@@ -280,4 +290,5 @@ def kd_report(self:Learner,
         learn.fit(1, cbs=measure)
         scores,agreement = score.table(values)
         warnings = report_warnings(kd, scores, agreement, measure.terms)
+        if problem := score.confusion.warning(): warnings.insert(0, problem)
         return KDReport(scores, agreement, measure.terms, measure.layers, warnings)

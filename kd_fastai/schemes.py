@@ -92,6 +92,7 @@ class MeanTeacher(KnowledgeDistillationCallback):
     """Distill from the student's own moving average, which is `average.module` (Tarvainen & Valpola, 2017).
 
     Raises `ValueError` for a decay outside 0 to 1 and, at the start of a fit, for a Learner with another model."""
+    has_trained_teacher = False
     _copy_by_reference = ()  # a copied Learner has an average of its own
     def __init__(self,
         student:nn.Module|Learner, # The model that will be trained; its weights are the first average
@@ -100,6 +101,8 @@ class MeanTeacher(KnowledgeDistillationCallback):
         decay:float=0.999,         # Share of the average that is kept at each step
         **kwargs                   # `weight`, `task_weight`, `schedule`, ..., as there
     ):
+        if kwargs.get('teacher_dtype') is not None: raise ValueError(
+            "The average changes with each step, a copy of it would not: leave teacher_dtype out")
         model = unwrap_model(read_teacher(student)[0])
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         super().__init__(self.average.module, loss, *args, **kwargs)
@@ -175,6 +178,7 @@ class MutualLearning(KnowledgeDistillationCallback):
     Source: Zhang et al., 2018.
 
     Raises `ValueError` for losses that compare features or own weights, and for a network that is given twice."""
+    has_trained_teacher = False
     _copy_by_reference = ()  # a copied Learner has peers of its own
     def __init__(self,
         *peers:nn.Module|Learner,  # Networks, or their Learners, whose metrics are shown
@@ -209,7 +213,8 @@ class MutualLearning(KnowledgeDistillationCallback):
         "The objective of one peer: `pred` learns from `others`"
         idx = self.indices(pred.device).get('idx')
         labels,mixed = self.labels(self.learn.yb),self.mixed_labels()
-        batch = self.objective.prepare(pred, others, target=labels, idx=idx, mixed=mixed)
+        fields,masks = self.batch_fields(),self.fit_state.masks
+        batch = self.objective.prepare(pred, others, target=labels, idx=idx, mixed=mixed, fields=fields, masks=masks)
         task = as_plain_tensor(self.learn.loss_func(pred, *self.yb))
         values = self.objective.values(batch, self.pct_train)
         return self.objective.total(task, values, self.objective.weights(task, values, self.pct_train))
@@ -237,6 +242,11 @@ class Peers:
     def __init__(self,
         networks:nn.ModuleList # The networks
     ): self.networks = networks
+
+    @property
+    def modules(self)->list:
+        "The networks"
+        return [*self.networks]
 
     def parameters(self)->list:
         "The parameters that are trained"
@@ -309,6 +319,7 @@ class SelfDistillation(KnowledgeDistillationCallback):
     Source: Zhang et al., 2019, without its term on features.
 
     Raises `TypeError` for exits that are not names."""
+    has_trained_teacher = False
     def __init__(self,
         layers:str|list,      # Names of the layers that are exits, with logits `(B, C)`
         loss:Callable=SoftTarget, # What the exits learn from the last prediction

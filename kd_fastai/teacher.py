@@ -91,6 +91,7 @@ def find_teacher(
 class Teacher:
     "A trained model that returns predictions and features for the student's batches, and does not change"
     needs_idx = False  # Does it need the positions of the samples?
+    own_inputs = 0     # How many of a batch's last inputs are its own; 0: it gets the student's
     def __init__(self,
         source:nn.Module|Learner|str|Path, # A model, a `Learner`, the file of an exported `Learner`, or `'timm/name'`
         layers:list=(),                    # Names of the layers to capture
@@ -108,6 +109,17 @@ class Teacher:
         self.early_exit,self._layer_order,self._auto_tfm = early_exit,[],None
         self._guard = InPlaceGuard('teacher')
         return self
+
+    @property
+    def by_name(self)->dict:
+        "All teachers by name: only this one, without a name"
+        return {None: self}
+
+    def set_own_inputs(self,
+        n:int # How many of a batch's last inputs are its own; 0: it gets the student's
+    ):
+        "Called before a fit, for teachers that read batches themselves"
+        self.own_inputs = n
 
     def prepare(self,
         dl # Training data
@@ -128,7 +140,7 @@ class Teacher:
             with self.capture: yield self
 
     def __call__(self,
-        *xb:Tensor,          # The student's inputs
+        *xb:Tensor,          # The student's inputs, or its own
         need_pred:bool=True, # Is the prediction needed? If not, it may be None
         idx:Tensor=None      # Positions of the samples, for a teacher that needs them
     )->tuple: # Predictions, and `{layer: feature}`

@@ -1,8 +1,9 @@
 "The cache changes no number: it answers as the live teacher does, or refuses."
-import os, re, signal, subprocess, sys, threading
+import os, re, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from copy import deepcopy
 import numpy as np, pytest, torch
+from PIL import Image
 from torch import nn
 from fastai.basics import *
 from fastai.callback.all import *
@@ -730,3 +731,165 @@ def test_positions_are_tracked_twice_at_once():
             assert torch.equal(a.positions, b.positions) and torch.equal(x, dl.dataset.x[a.positions])
             assert batch_positions(dl) is b.positions
     with pytest.raises(ValueError, match='not tracked'): batch_positions(dl)
+
+# ---- transforms of other libraries, as a plain Transform
+
+class ImagesAsPictures(Images):
+    "Grey pictures of 24x24, which students see as 16x16"
+    def __init__(self, n=48):
+        from fastai.vision.core import PILImageBW
+        super().__init__(n)
+        grey = [Image.fromarray(((x[0]+1)*100).byte().numpy()) for x in self.x]
+        self.pictures = [PILImageBW.create(o.resize((24,24))) for o in grey]
+    def __getitem__(self, i): return self.pictures[i],self.y[i]
+
+def pictures(*tfms, n=48, **kwargs):
+    from fastai.data.transforms import ToTensor
+    ds = ImagesAsPictures(n)
+    return DataLoaders(*(TfmdDL(ds, bs=16, shuffle=o, after_item=[*tfms, ToTensor], after_batch=[IntToFloatTensor],
+                                **{'num_workers':0, **kwargs}) for o in (True, False)))
+
+class FromOtherLibrary(Transform):
+    "As the tutorials of fastai have it: the pipeline is an attribute"
+    def __init__(self, f): self.f = f
+    def encodes(self, x:Image.Image): return type(x)(self.f(x))
+
+def check_views(tfm, tmp_path, **kwargs):
+    "Exact with two views, in this process and with workers; refused without views"
+    t = net(8)
+    seen = asked(t)
+    assert exact_fit(CachedTeacher(t, tmp_path/'c', views=2), t, pictures(tfm), 3)==3*48
+    assert sum(seen)==2*48
+    a,b = (inputs(StoredTeacher(tmp_path/'c'), pictures(tfm, num_workers=w), 2) for w in (0,2))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert not torch.equal(a[0].sum((1,2,3)).sort()[0], a[1].sum((1,2,3)).sort()[0])
+    with pytest.raises(ValueError, match='From(OtherLibrary|Albumentations)'):
+        exact_fit(CachedTeacher(t), t, pictures(tfm), 1)
+
+def test_torchvision_transforms(tmp_path):
+    from torchvision.transforms import v2
+    check_views(FromOtherLibrary(v2.Compose([v2.RandomCrop(16), v2.RandomHorizontalFlip(), v2.RandomRotation(10)])),
+                tmp_path)
+
+class OwnPipeline:
+    "A random crop with a generator of its own, with the method by which Albumentations sets its generators"
+    def __init__(self): self.set_random_seed(None)
+    def set_random_seed(self, seed): self.rng = np.random.default_rng(seed)
+    def __call__(self, x):
+        i,j = self.rng.integers(9, size=2)
+        return x.crop((i,j,i+16,j+16))
+
+def test_a_pipeline_whose_generator_can_be_seeded(tmp_path): check_views(FromOtherLibrary(OwnPipeline()), tmp_path)
+
+def test_albumentations(tmp_path):
+    A = pytest.importorskip('albumentations', reason='albumentations is not installed')
+    class FromAlbumentations(FromOtherLibrary):
+        def encodes(self, x:Image.Image): return type(x)(Image.fromarray(self.f(image=np.array(x))['image']))
+    crop = A.Compose([A.RandomCrop(16, 16), A.HorizontalFlip(p=0.5), A.RandomBrightnessContrast(p=0.5)])
+    check_views(FromAlbumentations(crop), tmp_path)
+
+# ---- other processes: killed at any moment, or filling the same folder
+
+def start(f):
+    "Run a function in a forked process, for a minute at most"
+    if not hasattr(os, 'fork'): pytest.skip('no fork on this system')
+    pid,code = os.fork(),1
+    if pid: return pid
+    try:
+        signal.alarm(60)
+        f()
+        code = 0
+    except BaseException as e: print(repr(e), file=sys.stderr)
+    finally: os._exit(code)
+
+def end(pid):
+    "How a process ended: 0, or the negative number of a signal"
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
+def dies_in_call(f, n, counts=lambda *args: True):
+    "A function that does what `f` does, and kills the process in the n-th of the calls that count"
+    calls = []
+    def wrapped(*args):
+        if counts(*args): calls.append(1)
+        if len(calls)==n: die()
+        return f(*args)
+    return wrapped
+
+def in_batch(n): return lambda teacher: teacher.register_forward_hook(dies_in_call(lambda *args: None, n))
+def in_store(name, f):
+    "Replace a function of the store in this process"
+    import kd_fastai.store as store
+    return lambda teacher: setattr(store, name, f(getattr(store, name)))
+def then_die(f): return lambda *args: (f(*args), die())
+
+MOMENTS = dict(
+    before_the_folder_has_its_settings=(in_store('_write_json', lambda f: die), 0),
+    before_a_table_exists=(in_batch(1), 0),
+    before_a_table_has_its_header=(in_store('_allocate', then_die), 0),
+    before_a_batch_has_its_checksums=(in_store('_checksums', lambda f: dies_in_call(f, 3, len)), 32),
+    in_the_second_view=(in_batch(9), 8*16-12))  # the last of seven batches has 4 of 100 samples
+
+@pytest.mark.parametrize('moment', MOMENTS)
+def test_views_after_a_kill(moment, tmp_path):
+    "What was written is there, what was not is asked for, and every answer is the live teacher's"
+    kill_when,n_there = MOMENTS[moment]
+    t = net(8)
+    def fill(): return CachedTeacher(t, tmp_path/'c', views=2).fill(jittered(), bar=False)
+    def fill_and_die(): kill_when(t); fill()
+    assert end(start(fill_and_die))==-signal.SIGKILL
+    seen = asked(t)
+    fill()
+    assert sum(seen)==200-n_there
+    assert exact_fit(StoredTeacher(tmp_path/'c'), t, jittered(), 2)==200
+
+def test_two_processes_fill_the_same_views(tmp_path):
+    "at once, and one of them is killed on the way"
+    t = net(8)
+    t.register_forward_hook(lambda *args: time.sleep(0.01))
+    def fill(): CachedTeacher(t, tmp_path/'c', views=2).fill(jittered(), bar=False)
+    def fill_and_die():
+        t.register_forward_hook(lambda *args: ((tmp_path/'asked').touch(), time.sleep(0.02), die()))
+        fill()
+    def fill_soon():
+        while not (tmp_path/'asked').exists(): time.sleep(0.001)
+        fill()
+    pids = [start(f) for f in (fill_and_die, fill_soon, fill_soon)]
+    assert [end(o) for o in pids]==[-signal.SIGKILL, 0, 0]
+    assert len(files(tmp_path/'c'))==1
+    seen = asked(t)
+    fill()
+    assert not seen
+    assert exact_fit(StoredTeacher(tmp_path/'c'), t, jittered(), 2)==200
+
+def test_text_classification_of_fastai(tmp_path):
+    "its training loader is a shuffled SortedDL, and its models have a hidden state"
+    from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
+    g = random.Random(0)
+    words = 'a good bad film not one is it the very'.split()
+    df = pd.DataFrame(dict(text=[' '.join(g.choices(words, k=g.randint(3,40))) for _ in range(60)], label=[0,1]*30,
+                           is_valid=[False]*48+[True]*12))
+    config = {**awd_lstm_clas_config, 'emb_sz':8, 'n_hid':8, 'n_layers':1}
+    def classifier():
+        dls = TextDataLoaders.from_df(df, text_col='text', label_col='label', valid_col='is_valid', bs=16,
+                                      num_workers=0)
+        learn = text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=config, seq_len=24)
+        learn.remove_cb(ProgressCallback)
+        learn.logger = noop
+        return learn
+    set_seed(0)
+    t,live,seen,got = classifier().model,classifier().model,[],[]
+    live.load_state_dict(t.state_dict())
+    live.eval()
+    t.register_forward_hook(lambda m,x,out: seen.append(len(out[0])))
+    learn = classifier()
+    def loss(pred, teacher_pred):
+        live.reset()
+        with torch.no_grad(): expected = live(*learn.xb)[0]
+        torch.testing.assert_close(teacher_pred, expected, rtol=1e-4, atol=1e-5)
+        got.append(len(pred))
+        return (pred-teacher_pred).square().mean()
+    learn.add_cb(KnowledgeDistillationCallback(CachedTeacher(t, tmp_path/'c', views=2), loss))
+    learn.fit(4)
+    assert sum(got)==4*48
+    assert sum(seen)==2*48

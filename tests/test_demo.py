@@ -1,7 +1,9 @@
 "The command, as a user types it."
 import subprocess, sys
 from pathlib import Path
+import pandas as pd
 import pytest
+from kd_fastai.compare import KDComparison, comparison_table
 
 def demo(*args, cwd=None):
     return subprocess.run([str(Path(sys.executable).parent/'kd-demo'), *map(str, args)], text=True, capture_output=True,
@@ -10,14 +12,15 @@ def demo(*args, cwd=None):
 def test_prints_a_table_and_draws_a_plot(tmp_path):
     r = demo('--seeds', 2, '--epochs', 3, cwd=tmp_path)
     assert r.returncode==0, r.stderr
-    for o in ('teacher, all 1000 labels', 'student alone', 'with SoftTarget', 'with SoftTarget + Attention', '±',
-              'better in', '94186', '6274'):
+    for o in ('teacher', 'student alone', 'with SoftTarget', 'with SoftTarget + Attention', '±', 'better in', '94186',
+              '6274', 'undecided'):
         assert o in r.stdout
     assert (tmp_path/'kd_demo.png').stat().st_size>5000
 
 @pytest.mark.parametrize('args,says',
                          [(['--labels',5],'--labels must be 10 to 990, got 5'),
                           (['--seeds',0],'--seeds must be at least 1'), (['--epochs',0],'--epochs must be'),
+                          (['--data','cats'],'--data must be digits or fashion'),
     (['--temperature',0],'--temperature must be'), (['--out','nowhere/x.png'],"no folder 'nowhere'"),
     (['--out','x.doc'],'--out must end in'), (['--seeds','many'],'invalid int value')])
 def test_bad_values_get_a_sentence(args, says, tmp_path):
@@ -26,20 +29,61 @@ def test_bad_values_get_a_sentence(args, says, tmp_path):
 
 def test_help():
     r = demo('--help')
-    assert r.returncode==0 and all(o in r.stdout for o in ('--seeds','--labels','--epochs','--temperature','--out'))
+    options = '--seeds','--labels','--epochs','--temperature','--data','--out'
+    assert r.returncode==0 and all(o in r.stdout for o in options)
 
 def test_module_runs_too():
     r = subprocess.run([sys.executable, '-m', 'kd_fastai.demo', '--labels', '5'], text=True, capture_output=True)
     assert r.returncode and '10 to 990' in r.stderr
 
 def test_picture_shows_every_run_and_the_mean():
-    "Above the way, epoch by epoch, with the teacher's line; below the ends"
+    "Above the way, epoch by epoch, with the teacher's line; below the gain of each run, and its mean"
     import matplotlib; matplotlib.use('agg')
     from kd_fastai.demo import picture
     curves = {'student alone': [[50.,80.],[60.,90.]], 'with X': [[40.,92.],[50.,94.]]}
-    top,bottom = picture({'teacher': [98.], **{n: [o[-1] for o in v] for n,v in curves.items()}}, curves).axes
+    top,bottom = picture(comparison({n: [o[-1] for o in v] for n,v in curves.items()}), 98., curves).axes
     lines = {l.get_label(): [*l.get_ydata()] for l in top.lines}
     assert (lines['teacher'], lines['student alone'], lines['with X']) == ([98.,98.], [55.,85.], [45.,93.])
     drawn = [[*l.get_ydata()] for l in top.lines]
     assert all(o in drawn for runs in curves.values() for o in runs)
-    assert [[*l.get_xdata()] for l in bottom.lines if l.get_marker()=='o'] == [[98.],[80.,90.],[92.,94.]]
+    assert [round(o, 4) for o in next(l for l in bottom.lines if l.get_marker()=='.').get_xdata()] == [.12,.04]
+
+def comparison(scores):
+    "What `kd_compare` returns, for accuracies in percent by way"
+    runs = pd.DataFrame([dict(seed=s, way=n, accuracy=a/100) for n,v in scores.items() for s,a in enumerate(v)])
+    first = next(iter(scores))
+    return KDComparison(runs, comparison_table(runs, 'accuracy', first), 'accuracy', first, 0.95)
+
+def test_verdict_counts_runs_and_takes_the_interval():
+    from kd_fastai.demo import verdict
+    assert verdict(comparison({'student alone': [90.,90.], 'with X': [91.,89.5]}))==(
+        'with X: +0.2 points against the student alone, better in 1 of 2 runs, worse in 1: undecided')
+    assert verdict(comparison({'student alone': [90.,90.1,90.2], 'with X': [95.,95.,95.3]})).endswith(
+        'better in 3 of 3 runs, worse in 0: better')
+
+def test_students_have_one_latency(tmp_path):
+    "Time and size belong to the architecture"
+    r = demo('--seeds', 2, '--epochs', 1, cwd=tmp_path)
+    assert r.returncode==0, r.stderr
+    rows = [l.split() for l in r.stdout.splitlines() if l.startswith(('student alone','with SoftTarget'))]
+    ends = {tuple(o[-3:]) for o in rows if '6274' in o}
+    assert len(ends)==1, rows
+
+def test_fashion_runs_too(tmp_path, fashion_folder, monkeypatch):
+    "With images of noise in place of the real ones"
+    import matplotlib; matplotlib.use('agg')
+    from functools import partial
+    from kd_fastai import demo as module
+    data = partial(module.fashion, bs=20, size=14, augment=False, folder=fashion_folder)
+    monkeypatch.setitem(module.DEMO_TASKS, 'fashion', module.DemoTask(data, 6000, 'test images'))
+    res,teacher,curves = module.compare(2, 50, 2, data='fashion', say=lambda o: None)
+    assert [len(o) for o in curves.values()]==[2]*3
+    assert tuple(teacher.dls.one_batch()[0].shape[1:])==(1,14,14)
+    assert [*module.table(res, teacher).index]==['teacher', *res.table.index]
+
+def test_missing_fashion_gets_a_sentence(tmp_path, monkeypatch, capsys):
+    from kd_fastai import demo as module
+    monkeypatch.setattr(module, 'DEBIAN_FOLDER', tmp_path)
+    monkeypatch.setattr(Path, 'home', lambda: tmp_path)
+    with pytest.raises(SystemExit, match='kd-demo: Fashion-MNIST is not in .*dataset-fashion-mnist'):
+        module.kd_demo(data='fashion', out=str(tmp_path/'x.png'))

@@ -60,6 +60,12 @@ def run(learn, ctx, n=2, **kwargs):
     with ctx(learn): learn.fit(n, 0.1, **kwargs)
     return result(learn)
 
+def features_alone(learn, ctx):
+    "The student after a training on features without the task loss, so that its last layer has no gradient"
+    learn.remove_cb(learn.knowledge_distillation)
+    with ctx(learn): learn.fit(2, 0.1, cbs=KD(teacher(), Term(Adapted(), layers=[('2','2')]), task_weight=0))
+    return deepcopy(learn.model.state_dict())
+
 def seeded(seed, *args, **kwargs):
     "A Learner, with the random state set after it is created"
     learn = learner(*args, **kwargs)
@@ -77,6 +83,14 @@ def positions(ctx):
     with ctx(learn): learn.fit(1, 0.1, cbs=KD(teacher(), indexed))
     return seen
 
+def found(ctx):
+    "The weights that this process found, and its student"
+    learn = learner(False, opt_func=SGD)
+    learn.remove_cb(learn.knowledge_distillation)
+    kd = KD(teacher(), [SoftTarget, Term(Similarity, 'auto', layers='2')], weight='auto')
+    with ctx(learn): learn.fit(1, 0.1, cbs=kd)
+    return {'weights': kd.weights, 'student': deepcopy(learn.model.state_dict())}
+
 def worker(path):
     "The trainings of one process"
     # imported later, torch.distributed.nn would keep the process group: see the tutorial on several processes
@@ -92,7 +106,8 @@ def worker(path):
     def together(learn): return learn.distrib_ctx(sync_bn=False, cpu=True)
     res = {case: run(mine(opt_func=SGD), together, cbs=cbs(1)) for case,cbs in CASES.items()}
     res['norm'] = run(mine(norm=True), together)
-    res['positions'] = positions(together)
+    res['features alone'] = features_alone(mine(opt_func=SGD), together)
+    res['positions'],res['found'] = positions(together),found(together)
     res['student with batch norm'] = run(mine(model=small_net(4)), together)  # torch has SyncBatchNorm on GPUs alone
     learn = mine(path=path, opt_func=SGD)               # Adam's states, the student's too, would stay apart
     res['apart'] = run(learn, lambda l: nullcontext())           # each for itself, from other weights
@@ -133,6 +148,11 @@ def test_equals_one_process_with_the_joined_batch(ranks, case):
         for k in ('student','owned'): torch.testing.assert_close(o[case][k], whole[k], rtol=1e-4, atol=1e-6)
         for k in COLUMNS: assert o[case]['columns'][k]==pytest.approx(whole['columns'][k], rel=1e-5)
 
+def test_features_alone_equal_one_process(ranks):
+    "`DistributedDataParallel` waits for every parameter, also for those without a gradient."
+    whole = features_alone(seeded(0, True, opt_func=SGD), lambda l: nullcontext())
+    for o in ranks: torch.testing.assert_close(o['features alone'], whole, rtol=1e-4, atol=1e-6)
+
 def without_statistics(state): return {n:v for n,v in state.items() if 'running' not in n}
 
 @pytest.mark.parametrize('case', [*CASES,'norm','student with batch norm','after apart','loaded','went on'])
@@ -143,6 +163,13 @@ def test_processes_stay_equal(ranks, case):
         torch.testing.assert_close(without_statistics(a[k]), without_statistics(b[k]), rtol=0, atol=0)
     for k in COLUMNS: assert a['columns'][k]==b['columns'][k]
     assert a['hooks']==b['hooks']==0
+
+def test_automatic_weights_are_equal(ranks):
+    "The processes find one number together, though each has other samples."
+    a,b = (o['found'] for o in ranks)
+    assert all(w>0 for w in a['weights'].values())
+    assert a['weights']==b['weights']
+    torch.testing.assert_close(a['student'], b['student'], rtol=0, atol=0)
 
 def test_positions_of_samples(ranks):
     "Each process gets the positions of its own samples, and together these are all."

@@ -1,5 +1,5 @@
 "Cases that once trained something wrong in silence, lost something of the user's, or had no clear message."
-import copy, pickle, weakref
+import copy, pickle, warnings, weakref
 from functools import partial
 import pytest, torch
 import torch.nn.functional as F
@@ -291,6 +291,72 @@ def test_a_callback_refuses_a_student_of_another_width(teacher):
     kd = KD(teacher, Term(FitNet, adapt=partial(make_adapter, kernel=3)), '1')
     fit(learner(model=small_net(4)), cbs=kd)
     with pytest.raises(ValueError, match='was built for student features of'): fit(learner(model=small_net(6)), cbs=kd)
+
+# ---- a teacher that is confidently wrong
+
+class Rotated(nn.Module):
+    "A teacher with its classes in another order: `order[c]` is the column of class `c`"
+    def __init__(self, model, order): super().__init__(); self.model,self.order = model,order
+    def forward(self, x): return torch.empty_like(y := self.model(x)).index_copy_(1, torch.tensor(self.order), y)
+
+ORDER = [3,0,1,2,9,4,5,6,7,8]
+
+def agreement_warnings(*cbs, **kwargs):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        fit(learner(*cbs, **kwargs), 2)
+    return [str(w.message) for w in said if 'agrees with' in str(w.message)]
+
+def test_classes_in_another_order_are_noticed_once(teacher):
+    said = agreement_warnings(KD(Rotated(teacher, ORDER), SoftTarget))
+    assert len(said)==1 and f'class_map={ORDER} ' in said[0]
+
+def test_the_class_map_of_the_warning_mends_it(teacher):
+    mended = fit(learner(KD(Rotated(teacher, ORDER), SoftTarget, class_map=ORDER)))
+    assert torch.equal(weights(mended), weights(fit(learner(KD(teacher, SoftTarget)))))
+
+def test_a_teacher_at_chance_is_noticed(teacher):
+    def shuffled(x): return teacher(x.flip(0))
+    class Shuffled(nn.Module):
+        def forward(self, x): return shuffled(x)
+    said = agreement_warnings(KD(Shuffled(), SoftTarget))
+    assert len(said)==1 and 'hardly more than by chance' in said[0]
+
+@pytest.mark.parametrize('make', [lambda t: KD(t, SoftTarget), lambda t: MutualLearning(small_net(4)),
+    lambda t: KD(Rotated(t, ORDER), SoftTarget, task_weight=0)], ids=['right','learns too','labels not used'])
+def test_no_warning_for(teacher, make):
+    assert agreement_warnings(make(teacher))==[]
+
+def test_the_report_names_another_order_of_classes(teacher):
+    report = learner(KD(Rotated(teacher, ORDER), SoftTarget)).kd_report()
+    assert f'class_map={ORDER} ' in report.warnings[0]
+    assert not [w for w in learner(KD(teacher, SoftTarget)).kd_report().warnings if 'agrees with' in w]
+
+# ---- owned weights follow the rules of the student's
+
+def test_freezing_the_student_in_a_fit_leaves_owned_weights_trainable(teacher):
+    class FreezeAll(Callback):
+        def after_epoch(self): self.learn.freeze_to(1)
+    own = Owned()
+    learn = learner(FreezeAll())
+    fit(learn, 2, cbs=KD(teacher, own, '1'))
+    assert own.w.requires_grad and not learn.model[0][0].weight.requires_grad
+
+class OwnedNorm(nn.Module):
+    "FitNet after a batch norm and a trained scale, without a gradient for the norm"
+    def __init__(self):
+        super().__init__()
+        self.norm,self.w = nn.BatchNorm2d(16),nn.Parameter(torch.ones(1))
+    def forward(self, fm_s, fm_t):
+        (s,), = [fm_s.values()]
+        return FitNet({'1': self.w*s + 0*self.norm.weight[0]}, fm_t)
+
+@pytest.mark.parametrize('wd_bn_bias', [False,True])
+def test_weight_decay_of_owned_norms_follows_the_learner(teacher, wd_bn_bias):
+    own = OwnedNorm()
+    fit(learner(KD(teacher, own, '1'), wd=1., wd_bn_bias=wd_bn_bias))
+    assert own.w.item()<1-1e-3
+    assert (own.norm.weight[0].item()<1-1e-3)==wd_bn_bias
 
 # ---- words
 

@@ -2,8 +2,13 @@
 from copy import deepcopy
 import pytest, torch
 from torch import nn
-from kd_fastai.all import CachedTeacher, FunctionTeacher, SoftTarget, fast_copy, onnx_teacher
-from test_cost import cached_fit, loaders, net, weights
+from fastai.basics import *
+from fastai.callback.all import *
+from kd_fastai.all import *
+from test_cost import cached_fit, learner, loaders, net, weights
+
+for o in [*globals()]:
+    if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
 
@@ -67,3 +72,95 @@ def test_what_cannot_be_folded_is_not():
     assert isinstance(fast_copy(net(8), x, layers=['0.1'])[0][1], nn.BatchNorm2d)
     with pytest.raises(ValueError, match='at most 1e-09 is allowed'):
         fast_copy(net(8), x, dtype=torch.bfloat16, tolerance=1e-9)
+
+# ---- teacher_dtype
+
+def keep_answers(got):
+    "A loss that keeps the teacher's predictions and features"
+    def keep(pred, teacher_pred, fm_t=()):
+        got.append((teacher_pred, *dict(fm_t).values()))
+        return (pred-teacher_pred).square().mean()
+    return Term(keep)
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_a_copy_in_half_precision_answers(dtype):
+    "nearly as the teacher does, which stays as it is; a norm that is asked for is not folded"
+    t = net(8)
+    with torch.no_grad(): t.train()(loaders().train.dataset.x)
+    before,live,half = deepcopy(t.state_dict()),[],[]
+    layers = [('1','1'),('0.0','0.0'),('0.1','0.1')]
+    a = cached_fit(t, losses=keep_answers(live), layers=layers)
+    b = cached_fit(t, losses=keep_answers(half), layers=layers, teacher_dtype=dtype)
+    for x,y in zip(*(map(torch.cat, zip(*o)) for o in (live, half))):
+        assert y.dtype==torch.float32 and 0<(x-y).abs().max()<0.02*x.abs().max()
+    assert 0<(weights(a)-weights(b)).abs().max()<0.05
+    assert t.training and not any(m._forward_hooks for m in t.modules())
+    assert all(torch.equal(v, before[k]) and v.dtype==before[k].dtype for k,v in t.state_dict().items())
+
+def test_the_copy_is_compared_before_the_first_step():
+    t = net(8)
+    t[-1].weight.data.mul_(1e6)  # the logits exceed what float16 can hold
+    learn = learner(loaders(), KnowledgeDistillationCallback(t, SoftTarget, teacher_dtype=torch.float16))
+    before = weights(learn)
+    with pytest.raises(ValueError, match=r'copy in torch.float16 differ by (inf|nan) \(predictions\)'): learn.fit(1)
+    assert torch.equal(weights(learn), before)
+
+def test_a_copy_changes_nothing_but_its_answers():
+    "with a weight of 0 the training is the same bit for bit"
+    def train(**kwargs): return weights(cached_fit(net(8), losses=Term(SoftTarget, 0.), layers=None, **kwargs))
+    assert torch.equal(train(), train(teacher_dtype=torch.bfloat16))
+
+def test_each_fit_makes_its_copy():
+    "of the weights that the teacher has then"
+    t,got = net(8),[]
+    learn = learner(loaders(shuffle=False), KnowledgeDistillationCallback(t, keep_answers(got),
+                                                                          teacher_dtype=torch.bfloat16))
+    learn.fit(1)
+    t[-1].bias.data += 100
+    learn.fit(1)
+    assert (got[7][0]-got[0][0]).mean()>90
+
+def test_a_copy_stops_early_and_converts_inputs():
+    t = net(8)
+    t.pretrained_cfg = dict(mean=(0.5,), std=(0.5,))
+    def train(**kwargs):
+        dls = loaders(after_batch=[Normalize.from_stats([0.1], [2.], cuda=False)])
+        return cached_fit(t, dls, losses=Term(Attention, 10.), layers='1', teacher_tfm='auto', **kwargs)
+    plain,fast = train(),train(teacher_dtype=torch.float32)
+    torch.testing.assert_close(weights(fast), weights(plain), rtol=1e-3, atol=1e-4)
+    assert fast.knowledge_distillation.teacher.early_exit
+
+def test_a_recurrent_teacher_in_half_precision():
+    "its hidden state does not reach the comparison"
+    from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, get_text_classifier
+    config = {**awd_lstm_clas_config, 'emb_sz': 8, 'n_hid': 8, 'n_layers': 1}
+    def model(): return get_text_classifier(AWD_LSTM, 20, 2, seq_len=8, config=config)
+    set_seed(0)
+    dls = DataLoaders(*(DataLoader([*zip(torch.randint(2,20,(32,12)), torch.arange(32)%2)], bs=8) for _ in range(2)))
+    for _ in range(2):  # the second time its hidden state is that of another batch
+        t = model()
+        learn = learner(dls, KnowledgeDistillationCallback(t, SoftTarget, teacher_dtype=torch.bfloat16), model())
+        learn.add_cbs([ModelResetter(), RNNCallback()]).fit(2)
+    assert {p.dtype for p in t.parameters()}=={torch.float32}
+
+def test_what_cannot_be_converted():
+    with pytest.raises(TypeError, match='CachedTeacher answers in its own way'):
+        KnowledgeDistillationCallback(CachedTeacher(net(8)), SoftTarget, teacher_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match='FunctionTeacher has no floating-point weights'):
+        KnowledgeDistillationCallback(FunctionTeacher(run(net(8))), SoftTarget, teacher_dtype=torch.bfloat16)
+    for dtype in (torch.int8, 'bfloat16'):
+        with pytest.raises(TypeError, match='a floating-point type such as torch.bfloat16'):
+            KnowledgeDistillationCallback(net(8), SoftTarget, teacher_dtype=dtype)
+    with pytest.raises(ValueError, match='leave teacher_dtype out'):
+        MeanTeacher(net(8), SoftTarget, teacher_dtype=torch.bfloat16)
+
+def test_an_ensemble_in_half_precision():
+    "its Learner, with the data, is not copied"
+    learn = Learner(loaders(), net(8), loss_func=CrossEntropyLossFlat())
+    def refuse(self, memo): raise AssertionError('the data were copied')
+    learn.dls.__class__ = type('Data', (DataLoaders,), dict(__deepcopy__=refuse))
+    got = []
+    learner_ = learner(loaders(), KnowledgeDistillationCallback(Ensemble([learn, net(4)]), keep_answers(got),
+                                                                teacher_dtype=torch.bfloat16))
+    learner_.fit(1)
+    assert got and got[0][0].dtype==torch.float32

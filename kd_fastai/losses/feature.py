@@ -6,11 +6,13 @@ Docs: https://kd-fastai.github.io/kd_fastai/losses.feature.html.md"""
 
 # %% auto #0
 __all__ = ['Attention', 'ActivationBoundaries', 'FitNet', 'Similarity', 'pool_to_smaller', 'weighted_sum_over_layers',
-           'AttentionNorm', 'NST', 'FSP', 'FactorTransfer', 'CWD', 'PKD', 'CATKD', 'HCL', 'KTA', 'Affinity',
-           'PairwiseKD', 'CIRKD', 'IFVD', 'TokenRelationKL', 'MiniLMv2', 'CosineSmoothL1', 'PartialL2', 'SRD']
+           'AttentionNorm', 'NST', 'FSP', 'FactorTransfer', 'CWD', 'PKD', 'CATKD', 'GaussianWasserstein', 'HCL', 'KTA',
+           'Affinity', 'PairwiseKD', 'CIRKD', 'IFVD', 'TokenRelationKL', 'MiniLMv2', 'CosineSmoothL1', 'PartialL2',
+           'SRD']
 
 # %% ../../nbs/12_losses.feature.ipynb #d722e9ec
 from functools import wraps
+from itertools import product
 from typing import Callable
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ def _attention_map(f, p, over=torch.mean):
 
 @loss_info('Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017', 'https://arxiv.org/abs/1612.03928',
            'spatial attention maps, any number of channels', 'low', 'BCHW', weight=1000., must_match='size',
-           per_sample=True)
+           per_sample=True, masking='sample')
 def Attention(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
@@ -46,7 +48,8 @@ def Attention(
 # %% ../../nbs/12_losses.feature.ipynb #732ad618
 @loss_info('Heo et al., Knowledge Transfer via Distillation of Activation Boundaries, AAAI 2019',
            'https://arxiv.org/abs/1811.03233',
-           'activation boundaries before a ReLU', 'low', 'BCHW', at_equality='elsewhere', per_sample=True)
+           'activation boundaries before a ReLU', 'low', 'BCHW', at_equality='elsewhere', per_sample=True,
+           masking='select')
 def ActivationBoundaries(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, before the ReLU
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -63,7 +66,7 @@ def ActivationBoundaries(
 
 # %% ../../nbs/12_losses.feature.ipynb #4e8a6ce5
 @loss_info('Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015', 'https://arxiv.org/abs/1412.6550',
-           'matching intermediate features (mean squared error)', 'medium', 'BCHW', per_sample=True)
+           'matching intermediate features (mean squared error)', 'medium', 'BCHW', per_sample=True, masking='select')
 def FitNet(
     fm_s:dict[str, torch.Tensor], # Student's features by layer
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -74,7 +77,8 @@ def FitNet(
 
 # %% ../../nbs/12_losses.feature.ipynb #1c4c3f1c
 @loss_info('Tung & Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019', 'https://arxiv.org/abs/1907.09682',
-           'pairwise similarity of samples, layers of any shape', 'medium', 'B²CHW', weight=3000., must_match='batch')
+           'pairwise similarity of samples, layers of any shape', 'medium', 'B²CHW', weight=3000., must_match='batch',
+           masking='zero')
 def Similarity(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, any shape
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same samples
@@ -121,7 +125,7 @@ def weighted_sum_over_layers(
 
 # %% ../../nbs/12_losses.feature.ipynb #8e7e3752
 @loss_info('Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017', 'https://arxiv.org/abs/1612.03928',
-           'attention maps, unsquared norm', 'low', 'BCHW', must_match='size', per_sample=True)
+           'attention maps, unsquared norm', 'low', 'BCHW', must_match='size', per_sample=True, masking='sample')
 def AttentionNorm(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
@@ -148,7 +152,7 @@ def _mmd(s, t):
 @loss_info('Huang & Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017',
            'https://arxiv.org/abs/1707.01219',
            'channel activation patterns (MMD), any width', 'medium', 'BCHW·min(C, HW)', weight=50., must_match='size',
-           per_sample=True)
+           per_sample=True, masking='sample')
 def NST(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
@@ -186,7 +190,7 @@ def FSP(
 # %% ../../nbs/12_losses.feature.ipynb #7c2f68a8
 @loss_info('Kim et al., Paraphrasing Complex Network: Network Compression via Factor Transfer, NeurIPS 2018',
            'https://arxiv.org/abs/1802.04977',
-           'normalized features (invariant to scale)', 'low', 'BCHW', weight=200., per_sample=True)
+           'normalized features (invariant to scale)', 'low', 'BCHW', weight=200., per_sample=True, masking='sample')
 def FactorTransfer(
     fm_s:dict[str, torch.Tensor], # Student's factors by layer
     fm_t:dict[str, torch.Tensor], # Teacher's factors by layer, of the same shapes; with `p1`, of the same sizes
@@ -204,7 +208,8 @@ def FactorTransfer(
 # %% ../../nbs/12_losses.feature.ipynb #a96bf0ff
 @loss_info('Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021',
            'https://arxiv.org/abs/2011.13256',
-           'segmentation and detection: channel-wise spatial distributions', 'low', 'BCHW', weight=3., per_sample=True)
+           'segmentation and detection: channel-wise spatial distributions', 'low', 'BCHW', weight=3., per_sample=True,
+           masking='sample')
 def CWD(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -227,7 +232,7 @@ def _standardize_channels(f):
 @loss_info('Cao et al., PKD: Distillation for Object Detectors via Pearson Correlation, NeurIPS 2022',
            'https://arxiv.org/abs/2207.02039',
            'detectors of different architectures (Pearson correlation)', 'low', 'BCHW', weight=6.,
-           must_match='channels')
+           must_match='channels', masking='select')
 def PKD(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same channels
@@ -265,6 +270,41 @@ def CATKD(
     pairs = pair_features(fm_s, fm_t, must_match='channels', min_ndim=3)
     return sum(F.mse_loss(grid(s), grid(t)) for s,t in pairs)
 
+# %% ../../nbs/12_losses.feature.ipynb #79b6bf9f
+def _cells(size, g):
+    "Slices of the cells of a grid with `g` cells per side, as in adaptive pooling"
+    sides = [[slice(i*n//g, -(-(i+1)*n//g)) for i in range(g)] for n in size]
+    return [*product(*sides)]
+
+def _cell_statistics(f, g, eps):
+    "Mean and standard deviation of each channel in each cell of a map `(B, C, *size)`: two tensors `(B, C, cells)`"
+    cells = [f[(...,*c)].flatten(2) for c in _cells(f.shape[2:], g)]
+    mean = torch.stack([c.mean(2) for c in cells], 2)
+    var = torch.stack([(c-c.mean(2, keepdim=True)).pow(2).sum(2)/max(c.shape[2]-1, 1) for c in cells], 2)
+    return mean,(var+eps).sqrt()
+
+@loss_info('Lv et al., Wasserstein Distance Rivals Kullback-Leibler Divergence, NeurIPS 2024',
+           'https://arxiv.org/abs/2412.08139',
+           'statistics of channels; maps of any size', 'low', 'BCHW', weight=.08, must_match='channels',
+           per_sample=True)
+def GaussianWasserstein(
+    fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
+    fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same channels and any size
+    r:float=4.,                   # Weight of the means
+    g:int=1,                      # Cells of the grid per side
+    eps:float=1e-5,               # Added to the variances
+    **kwargs
+)->torch.Tensor: # Scalar
+    """Return the squared Wasserstein distance of the channels as normal distributions (Lv et al., 2024).
+
+    Raises `ValueError` for unequal channels."""
+    loss = 0.
+    for s,t in pair_features(fm_s, fm_t, must_match='channels', min_ndim=3):
+        (mean_s,std_s),(mean_t,std_t) = (_cell_statistics(f, g, eps) for f in (s,t))
+        error = r*(mean_s-mean_t).pow(2) + (std_s-std_t).pow(2)
+        loss = loss + error.sum(1).mean()
+    return loss
+
 # %% ../../nbs/12_losses.feature.ipynb #751a816d
 def _pyramid_mse(s, t):
     "Weighted mean of the mean squared differences at several sizes"
@@ -290,7 +330,7 @@ def HCL(
 # %% ../../nbs/12_losses.feature.ipynb #e83b5ddc
 @loss_info('He et al., Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019',
            'https://arxiv.org/abs/1903.04688',
-           'normalized features, in any norm', 'low', 'BCHW', weight=200., per_sample=True)
+           'normalized features, in any norm', 'low', 'BCHW', weight=200., per_sample=True, masking='sample')
 def KTA(
     fm_s:dict[str, torch.Tensor], # Student's features by layer
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -314,7 +354,7 @@ def _outer_product_distance(u, v):
 
 @loss_info('He et al., Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019',
            'https://arxiv.org/abs/1903.04688',
-           'segmentation: affinity of positions within a channel', 'low', 'BCHW', per_sample=True)
+           'segmentation: affinity of positions within a channel', 'low', 'BCHW', per_sample=True, masking='sample')
 def Affinity(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -436,7 +476,7 @@ def IFVD(
 @loss_info('Lightly, LightlyTrain distillation v3, 2026',
            'https://docs.lightly.ai/train/stable/methods/distillation.html',
            'tokens of a headless teacher: similarities within an image', 'medium', 'BC(HW)²', must_match='size',
-           per_sample=True)
+           per_sample=True, masking='sample')
 def TokenRelationKL(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: tokens `(B, N, D)`, or `(B, C, *size)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
@@ -470,7 +510,7 @@ def MiniLMv2(
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same number of tokens
     heads:int=12,                 # Relation heads; they divide the widths of both
     weights:tuple|None=None,      # A weight for each pair of layers; 1 each if None
-    mask:torch.Tensor|None=None,  # Tokens that count, `(B, N)`: an attention mask; all if None
+    valid:torch.Tensor|None=None, # Tokens that count, `(B, N)`: an attention mask; all if None
     **kwargs
 )->torch.Tensor: # Scalar
     """Return the divergence of relations between tokens, head by head (Wang et al., 2021).
@@ -481,7 +521,7 @@ def MiniLMv2(
     weights = [1.]*len(pairs) if weights is None else weights
     if len(weights)!=len(pairs): raise ValueError(
         f"Expected a weight for each of {len(pairs)} pairs of layers, got {len(weights)}")
-    mask = None if mask is None else mask.bool()
+    mask = None if valid is None else valid.bool()
     def divergence(s, t, names):
         s,t = (_relation_heads(f, heads, mask, n) for f,n in zip((s,t), names))
         rows = kl_terms(s, t).sum(-1).mean(1)  # (B, N)
@@ -492,7 +532,7 @@ def MiniLMv2(
 # %% ../../nbs/12_losses.feature.ipynb #5dbee5a9
 @loss_info('Sariyildiz et al., UNIC: Universal Classification Models via Multi-teacher Distillation, ECCV 2024',
            'https://arxiv.org/abs/2408.05088',
-           'embeddings and tokens of a headless teacher', 'low', 'BCHW', per_sample=True)
+           'embeddings and tokens of a headless teacher', 'low', 'BCHW', per_sample=True, masking='select')
 def CosineSmoothL1(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: embeddings `(B, D)`, tokens `(B, N, D)` or maps
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -521,7 +561,7 @@ def _partial_l2(s, t, margin):
 
 @loss_info('Heo et al., A Comprehensive Overhaul of Feature Distillation, ICCV 2019',
            'https://arxiv.org/abs/1904.01866',
-           'features before a ReLU (partial L2)', 'low', 'BCHW')
+           'features before a ReLU (partial L2)', 'low', 'BCHW', masking='select')
 def PartialL2(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, before the ReLU
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes
@@ -538,7 +578,7 @@ def PartialL2(
 @loss_info('Miles & Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024',
            'https://arxiv.org/abs/2303.11098',
            'projected embeddings (log-sum distance) and predictions', 'low', 'BD', softmax=True,
-           at_equality='unbounded')
+           at_equality='unbounded', masking='zero')
 def SRD(
     pred:torch.Tensor,            # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor,    # Logits of the teacher, the same shape

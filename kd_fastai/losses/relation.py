@@ -22,7 +22,8 @@ from ..signature import map_inputs
 # %% ../../nbs/13_losses.relation.ipynb #c3904046
 @loss_info('Passalis & Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018',
            'https://arxiv.org/abs/1803.10837',
-           'matching probability distributions of neighbors', 'medium', 'B²D', weight=30000., must_match='batch')
+           'matching probability distributions of neighbors', 'medium', 'B²D', weight=30000., must_match='batch',
+           masking='zero')
 def PKT(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, any shape
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same samples
@@ -79,7 +80,8 @@ def _angle_loss(s, t, dtype, chunk=16):
     return sum(errors)/len(s)**3
 
 @loss_info('Park et al., Relational Knowledge Distillation, CVPR 2019', 'https://arxiv.org/abs/1904.05068',
-           'relational knowledge: distances and angles of embeddings', 'high', 'B²D + B³', must_match='batch')
+           'relational knowledge: distances and angles of embeddings', 'high', 'B²D + B³', must_match='batch',
+           masking='zero')
 def RKD(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, any shape
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same samples
@@ -119,7 +121,8 @@ def _gaussian_series(products, gamma, P):
 
 @loss_info('Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019',
            'https://arxiv.org/abs/1904.01802',
-           'correlation of samples, by a Gaussian or bilinear kernel', 'medium', 'B²D', weight=100., must_match='batch')
+           'correlation of samples, by a Gaussian or bilinear kernel', 'medium', 'B²D', weight=100., must_match='batch',
+           masking='zero')
 def CorrelationCongruence(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, any shape
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same samples
@@ -145,7 +148,8 @@ def CorrelationCongruence(
 
 # %% ../../nbs/13_losses.relation.ipynb #28f2df61
 @loss_info('Liu et al., Exploring Inter-Channel Correlation, ICCV 2021', 'https://arxiv.org/abs/2202.03680',
-           'inter-channel correlation', 'medium', 'BC²HW', weight=2.5, must_match='channels', per_sample=True)
+           'inter-channel correlation', 'medium', 'BC²HW', weight=2.5, must_match='channels', per_sample=True,
+           masking='sample')
 def ICKD(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`, or tokens `(B, N, D)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same channels
@@ -173,7 +177,8 @@ def _ranking_loss(s, order, alpha, beta):
     return (remaining.logsumexp(2)-z).sum(1).mean()
 
 @loss_info('Chen et al., DarkRank: Accelerating Deep Metric Learning, AAAI 2018', 'https://arxiv.org/abs/1707.01220',
-           'retrieval: ranking of the nearest neighbors', 'medium', 'B²D', must_match='batch', at_equality='elsewhere')
+           'retrieval: ranking of the nearest neighbors', 'medium', 'B²D', must_match='batch', at_equality='elsewhere',
+           masking='zero')
 def DarkRank(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, any shape
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same samples

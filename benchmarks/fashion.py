@@ -1,0 +1,359 @@
+"""Losses on Fashion-MNIST: small students with few labels, alone and with a teacher, over paired seeds.
+
+    python benchmarks/fashion.py [--students thin mixer] [--labels 100 1000] [--seeds 8] [--only WAY ...]
+        [--folder FOLDER] [--download] [--cache FOLDER] [--hours 1] [--quick]
+
+Every way of a seed has the same initial weights, labeled images, batches, shifts and flips; ways with 10,000 images
+have other batches, and as many. The score is the accuracy
+on the 10,000 test images at the end of training. Temperatures and weights are those of the papers (`paper`), or found
+by `weight='auto'` (`auto`). The learning rate is that of the digits (thin), or was chosen for the student alone on
+5,000 training images that it did not learn from (mixer, `--choose`). Nothing was chosen on the test images.
+
+The teacher is trained once, on all 60,000 images, and kept in `--cache` with the finished runs, from which a stopped
+benchmark goes on. It is asked once about each version of an image (`CachedTeacher` with a view for each epoch), for
+all ways of a seed. `--hours` ends the benchmark after the run that exceeds them.
+
+Writes `benchmarks/tables/fashion_runs.csv`, a row a run, `fashion.csv`, a row a way, and `fashion.md`."""
+import argparse, hashlib, tempfile, time
+from collections import OrderedDict
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+import pandas as pd
+import torch
+from torch import nn
+from fastai.basics import Callback, CancelValidException, CrossEntropyLossFlat, L, Learner, accuracy, set_seed
+import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
+from kd_fastai.cache import CachedTeacher, StoredTeacher
+from kd_fastai.callback import KnowledgeDistillationCallback, Term
+from kd_fastai.compare import comparison_table, kd_compare, paired_interval, size_kb
+from kd_fastai.demo import fashion
+from kd_fastai.info import get_loss_info
+from kd_fastai.objective import AUTO_RATIO
+from kd_fastai.losses import Attention, DecoupledKD, FitNet, Logits, RKD, Similarity, SoftTarget
+import common
+
+# --- networks
+
+def conv(ni, nf, stride=1):
+    "A convolution with normalization"
+    return nn.Conv2d(ni, nf, 3, stride, 1, bias=False),nn.BatchNorm2d(nf)
+
+class Residual(nn.Module):
+    "A convolution that adds to its input"
+    def __init__(self, n):
+        super().__init__()
+        self.conv = nn.Sequential(*conv(n, n))
+    def forward(self, x): return (x+self.conv(x)).relu()
+
+def resnet(width):
+    "Three stages of 14x14, 7x7 and 4x4, and a linear head"
+    def stage(ni, nf): return nn.Sequential(*conv(ni, nf, 2), nn.ReLU(), Residual(nf))
+    return nn.Sequential(OrderedDict(
+        early=stage(1, width), middle=stage(width, 2*width), late=stage(2*width, 4*width),
+        pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(4*width, 10)))
+
+class Mix(nn.Module):
+    "One block of a mixer: mix positions, then channels. Features stay maps"
+    def __init__(self, positions, channels):
+        super().__init__()
+        def mlp(n): return nn.Sequential(nn.LayerNorm(n), nn.Linear(n, 2*n), nn.GELU(), nn.Linear(2*n, n))
+        self.positions,self.channels = mlp(positions),mlp(channels)
+    def forward(self, x):
+        flat = x.flatten(2)
+        flat = flat+self.positions(flat)
+        return (flat+self.channels(flat.transpose(1, 2)).transpose(1, 2)).view_as(x)
+
+def mixer(channels):
+    "An MLP-mixer: patches of 4x4 in three blocks of 7x7, and a linear head"
+    return nn.Sequential(OrderedDict(
+        patches=nn.Conv2d(1, channels, 4, 4), early=Mix(49, channels), middle=Mix(49, channels),
+        late=Mix(49, channels), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(channels, 10)))
+
+STUDENTS = {'thin': partial(resnet, 6), 'mixer': partial(mixer, 32)}
+LR = {'thin': 1e-2, 'mixer': 1e-2}  # thin: that of the digits; mixer: by --choose
+EPOCHS = {100: 600, 1000: 60, 10_000: 12}   # 600 steps, and 1,200 with 10,000 labels
+BS = 100
+
+# --- the teacher
+
+def train_teacher(data, epochs):
+    "A teacher and its accuracy"
+    set_seed(0, reproducible=True)
+    learn = Learner(fashion(bs=128, **data), resnet(24), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    with learn.no_bar(): learn.fit_one_cycle(epochs, 1e-2, wd=0.01)
+    return learn.model,learn.validate()[1]
+
+def get_teacher(folder, data, epochs):
+    "The teacher of this folder, trained if it is not there, and its accuracy"
+    file,net = folder/f'teacher{epochs}.pt',resnet(24)
+    if not file.exists():
+        net,score = train_teacher(data, epochs)
+        torch.save(dict(weights=net.state_dict(), accuracy=score), file)
+    saved = torch.load(file, weights_only=True)
+    net.load_state_dict(saved['weights'])
+    return net.eval().requires_grad_(False),saved['accuracy']
+
+class OncePerBatch(nn.Module):
+    "A model that answers a batch that it has seen from memory: all students are compared with it on the test images"
+    def __init__(self, model):
+        super().__init__()
+        self.model,self.answers = model,{}
+    def forward(self, x):
+        key = hashlib.blake2b(x.numpy().tobytes()).digest()
+        if key not in self.answers: self.answers[key] = self.model(x)
+        return self.answers[key]
+
+class Answers:
+    "What a teacher answers to the images of one seed, in all versions; those of the last seed only are kept"
+    LAYERS = ['middle','late','pool']
+    def __init__(self, teacher): self.teacher,self.key,self.folder = teacher,None,None
+    def of(self, learn, epochs):
+        "A teacher that has the answers for the data of this Learner"
+        if self.key!=(learn.seed, epochs, learn.dls.train.n):
+            if self.folder: self.folder.cleanup()
+            self.folder = tempfile.TemporaryDirectory()
+            teacher = CachedTeacher(self.teacher, self.folder.name, layers=self.LAYERS, half=True, views=epochs,
+                                    seed=learn.seed)
+            teacher.fill(learn.dls, bar=False)
+            self.key = learn.seed, epochs, learn.dls.train.n
+        return StoredTeacher(self.folder.name)
+
+# --- the ways
+
+def paper(loss, **params): return Term(loss, weight=get_loss_info(loss).weight, **params)
+def auto(loss, **params): return Term(loss, weight='auto', **params)
+
+MAPS = {'thin': ['middle','late'], 'mixer': ['middle']}  # of the same sizes as the teacher's
+LATE,POOL,HINT = dict(layers=['late']),dict(layers=['pool']),dict(layers=['middle'], adapt='auto')
+
+def ours(maps):
+    "Terms and task weight of each way"
+    return {
+        'SoftTarget, auto':  lambda: ([auto(SoftTarget)], 1.),
+        'SoftTarget, paper': lambda: ([Term(SoftTarget, weight=0.9, T=4)], 0.1),
+        'DecoupledKD, auto': lambda: ([auto(DecoupledKD)], 1.),
+        'Logits, auto':      lambda: ([auto(Logits)], 1.),
+        'Attention, auto':   lambda: ([auto(Attention, layers=maps)], 1.),
+        'FitNet, auto':      lambda: ([auto(FitNet, **HINT)], 1.),
+        'RKD, auto':         lambda: ([auto(RKD, **POOL)], 1.),
+        'Similarity, auto':  lambda: ([auto(Similarity, **LATE)], 1.),
+        'DecoupledKD, paper': lambda: ([paper(DecoupledKD)], 1.),
+        'Attention, paper':  lambda: ([paper(Attention, layers=maps)], 1.),
+        'RKD, paper':        lambda: ([paper(RKD, **POOL)], 1.),
+        'Similarity, paper': lambda: ([paper(Similarity, **LATE)], 1.)}
+
+def peers(maps):
+    "Losses of other libraries, by their code and at the weights of their documentation, as far as they are installed"
+    res = {}
+    try: import fasterai.distill.losses as fasterai
+    except ImportError: fasterai = None
+    try: import torchdistill.losses.mid_level as torchdistill
+    except ImportError: torchdistill = None
+    if fasterai: res |= {
+        'fasterai SoftTarget': lambda: ([Term(fasterai.SoftTarget, weight=0.5)], 0.5),
+        'fasterai DecoupledKD': lambda: ([Term(fasterai.DecoupledKD, weight=0.5)], 0.5),
+        'fasterai Attention': lambda: ([Term(fasterai.Attention, weight=0.5, layers=maps)], 0.5)}
+    if torchdistill: res |= {
+        'torchdistill KDLoss': lambda: ([Term(torchdistill_kd(torchdistill), weight=1., name='kd')], 0.),
+        'torchdistill ATLoss': lambda: ([Term(torchdistill_at(torchdistill, maps), weight=1000., name='at',
+                                              layers=maps)], 1.)}
+    return res
+
+def torchdistill_kd(mid_level):
+    "Its loss for CIFAR-100, which includes the cross-entropy"
+    loss = mid_level.KDLoss('a', 'output', 'a', 'output', temperature=4., alpha=0.9)
+    def kd(pred, teacher_pred, target):
+        return loss({'a': {'output': pred}}, {'a': {'output': teacher_pred}}, target)
+    return kd
+
+def torchdistill_at(mid_level, maps):
+    "Its loss for ImageNet"
+    pairs = {n: dict(teacher=dict(io='output', path=n), student=dict(io='output', path=n), factor=1)
+             for n in maps}
+    loss = mid_level.ATLoss(pairs, mode='code')
+    def at(fm_s, fm_t):
+        return loss({n: {'output': f} for n,f in fm_s.items()}, {n: {'output': f} for n,f in fm_t.items()})
+    return at
+
+ALONE = 'student alone'
+FIRST = [ALONE, *[*ours([])][:8]]
+
+def distilled(answers, make, epochs, learn):
+    "The callback of a way"
+    terms,task_weight = make()
+    return KnowledgeDistillationCallback(answers.of(learn, epochs), terms, task_weight=task_weight)
+
+MORE = 10_000
+
+def more_images(learn, data):
+    "Train on ten times as many images, in as many steps"
+    learn.epochs = EPOCHS[1000]*1000//MORE
+    learn.dls = fashion(MORE, learn.seed, bs=BS, **data)
+
+def imitating(teacher, data, learn):
+    "The callback of a student that learns from the teacher alone, on images whose labels are not used"
+    more_images(learn, data)
+    return KnowledgeDistillationCallback(teacher, [Term(SoftTarget, weight=1., T=4)], task_weight=0.)
+
+def more(teacher, data):
+    "Ways with more images, by name"
+    return {'imitation, 10,000 images without labels': partial(imitating, teacher, data),
+            'alone, 10,000 labels': partial(more_images, data=data)}
+
+def alone(): return [Term(SoftTarget, weight=0.)],1.  # with a teacher of weight 0, for the same versions of the images
+
+# --- the benchmark
+
+class NoValidation(Callback):
+    "Train without a look at the test images; their score is taken at the end"
+    def before_validate(self): raise CancelValidException
+
+def fit(learn, epochs, cbs=None):
+    learn.fit_one_cycle(getattr(learn, 'epochs', epochs), cbs=[*L(cbs), NoValidation()])
+
+def make_learner(student, labels, data, seed):
+    "A Learner with an untrained student"
+    dls = fashion(labels, seed, bs=BS, **data)
+    learn = Learner(dls, STUDENTS[student](), lr=LR[student], metrics=accuracy, loss_func=CrossEntropyLossFlat())
+    learn.seed = seed
+    return learn
+
+def read_runs(file):
+    "The runs of a comparison, with those that were set aside"
+    parts = [pd.read_csv(f, dtype={'start': str}) for f in (file, aside(file)) if f.exists()]
+    if not parts: return pd.DataFrame(columns=['seed','way'])
+    return pd.concat(parts, ignore_index=True).drop_duplicates(['seed','way'])
+
+def aside(file): return file.with_suffix('.aside.csv')
+
+def set_aside(file, names):
+    "Leave in the file the runs of these ways only: `kd_compare` completes all ways that a file has"
+    runs = read_runs(file)
+    for f,part in ((aside(file), runs[~runs.way.isin(names)]), (file, runs[runs.way.isin(names)])):
+        part.to_csv(f, index=False) if len(part) else f.unlink(missing_ok=True)
+
+def compare(student, labels, names, seeds, epochs, teacher, data, file, deadline):
+    "One comparison: a student, a number of labels. Seed by seed, until the deadline"
+    answers,every = Answers(teacher),{ALONE: alone, **ours(MAPS[student]), **peers(MAPS[student])}
+    set_aside(file, names)
+    ways = {n: partial(distilled, answers, every[n], epochs) for n in every if n in names}
+    ways |= {n: way for n,way in more(teacher, data).items() if n in names}
+    seen,res = OncePerBatch(teacher),None
+    for n in range(1, seeds+1):
+        res = kd_compare(partial(make_learner, student, labels, data), ways, n, epochs, csv=file, rounds=0,
+                         teacher=seen, fit=fit, progress=False)
+        print(f"{datetime.now():%H:%M} {student}, {labels} labels: {n} of {seeds} seeds", flush=True)
+        if time.time()>deadline: break
+    return res
+
+GROUP = ['student','labels','auto_ratio']
+
+def results(folder, students, labels):
+    "The runs of all comparisons in a folder, and their table"
+    runs,tables = [],[]
+    for student in students:
+        for n in labels:
+            file = runs_file(folder, student, n)
+            one = read_runs(file)
+            if not len(one): continue
+            group = dict(zip(GROUP, (student, n, ratios())))
+            table = comparison_table(one, 'accuracy', ALONE).drop(columns=['epochs','seconds','valid_loss'])
+            runs.append(one.assign(**group))
+            tables.append(table.rename_axis('way').reset_index().assign(**group))
+    def joined(parts):
+        res = pd.concat(parts, ignore_index=True)
+        return res[[*GROUP, *(c for c in res if c not in GROUP)]]
+    return joined(runs),joined(tables)
+
+def teacher_row(teacher, score):
+    return pd.DataFrame([dict(student='', labels=60_000, way='teacher', runs=1, mean=score, kb=size_kb(teacher),
+                              parameters=sum(p.numel() for p in teacher.parameters()))])
+
+PICTURED = {ALONE: 'alone,\n100 labels', 'SoftTarget, auto': 'teacher,\nthe same images',
+            'imitation, 10,000 images without labels': 'teacher, 10,000\nimages, no labels'}
+
+def picture(runs, teacher, file):
+    "Draw the accuracy of the thin student in the ways of `PICTURED`: a dot for each seed, means with intervals"
+    import matplotlib; matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    runs = runs[(runs.student=='thin') & (runs.labels==100)]
+    scores = runs.pivot(index='seed', columns='way', values='accuracy').mul(100)[[*PICTURED]]
+    fig,ax = plt.subplots(figsize=(6.4, 3.2), layout='constrained')
+    ax.axhline(100*teacher, color='k', ls='--', lw=1)
+    ax.text(-.4, 100*teacher, 'teacher, 60,000 labels', va='bottom', size=8)
+    for i,way in enumerate(PICTURED):
+        color = 'C7' if 'alone' in way else 'C2'
+        ax.plot([i]*len(scores), scores[way], 'o', color=color, alpha=.5)
+        ax.plot(i, scores[way].mean(), 'k_', ms=26, mew=2)
+        d = paired_interval(scores[way]-scores[ALONE])
+        if way!=ALONE: ax.text(i+.12, scores[way].mean(),
+            f"{d['gain']:+.1f}\n({d['low']:.1f} to {d['high']:.1f})", va='center', size=8)
+    ax.set(xticks=range(len(PICTURED)), xticklabels=PICTURED.values(), xlim=(-.5, len(PICTURED)-.3),
+           ylim=(None, 100*teacher+1.5), ylabel='% of 10,000 test images right')
+    fig.savefig(file, dpi=130)
+
+def ratios():
+    "The constant of `weight='auto'` as text"
+    return ', '.join(f'{k} {v:g}' for k,v in AUTO_RATIO.items())
+
+def runs_file(folder, student, labels):
+    "The file of one comparison. Another ratio is another comparison"
+    return folder/f"{student}_{labels}_{'_'.join(f'{v:g}' for v in AUTO_RATIO.values())}.csv"
+
+def choose(students, labels, data, seeds=1):
+    "Accuracy of the student alone for several learning rates, on 5,000 training images that it does not learn from"
+    for student in students:
+        for n in labels:
+            for lr in (3e-3, 1e-2, 3e-2):
+                scores = []
+                for seed in range(seeds):
+                    set_seed(seed, reproducible=True)
+                    learn = make_learner(student, n, dict(data, holdout=5000), seed)
+                    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(EPOCHS[n], lr, cbs=NoValidation())
+                    with learn.no_bar(): scores.append(learn.validate()[1])
+                print(f'{student}, {n} labels, lr {lr:g}: {100*sum(scores)/seeds:.2f}%', flush=True)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--students', nargs='*', default=[*STUDENTS], choices=[*STUDENTS])
+    p.add_argument('--labels', nargs='*', type=int, default=[1000])
+    p.add_argument('--seeds', type=int, default=8)
+    p.add_argument('--only', nargs='*', help='names of ways; the first nine, if not given')
+    p.add_argument('--folder', type=Path)
+    p.add_argument('--download', action='store_true')
+    p.add_argument('--cache', type=Path, default=Path.home()/'.cache/kd_fastai/fashion')
+    p.add_argument('--out', type=Path, default=common.TABLES)
+    p.add_argument('--hours', type=float, default=24.)
+    p.add_argument('--choose', action='store_true')
+    p.add_argument('--picture', type=Path, help='file for the picture of the front page')
+    p.add_argument('--quick', action='store_true')
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    teacher_epochs = 10
+    if a.quick: a.seeds,a.labels,a.cache,a.out,teacher_epochs = 2,[50],Path('fashion_quick'),Path('fashion_quick'),1
+    if a.quick: EPOCHS[50] = 2
+    a.cache.mkdir(parents=True, exist_ok=True)
+    a.out.mkdir(exist_ok=True)
+    data = dict(folder=a.folder, download=a.download)
+    if a.choose: return choose(a.students, a.labels, data)
+    every = [ALONE, *ours([]), *peers([]), *more(None, {})]
+    names = [ALONE, *a.only] if a.only else FIRST
+    if unknown := {*names}-{*every}: p.error(f"No such way: {', '.join(sorted(unknown))}. There are {every}")
+    deadline = time.time()+3600*a.hours
+    teacher,score = get_teacher(a.cache, data, teacher_epochs)
+    for student in a.students:
+        for n in a.labels:
+            compare(student, n, names, a.seeds, EPOCHS.get(n, 10), teacher, data, runs_file(a.cache, student, n),
+                    deadline)
+    runs,table = results(a.cache, [*STUDENTS], [*EPOCHS])
+    table = pd.concat([teacher_row(teacher, score), table], ignore_index=True)[[*table]]
+    runs.to_csv(a.out/'fashion_runs.csv', index=False)
+    common.TABLES = a.out
+    common.write('fashion', table.round(5).to_dict('records'),
+                 f"Students on Fashion-MNIST. The teacher has {100*score:.2f}% of 10,000 test images, after "
+                 f"{teacher_epochs} epochs on 60,000 images. {len(runs)} students took {runs.seconds.sum()/3600:.2f} "
+                 "hours of processor time.")
+    if a.picture: picture(runs, score, a.picture)
+
+if __name__=='__main__': main()
