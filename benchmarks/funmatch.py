@@ -1,16 +1,19 @@
 """Function matching on digits with shifts: same views, MixUp, no labels, a long schedule. The table of the tutorial
 `funmatch`.
 
-    python benchmarks/funmatch.py [--seeds 5] [--short 30] [--patience 5] [--out benchmarks/tables/funmatch.csv] [--quick]
+    python benchmarks/funmatch.py [--seeds 5] [--short 30] [--patience 5] [--out benchmarks/tables/funmatch.csv]
+        [--quick]
 
 One row a run of `kd_compare`: seed, way, accuracy on 797 test digits. The teacher (width 16) learned from 1000 digits,
 the students (width 8) see 200. Every batch is shifted by up to two pixels in each direction. Ways whose name ends in
-`long` train `--patience` times as many epochs. Nothing is tuned: the loss is SoftTarget at T=1 alone. `--quick` runs one seed for two epochs, to see that it works."""
+`long` train `--patience` times as many epochs. Nothing is tuned: the loss is SoftTarget at T=1 alone. A stopped run
+goes on from its file. `--quick` runs one seed for two epochs, to see that it works."""
 import argparse
 from functools import cache, partial
 from pathlib import Path
-import torch, torch.nn.functional as F
-from fastai.basics import Callback, CancelValidException, CrossEntropyLossFlat, ItemTransform, Learner, Pipeline, accuracy, set_seed
+import torch
+from fastai.basics import (Callback, CancelValidException, CrossEntropyLossFlat, ItemTransform, Learner, Pipeline,
+    accuracy, set_seed)
 from fastai.callback.all import MixUp
 from kd_fastai.callback import KnowledgeDistillationCallback
 from kd_fastai.compare import kd_compare

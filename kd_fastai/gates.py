@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/gates.html.md"""
 # %% auto #0
 __all__ = ['teacher_right', 'teacher_sure', 'by_entropy', 'by_position', 'all_of']
 
-# %% ../nbs/40_gates.ipynb #af1c383b
+# %% ../nbs/40_gates.ipynb #a44ddec8
 from functools import reduce
 from operator import mul
 from typing import Callable
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from .objective import Batch
 
-# %% ../nbs/40_gates.ipynb #3f765870
+# %% ../nbs/40_gates.ipynb #e0b4f9a9
 def teacher_right(
     batch:Batch # With the teacher's logits and integer labels
 )->Tensor: # `(B,)` or `(B, *spatial)`

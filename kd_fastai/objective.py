@@ -338,6 +338,7 @@ class Term:
         params = {**unwrap_loss(self.loss)[1], **dict.fromkeys(self.params, 'schedule')}
         if params: res += f"({', '.join(f'{k}={v}' for k,v in params.items())})"
         if self.teacher: res += f" from {self.teacher}"
+        if self.sample_weight is not None: res += ' of weighted samples'
         if not self.uses_features: return res
         pairs = [(layer_name(s), layer_name(t)) for s,t in zip(*(self.layers or ([],[])))]
         if pairs: res += f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in pairs)}"

@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/two_views.html.md"""
 # %% auto #0
 __all__ = ['TwoViews', 'split_views', 'across_views', 'by_view', 'on_two_views']
 
-# %% ../nbs/42_two_views.ipynb #08c5909b
+# %% ../nbs/42_two_views.ipynb #de6ec39b
 import inspect
 from functools import wraps
 from typing import Callable
@@ -18,7 +18,7 @@ from .features import has_sample_values, mean_over_samples, per_sample
 from .info import get_loss_info
 from .signature import loss_name
 
-# %% ../nbs/42_two_views.ipynb #ec8b08ba
+# %% ../nbs/42_two_views.ipynb #3c0c5939
 class TwoViews(ItemTransform):
     """A batch of the weak and then the strong views of its samples, for training batches.
 
@@ -45,7 +45,7 @@ def split_views(
         f"Expected a batch of two views, weak and then strong, got {len(t)} samples: is TwoViews among the transforms?")
     return t.chunk(2)
 
-# %% ../nbs/42_two_views.ipynb #27571124
+# %% ../nbs/42_two_views.ipynb #d064574a
 def across_views(
     loss:Callable # A loss on `pred` and `teacher_pred`
 )->Callable: # A loss with the same signature
