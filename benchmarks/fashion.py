@@ -130,7 +130,7 @@ LATE,POOL,HINT = dict(layers=['late']),dict(layers=['pool']),dict(layers=['middl
 def ours(maps):
     "Terms and task weight of each way"
     return {
-        'SoftTarget, auto':  lambda: ([auto(SoftTarget)], 1.),
+        'SoftTarget, auto':  lambda: ([auto(SoftTarget, T=4)], 1.),
         'SoftTarget, paper': lambda: ([Term(SoftTarget, weight=0.9, T=4)], 0.1),
         'DecoupledKD, auto': lambda: ([auto(DecoupledKD)], 1.),
         'Logits, auto':      lambda: ([auto(Logits)], 1.),
