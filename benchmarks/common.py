@@ -97,7 +97,7 @@ def where():
 def shown(v):
     return f'{v:.3g}' if isinstance(v, float) and abs(v)<100 else f'{v:.0f}' if isinstance(v, float) else str(v)
 
-def write(name, rows, said):
+def write(name, rows, said, script='run'):
     "A table of dicts as `tables/name.csv` and `tables/name.md`"
     TABLES.mkdir(exist_ok=True)
     head = [*dict.fromkeys(k for r in rows for k in r)]
@@ -105,7 +105,7 @@ def write(name, rows, said):
         out = csv.DictWriter(f, head, lineterminator='\n'); out.writeheader(); out.writerows(rows)
     lines = [head, ['---']*len(head), *([shown(r.get(k, '')) for k in head] for r in rows)]
     text = '\n'.join(f"| {' | '.join(l)} |" for l in lines)
-    (TABLES/f'{name}.md').write_text(f"{said}\n\nMade by `benchmarks/run` on {where()}.\n\n{text}\n")
+    (TABLES/f'{name}.md').write_text(f"{said}\n\nMade by `benchmarks/{script}` on {where()}.\n\n{text}\n")
     print(f'\n{said}\n\n{text}', flush=True)
     return rows
 

@@ -130,7 +130,7 @@ LATE,POOL,HINT = dict(layers=['late']),dict(layers=['pool']),dict(layers=['middl
 def ours(maps):
     "Terms and task weight of each way"
     return {
-        'SoftTarget, auto':  lambda: ([auto(SoftTarget)], 1.),
+        'SoftTarget, auto':  lambda: ([auto(SoftTarget, T=4)], 1.),
         'SoftTarget, paper': lambda: ([Term(SoftTarget, weight=0.9, T=4)], 0.1),
         'DecoupledKD, auto': lambda: ([auto(DecoupledKD)], 1.),
         'Logits, auto':      lambda: ([auto(Logits)], 1.),
@@ -353,7 +353,7 @@ def main():
     common.write('fashion', table.round(5).to_dict('records'),
                  f"Students on Fashion-MNIST. The teacher has {100*score:.2f}% of 10,000 test images, after "
                  f"{teacher_epochs} epochs on 60,000 images. {len(runs)} students took {runs.seconds.sum()/3600:.2f} "
-                 "hours of processor time.")
+                 "hours of processor time.", 'fashion.py')
     if a.picture: picture(runs, score, a.picture)
 
 if __name__=='__main__': main()
