@@ -156,7 +156,8 @@ def test_dense_predictions_leave_out_masked_positions():
     p,t = (torch.randn(2,5,4, generator=torch.Generator().manual_seed(k)) for k in (0,1))
     mask = torch.tensor([[1,1,0,0],[1,0,1,1]]).bool()
     objective = Objective([Term(SoftTarget, mask=lambda: mask)])
-    def soft_target(p, t): return objective.values(objective.prepare(p, t, masks=objective.find_masks(())))['soft_target']
+    def soft_target(p, t):
+        return objective.values(objective.prepare(p, t, masks=objective.find_masks(())))['soft_target']
     rows = [o.movedim(1,-1)[mask] for o in (p,t)]
     torch.testing.assert_close(soft_target(p, t), SoftTarget(*rows))
     broken = [torch.where(mask[:,None], o, float('nan')) for o in (p,t)]
