@@ -116,7 +116,8 @@ def test_embeddings_have_no_positions():
     s,t = torch.randn(2,3),torch.randn(2,3)
     assert value_of(s, t, torch.zeros(2,4).bool())==F.mse_loss(s, t)
 
-@pytest.mark.parametrize('kwargs', [dict(adapt='auto'), dict(adapt=partial(make_adapter, kernel=3))], ids=['auto','convolution'])
+@pytest.mark.parametrize('kwargs', [dict(adapt='auto'), dict(adapt=partial(make_adapter, kernel=3))],
+                         ids=['auto','convolution'])
 def test_adapted_features(kwargs):
     "Adapters, also those that read neighbors, do not see what stands in masked places"
     s,mask = features('maps'),mask_of('maps')

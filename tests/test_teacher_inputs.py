@@ -4,7 +4,6 @@ from torch import nn
 from torch.nn import functional as F
 from fastai.basics import Callback, DataLoader, DataLoaders, set_seed
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.callback.schedule import lr_find
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.transforms import RandomSplitter
 from fastai.learner import load_learner
