@@ -5,7 +5,7 @@ teacher. What does distillation recover?
 
 Every seed has its own labels and its own student, trained alone for 20 epochs. The teacher learned from 1000 digits,
 the students from 200. Pruned: the same share of the smallest weights of all its convolutions and of its head is set to
-zero (`torch.nn.utils.prune`), and stays zero. Quantized: quantization-aware training with weights of 3 bits and
+zero (`torch.nn.utils.prune`), and stays zero. Quantized: quantization-aware training with weights of 2 bits and
 activations of 8, by `torch.ao.quantization`, because torchao's own has no convolutions. Writes
 `benchmarks/tables/chain.csv`; what is not measured again keeps its rows."""
 import argparse
@@ -23,7 +23,7 @@ from kd_fastai.compare import kd_compare
 from kd_fastai.demo import digits, small_net, train
 from kd_fastai.losses import SoftTarget
 
-AMOUNT,BITS = 0.8,3
+AMOUNT,BITS = 0.8,2
 
 @cache
 def teacher(): return train(digits(), 32, 10, seed=0).model

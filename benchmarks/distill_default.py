@@ -1,5 +1,5 @@
-"""Which temperature and strength should `learn.distill(teacher)` have? Students alone and with `SoftTarget` at weight='auto', in
-several regimes on the digits of `which_loss` (to choose) and on Fashion-MNIST (to check).
+"""Which temperature and strength should `learn.distill(teacher)` have? Students alone and with `SoftTarget`, in several
+regimes on the digits of `which_loss` (to choose) and on Fashion-MNIST (to check).
 
     python benchmarks/distill_default.py [--seeds 3] [--ways T=2 T=4] [--fashion FOLDER]
 

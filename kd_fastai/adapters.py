@@ -120,7 +120,9 @@ def make_adapter(
         f"got {tuple(s.shape)} of the student for {tuple(t.shape)} of the teacher: "
         "an embedding has no positions, take a layer before the pooling, or the teacher's after it")
     a,b = channels_first(s),channels_first(t)
-    size = ResizeFeature(b.shape[2:], class_tokens) if must_match!='channels' else nn.Identity()
+    is_equal = a.shape[2:]==b.shape[2:] and class_tokens[0]==class_tokens[1]  # then another batch may have another size
+    keeps_size = is_equal or must_match=='channels'
+    size = nn.Identity() if keeps_size else ResizeFeature(b.shape[2:], class_tokens)
     if must_match=='size': channels = nn.Identity()
     else:
         ndim = (b if must_match!='channels' else a).ndim

@@ -373,7 +373,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
     def uses_idx(self)->bool:
         "Whether the teacher or a term uses the positions of the samples"
         return self.teacher.needs_idx or any(
-            'idx' in o.args.accepted or callable(o.sample_weight) for o in self.terms)
+            'idx' in o.args.accepted or getattr(o.sample_weight, 'uses_idx', False) for o in self.terms)
 
     def track_positions(self):
         """Context in which the positions of each batch are known.

@@ -9,7 +9,7 @@ __all__ = ['has_momentum', 'optimizer_name', 'optimizer_state', 'momentum_buffer
 
 # %% ../nbs/41_dot.ipynb #e58a0bb8
 import torch
-from fastai.basics import Callback, Optimizer, OptimWrapper
+from fastai.basics import Callback, OptimWrapper
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import average_grad, l2_reg, momentum_step, weight_decay
@@ -80,7 +80,8 @@ class DOT(Callback):
         unsuited = [cb.name for cb in self.learn.cbs if changes_gradients(cb)]
         if unsuited: raise ValueError(
             f"DOT does not work with {', '.join(unsuited)}, which changes gradients or losses: remove it")
-        if is_distributed(self.learn): raise ValueError("DOT does not average gradients over processes: use one process")
+        if is_distributed(self.learn): raise ValueError(
+            "DOT does not average gradients over processes: train in one process")
 
     def before_backward(self):
         "Compute the gradient of the task, and leave the one of distillation to the Learner's backward pass"
@@ -103,7 +104,7 @@ class DOT(Callback):
                          "give fit_one_cycle constant moms, as in moms=(0.9,0.9,0.9)")
 
     def before_step(self):
-        "Let the optimizer step on the task's gradient. `delta` times its buffer is subtracted, so that it decays faster"
+        "Let the optimizer step on the task's gradient, less `delta` times its buffer, so that the buffer decays faster"
         self.kd_grads = []
         for p,_,_,hyper in self.opt.all_params():
             if p not in self.task_grads: continue

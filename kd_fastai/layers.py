@@ -115,8 +115,9 @@ def _parse_class_maps(model):
     trained = [n for n in between if any(True for _ in layers[n].parameters())
                and not head.startswith(f'{n}.')]
     if not pools or trained: raise ValueError(
-        f"Class activation maps of {type(unwrap_model(model)).__name__} cannot be found: expected a global pooling layer "
-        f"and a linear layer after it, got {trained or 'no pooling layer'} before {head!r}. Name layers that return them")
+        f"Class activation maps of {type(unwrap_model(model)).__name__} cannot be found: expected a global pooling "
+        f"layer and a linear layer after it, got {trained or 'no pooling layer'} before {head!r}. "
+        "Name layers that return them")
     return LayerSpec('>maps', pools[-1], None, ClassMaps(layers[head]), True)
 
 # %% ../nbs/03_layers.ipynb #98d041ae

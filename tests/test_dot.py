@@ -165,7 +165,7 @@ def test_the_loss_that_is_recorded_is_the_sum(teacher):
 MISTAKES = {
     'no teacher':   (dict(kd=False), 'DOT needs a distillation callback'),
     'no task':      (dict(task_weight=0.), 'but task_weight is 0'),
-    'Adam':         (dict(opt_func=Adam), 'needs SGD with momentum.*got Optimizer of weight_decay, average_grad, .*adam'),
+    'Adam':         (dict(opt_func=Adam), 'SGD with momentum.*got Optimizer of weight_decay, average_grad, .*adam'),
     'no momentum':  (dict(opt_func=SGD), 'got Optimizer of weight_decay, sgd_step'),
     'AdamW':        (dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)), 'got AdamW'),
     'nesterov':     (dict(opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True)), 'got SGD'),

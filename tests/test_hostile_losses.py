@@ -12,6 +12,7 @@ def public(module): return [f for f in (getattr(module, n) for n in module.__all
 OF_PREDICTIONS = {f.__name__: f for f in public(output)}
 OF_LOGITS      = {n: f for n,f in OF_PREDICTIONS.items() if f.info.softmax and 'teacher_pred' in loss_args(f).accepted}
 OF_FEATURES    = {f.__name__: f for m in (feature, relation) for f in public(m)}
+OF_FEATURES['MiniLMv2'] = partial(MiniLMv2, heads=2)  # the inputs have few channels
 PREDICTIONS = pytest.mark.parametrize('name', OF_PREDICTIONS)
 LOGITS      = pytest.mark.parametrize('name', OF_LOGITS)
 FEATURES    = pytest.mark.parametrize('name', OF_FEATURES)
@@ -23,6 +24,7 @@ def inputs(loss, B=4, C=5, dtype=torch.float32, seed=0):
     x = dict(pred=2*rand(B,C), teacher_pred=2*rand(B,C), target=torch.randint(C-1, (B,), generator=g),
              fm_s={'a': rand(B,4,6,6), 'b': rand(B,8,3,3)}, fm_t={'c': rand(B,4,6,6), 'd': rand(B,8,3,3)})
     if loss is BoundedRegression: x['target'] = rand(B,C)
+    if loss is IFVD: x['target'] = torch.randint(C-1, (B,6,6), generator=g)
     return {k: v for k,v in x.items() if k in loss_args(loss).accepted}
 
 def gradients(loss, x):

@@ -116,7 +116,8 @@ def test_embeddings_have_no_positions():
     s,t = torch.randn(2,3),torch.randn(2,3)
     assert value_of(s, t, torch.zeros(2,4).bool())==F.mse_loss(s, t)
 
-@pytest.mark.parametrize('kwargs', [dict(adapt='auto'), dict(adapt=partial(make_adapter, kernel=3))], ids=['auto','convolution'])
+@pytest.mark.parametrize('kwargs', [dict(adapt='auto'), dict(adapt=partial(make_adapter, kernel=3))],
+                         ids=['auto','convolution'])
 def test_adapted_features(kwargs):
     "Adapters, also those that read neighbors, do not see what stands in masked places"
     s,mask = features('maps'),mask_of('maps')
@@ -156,7 +157,8 @@ def test_dense_predictions_leave_out_masked_positions():
     p,t = (torch.randn(2,5,4, generator=torch.Generator().manual_seed(k)) for k in (0,1))
     mask = torch.tensor([[1,1,0,0],[1,0,1,1]]).bool()
     objective = Objective([Term(SoftTarget, mask=lambda: mask)])
-    def soft_target(p, t): return objective.values(objective.prepare(p, t, masks=objective.find_masks(())))['soft_target']
+    def soft_target(p, t):
+        return objective.values(objective.prepare(p, t, masks=objective.find_masks(())))['soft_target']
     rows = [o.movedim(1,-1)[mask] for o in (p,t)]
     torch.testing.assert_close(soft_target(p, t), SoftTarget(*rows))
     broken = [torch.where(mask[:,None], o, float('nan')) for o in (p,t)]

@@ -203,12 +203,17 @@ def test_a_training_with_each_gate(teacher, name, term):
     assert not torch.equal(weights(plain), weights(gated))
 
 def test_weights_by_position(teacher):
-    "A function of the batch may look up weights by the positions of the samples."
+    "Weights may be looked up by the positions of the samples; mixed samples have none."
     table,seen,keep = torch.rand(100),[],KeepBatches()
-    def look_up(batch): seen.append(table[batch.idx]); return seen[-1]
+    def look_up(batch): seen.append(by_position(table)(batch)); return seen[-1]
+    look_up.uses_idx = True
     learn = fit(learner([KD(teacher, Term(SoftTarget, sample_weight=look_up)), keep]))
     order = [(learn.dls.train_ds[:][0]==x).flatten(1).all(1).nonzero()[0].item() for b,_ in keep.batches for x in b]
     assert torch.equal(torch.cat(seen), table[order])
+    term = Term(SoftTarget, sample_weight=all_of(teacher_right, by_position(table)))
+    fit(learner(KD(teacher, term)))
+    with pytest.raises(ValueError, match='by_position needs the positions of the samples'):
+        fit(learner([KD(teacher, term), MixUp()]))
 
 class FromDict(nn.Module):
     "A student that reads its picture from a dict"

@@ -207,3 +207,48 @@ def test_a_quantization_aware_student_is_distilled():
     kd = KnowledgeDistillationCallback(teacher, [SoftTarget, Term(FitNet, 1., layers='5')])
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=kd)
     assert not torch.equal(before, learn.model[5].weight)
+
+def test_a_convolutional_student_is_trained_for_int8():
+    "by `torch.ao`, whose fused layers (convolution, norm and ReLU in one) keep the convolution's name"
+    from torch.ao.quantization import disable_observer, get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
+    set_seed(0)
+    learn,teacher = conv(),small_net(4)
+    x = learn.dls.one_batch()[0]
+    learn.model = prepare_qat_fx(learn.model.train(), get_default_qat_qconfig_mapping(), (x,))
+    kd = KnowledgeDistillationCallback(teacher, [SoftTarget, Term(Attention, 10., layers=[('0.0','0'), ('1.0','1')])])
+    before = weights(learn)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=kd)
+    assert not torch.equal(weights(learn), before) and kd.history.attention.notna().all()
+    assert not any(m._forward_hooks for m in learn.model.modules())
+    learn.model.apply(disable_observer)  # ranges would move during validation
+    int8 = convert_fx(deepcopy(learn.model).eval())
+    assert '.quantized.' in type(int8.get_submodule('0.0')).__module__
+    row = kd_parity(learn, rounds=1, int8=int8).loc['int8']
+    assert row.largest_difference<0.1 and row.agreement>0.85  # the student has learned little
+
+def test_an_exported_student_is_trained_for_int8(tmp_path):
+    "by torchao, in a graph that does not call its layers: by predictions, and the converted graph is exported"
+    pytest.importorskip('torchao', reason='torchao is not installed')
+    from torchao.quantization.pt2e import allow_exported_model_train_eval
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    set_seed(0)
+    learn,teacher = conv(),small_net(4)
+    x = learn.dls.one_batch()[0]
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    shapes = ({0: torch.export.Dim('batch', min=2)},)
+    graph = torch.export.export(learn.model.train(), (x,), dynamic_shapes=shapes).module()
+    learn.model = allow_exported_model_train_eval(prepare_qat_pt2e(graph, quantizer))
+    before = weights(learn)
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=kd)
+    assert not torch.equal(weights(learn), before)
+    with pytest.raises(RuntimeError, match="layer '0' did not run in this forward"), learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, Term(Attention, layers='0')))
+    learn.model.eval()  # returns None
+    int8 = convert_pt2e(learn.model)
+    torch.export.save(torch.export.export(int8, (x,), dynamic_shapes=shapes), tmp_path/'int8.pt2')
+    loaded = torch.export.load(tmp_path/'int8.pt2').module()
+    torch.testing.assert_close(loaded(x), int8(x))

@@ -473,14 +473,15 @@ def test_wrong_names_of_teachers():
     KD,two = KnowledgeDistillationCallback,dict(a=mlp(2), b=mlp(3))
     with pytest.raises(ValueError, match=r"one of the teachers \['a', 'b'\], .*in logits"): KD(two, Logits)
     with pytest.raises(ValueError, match='in logits_c'): KD(two, [Term(Logits, teacher=k) for k in 'abc'])
-    with pytest.raises(ValueError, match=r"No term learns from the teachers \['b'\]"): KD(two, Term(Logits, teacher='a'))
+    with pytest.raises(ValueError, match=r"No term learns from the teachers \['b'\]"):
+        KD(two, Term(Logits, teacher='a'))
     with pytest.raises(ValueError, match='there is a single one: give a dict'): KD(mlp(2), Term(Logits, teacher='a'))
     with pytest.raises(ValueError, match="at least one teacher by name"): KD({}, Logits)
     with pytest.raises(ValueError, match="is an identifier such as"): KD({1: mlp(2)}, Logits)
     terms = [Term(Logits, teacher=k) for k in 'ab']
     with pytest.raises(ValueError, match=r"teacher_tfm of the teachers \['a', 'b'\], got \['c'\]"):
         KD(two, terms, teacher_tfm={'c': abs})
-    import kd_fastai.report
+    import kd_fastai.report  # noqa: F401
     with pytest.raises(ValueError, match='kd_report compares the student with one teacher'):
         fit(mlp(1), two, terms).kd_report()
 

@@ -427,7 +427,8 @@ def test_bad_sizes_of_a_regressor():
     (lambda: OFA(T=0.), 'got eps=1.0 and T=0.0'),
     (lambda: OFA(eps=0.), 'got eps=0.0'), (lambda: DCD(max_tau=0.), 'max_tau above 0'),
     (lambda: RRD(T_t=0.), 'T_t=0.0'),
-    (lambda: RRD(queue=0), 'queue=0'), (lambda: QueueKL(T=0.), 'got T=0.0'), (lambda: CRDBank(10, T=math.nan), 'and T=nan')])
+    (lambda: RRD(queue=0), 'queue=0'), (lambda: QueueKL(T=0.), 'got T=0.0'),
+    (lambda: CRDBank(10, T=math.nan), 'and T=nan')])
 def test_bad_parameters(make, match):
     with pytest.raises(ValueError, match=match): make()
 
@@ -534,6 +535,32 @@ def test_export(name, teachers, tmp_path):
     assert b'kd_fastai.demo' in data
     assert not any(o in data for o in (b'kd_fastai.losses', b'kd_fastai.callback', b'kd_fastai.scope'))
     assert same(state(load_learner(tmp_path/'m.pkl').model), state(learn.model))
+
+# --- segmentation
+
+def bright_positions(n=60):
+    "Digits whose positions are labeled as bright or dark; some labels are left out"
+    x = digits(100).train.dataset.tensors[0][:n]
+    y = (x[:,0]>0).long()
+    y[:,0] = -100
+    data = [*zip(x, y)]
+    return DataLoaders.from_dsets(data, data[:20], bs=20, num_workers=0)
+
+def segmenter(width):
+    stages = nn.Conv2d(1, width, 3, 1, 1),nn.ReLU(),nn.Conv2d(width, 2*width, 3, 2, 1),nn.ReLU()
+    return nn.Sequential(*stages, nn.Conv2d(2*width, 2, 1), nn.Upsample(scale_factor=2))
+
+@pytest.mark.parametrize('loss', [PairwiseKD, CIRKD, IFVD, TokenRelationKL, partial(PairwiseKD, window=2)],
+                         ids=['PairwiseKD','CIRKD','IFVD','TokenRelationKL','windows'])
+def test_segmentation_losses_train(loss):
+    "Their column falls in a training with dense labels, on maps that are smaller than the labels"
+    set_seed(9)
+    teacher = segmenter(8)
+    kd = KnowledgeDistillationCallback(teacher, loss, '3', weight=get_loss_info(loss).weight, task_weight=0.1)
+    learn = Learner(bright_positions(), segmenter(4), loss_func=CrossEntropyLossFlat(axis=1), cbs=kd)
+    with learn.no_bar(), learn.no_logging(): fit(learn, 6)
+    column = learn.kd_history()[kd.terms[0].name]
+    assert 0<column.iloc[-1]<0.8*column.iloc[0]
 
 # --- losses that find the feature that the classifier reads
 

@@ -8,11 +8,11 @@ Docs: https://kd-fastai.github.io/kd_fastai/losses.output.html.md"""
 __all__ = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NormalizedKD', 'DIST', 'standardize', 'entropy_weighted',
            'scale_decoupled', 'MultiLevel', 'WSLD', 'TTM', 'MFT', 'StreamlinedKD', 'HardTarget', 'JSD', 'SkewKL',
            'AlphaBeta', 'MultiLabel', 'BoundedRegression', 'RefinedLogits', 'SwappedLogits', 'DTKD', 'LDRLD',
-           'TotalVariation', 'WassersteinKD', 'HingeRanking', 'LogisticRanking', 'TfKD']
+           'TotalVariation', 'WassersteinKD', 'HingeRanking', 'LogisticRanking', 'TfKD', 'CrossView', 'MLKDAsPublished']
 
 # %% ../../nbs/11_losses.output.ipynb #583fc88f
 import inspect, math
-from functools import partial, wraps
+from functools import wraps
 from types import SimpleNamespace
 from typing import Callable
 import torch
@@ -642,10 +642,6 @@ def DTKD(
     return alpha*dynamic + beta*T**2*kl_per_row((s/T).log_softmax(1), (t/T).log_softmax(1))
 
 # %% ../../nbs/11_losses.output.ipynb #1ef71a70
-def _rank_pairs(k, device):
-    "All pairs of ranks below `k`, the better one first: two tensors `(k*(k-1)/2,)`"
-    return torch.triu_indices(k, k, 1, device=device)
-
 @loss_info('Xu et al., Local Dense Logit Relations for Enhanced Knowledge Distillation, ICCV 2025',
            'https://arxiv.org/abs/2507.15911',
            "pairs of the student's most likely classes", 'medium', 'B(C + k²)', softmax=True, per_sample=True)
@@ -668,7 +664,7 @@ def LDRLD(
     k = min(k, s.shape[1])
     top = s.detach().topk(k, 1).indices
     top_s,top_t = s.gather(1, top),t.gather(1, top)
-    a,b = _rank_pairs(k, s.device)
+    a,b = torch.triu_indices(k, k, 1, device=s.device)  # pairs of ranks, the better one first
     weight = 2*torch.exp(-.05*(a+b+2))/(1.5+b-a)
     pairs = (weight*_binary_kl(top_s[:,a]-top_s[:,b], top_t[:,a]-top_t[:,b])).sum(1)
     whole = kl_per_row(top_s.log_softmax(1), top_t.log_softmax(1)) * (weight[0] if k==2 else 1)
@@ -743,15 +739,17 @@ def WassersteinKD(
     return label + gamma*moved
 
 # %% ../../nbs/11_losses.output.ipynb #0bed4f00
-def _pairs_in_order_of(t, k, eps):
-    """Pairs of the `k` most likely classes in the order of the teacher's logits `(N, C)`.
+def _preferences(s, t, k, eps):
+    """Differences between the `k` classes that are the most likely for the teacher, for rows `(N, C)`.
 
-    Returns the classes `(N, k)`, and, both `(N, k*(k-1)/2)`, the differences of the probabilities of pairs and the mask
-    of the pairs that count"""
-    p,order = t.softmax(1).topk(min(k or t.shape[1], t.shape[1]), 1)
-    a,b = _rank_pairs(p.shape[1], t.device)
-    gap = p[:,a]-p[:,b]
-    return order,gap,(p[:,b]>eps)&(gap>eps)
+    Returns those of the student's scores and of the teacher's probabilities, and the mask of the pairs that count, in
+    which the teacher prefers the first class: `(N, k, k)`"""
+    p = t.softmax(1)
+    if k is not None and k<p.shape[1]:
+        p,top = p.topk(k, 1)
+        s = s.gather(1, top)
+    gap_s,gap_t = (x[:,:,None]-x[:,None] for x in (s,p))
+    return gap_s,gap_t,(gap_t>eps) & (p[:,None]>eps)
 
 @loss_info('Joachims, Optimizing Search Engines Using Clickthrough Data, KDD 2002',
            'https://doi.org/10.1145/775047.775067',
@@ -768,10 +766,8 @@ def HingeRanking(
     Raises `ValueError` for unequal shapes or fewer than two classes."""
     t = check_predictions(pred, teacher_pred, softmax=True)
     p,t,eps = rows(soften(pred)).softmax(1),rows(soften(t)),1e-8
-    order,gap,counts = _pairs_in_order_of(t, k, eps)
-    a,b = _rank_pairs(order.shape[1], p.device)
-    p = p.gather(1, order)
-    short = ((gap if margin is None else margin)-(p[:,a]-p[:,b])).relu()
+    gap_s,gap_t,counts = _preferences(p, t, k, eps)
+    short = ((gap_t if margin is None else margin)-gap_s).relu()
     return torch.where(counts, short, 0).sum()/(counts.sum()+eps)
 
 # %% ../../nbs/11_losses.output.ipynb #08b10c23
@@ -789,10 +785,8 @@ def LogisticRanking(
     Raises `ValueError` for unequal shapes or fewer than two classes."""
     t = check_predictions(pred, teacher_pred, softmax=True)
     s,t,eps = rows(soften(pred)),rows(soften(t)),1e-9
-    order,_,counts = _pairs_in_order_of(t, k, eps)
-    a,b = _rank_pairs(order.shape[1], s.device)
-    s = s.gather(1, order)
-    return torch.where(counts, F.softplus(s[:,b]-s[:,a]), 0).sum()/(counts.sum()+eps)
+    gap_s,_,counts = _preferences(s, t, k, eps)
+    return torch.where(counts, F.softplus(-gap_s), 0).sum()/(counts.sum()+eps)
 
 # %% ../../nbs/11_losses.output.ipynb #0c90557f
 @loss_info('Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization, CVPR 2020',
@@ -817,3 +811,58 @@ def TfKD(
     u = torch.where(label, a, (1-a)/(n-1).clamp_min(1)).to(s)
     t = (u/T).masked_fill(~possible, -1e30).log_softmax(1)
     return kl_per_row(s, t)/n[:,0]
+
+# %% ../../nbs/11_losses.output.ipynb #4e7d1736
+def _softened_kl(s, t, T):
+    "`SoftTarget` of rows of logits `(N, C)`, for each row"
+    return T**2*kl_per_row((s/T).log_softmax(1), (t/T).log_softmax(1))
+
+@mean_over_samples
+def CrossView(
+    pred:torch.Tensor,           # Logits of the student for the weak view, `(B, C)` or `(B, C, *spatial)`
+    teacher_pred:torch.Tensor,   # Logits of the teacher for the weak view, the same shape
+    pred_strong:torch.Tensor,    # Logits of the student for the strong view, the same shape
+    teacher_strong:torch.Tensor, # Logits of the teacher for the strong view, the same shape
+    T:float=4.,                  # Temperature
+    within:float=2.,             # Weight of the comparison within views
+    across:float=.5,             # Weight of the comparison across views
+    tau_w:float=.9,              # Confidence that the teacher must have for the weak view, within views
+    tau_s:float=.2,              # Confidence that the teacher must have for the strong view, across views
+    **kwargs
+)->torch.Tensor: # Scalar
+    """Return the divergence within and across two views of the samples of which the teacher is sure (Zhang et al., 2024).
+
+    Raises `ValueError` for unequal shapes or fewer than two classes."""
+    check_predictions(pred, pred_strong, softmax=True)
+    t_w,t_s = check_predictions(pred, teacher_pred),check_predictions(pred_strong, teacher_strong)
+    s_w,s_s = (rows(soften(x)) for x in (pred,pred_strong))
+    t_w,t_s = (rows(soften(x)) for x in (t_w,t_s))
+    sure_w,sure_s = (t.softmax(1).amax(1)>=tau for t,tau in ((t_w,tau_w),(t_s,tau_s)))
+    return (within*sure_w*(_softened_kl(s_w, t_w, T)+_softened_kl(s_s, t_s, T))
+            + across*sure_s*(_softened_kl(s_s, t_w, T)+_softened_kl(s_w, t_s, T)))
+
+# %% ../../nbs/11_losses.output.ipynb #da9ef377
+def _share_up_to_median(x):
+    "Share of the numbers that are not above their median"
+    return (x<=x.quantile(.5)).to(x).mean()
+
+def MLKDAsPublished(
+    pred:torch.Tensor,           # Logits of the student for the weak view, `(B, C)`
+    teacher_pred:torch.Tensor,   # Logits of the teacher for the weak view, the same shape
+    pred_strong:torch.Tensor,    # Logits of the student for the strong view, the same shape
+    teacher_strong:torch.Tensor, # Logits of the teacher for the strong view, the same shape
+    T:float=4.,                  # First temperature; the others are 3, 5, 2 and 6
+    standardized:bool=False,     # Compare z-scores of logits, in the terms of samples?
+    **kwargs
+)->torch.Tensor: # Scalar
+    """Return the distillation part of the published training step of MultiLevel (Jin et al., 2023).
+
+    Raises `ValueError` for unequal shapes or fewer than two classes."""
+    p = at_least_float32(check_predictions(pred, teacher_pred, softmax=True)).softmax(1)
+    of_samples,of_classes = _share_up_to_median(p.amax(1)),_share_up_to_median(p.sum(0))
+    instance = standardize(SoftTarget) if standardized else SoftTarget
+    def at(temperatures, s, t): return sum(instance(s, t, T=tau) for tau in temperatures)
+    all_T,strong_T,weak_T = (T,3.,5.,2.,6.),(T,3.,5.),(2.,6.)
+    return (of_samples*(at(all_T, pred, teacher_pred) + MultiLevel(pred, teacher_pred, T=all_T, levels=('batch',)))
+            + of_classes*MultiLevel(pred, teacher_pred, T=all_T, levels=('class',))
+            + at(strong_T, pred_strong, teacher_strong) + at(weak_T, pred, teacher_pred))
