@@ -8,7 +8,7 @@ loss's, on the digits of `which_loss` (to choose) and on Fashion-MNIST (to check
 1000 labeled pictures of 14x14 pixels, its teacher 5000 pictures.
 
 `kd_compare` writes the runs to `benchmarks/tables/auto_ratio_DATA.csv`, and a stopped sweep goes on from there. A way
-is named `LOSS RATIO`; its column `weight` is what was found for this ratio."""
+is named `LOSS RATIO`; its column `weight` is the weight that this ratio gave."""
 import argparse, gzip
 from functools import cache, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ import which_loss
 TABLES = Path(__file__).parent/'tables'
 HURT = ['AFD','NST','CWD','Attention','DarkRank','SemCKD','StreamlinedKD'] # at the weights of their papers
 GOOD = ['SoftTarget','DecoupledKD','FitNet','ITRD','Logits']
-RATIOS = {**dict.fromkeys(HURT+['FitNet','ITRD'], ['1','3']),
+RATIOS = {**dict.fromkeys(HURT+['FitNet','ITRD'], ['0.3','1','3']),
           **dict.fromkeys(['SoftTarget','DecoupledKD','Logits'], ['1','3'])}
 PIXELS,LABELS,TEACHER_LABELS,EPOCHS = 14,1000,5000,20
 

@@ -8,6 +8,30 @@ from torch.utils._pytree import tree_leaves
 
 TABLES = Path(__file__).parent/'tables'
 
+def use_device(name):
+    """Make new tensors and networks on this device, and keep its tables apart. Ends the program if there is no such
+    device"""
+    global TABLES
+    device = torch.device(name)
+    if device.type=='cpu': return
+    if device.type!='cuda' or not torch.cuda.is_available(): raise SystemExit(
+        f"--device {name}: PyTorch finds no such GPU here (torch.cuda.is_available() is {torch.cuda.is_available()}). "
+        "Leave --device out to measure on the processor")
+    torch.set_default_device(device)
+    TABLES = TABLES/device.type
+
+def synchronize():
+    "Wait until the GPU has done what it was given"
+    if torch.cuda.is_initialized(): torch.cuda.synchronize()
+
+def seconds(f):
+    "How long a call takes; a call that returns a float has measured itself"
+    synchronize()
+    start = time.perf_counter()
+    res = f()
+    synchronize()
+    return res if isinstance(res, float) else time.perf_counter()-start
+
 def take_turns(ways, rounds, warm=3):
     """Seconds that each of `{name: function}` takes, in every round: `{name: [seconds]}`. The order turns from
     round to round"""
@@ -16,8 +40,7 @@ def take_turns(ways, rounds, warm=3):
         for _ in range(warm): ways[n]()
     for r in range(rounds):
         k = r%len(names)
-        for n in names[k:]+names[:k]:
-            start = time.perf_counter(); ways[n](); times[n].append(time.perf_counter()-start)
+        for n in names[k:]+names[:k]: times[n].append(seconds(ways[n]))
     return times
 
 def ratio(times, a, b):
@@ -56,7 +79,8 @@ def saved_mib(f, known=()):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): f()
     return sum(n for n,_ in seen.values())/2**20
 
-def _cpu():
+def _processor():
+    if torch.get_default_device().type=='cuda': return torch.cuda.get_device_name()
     try: return next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
@@ -67,7 +91,7 @@ def _version(name):
 def where():
     "Machine, versions and date, in one line"
     names = ', '.join(map(_version, ('torch','fastai','fasterai','torchdistill')))
-    return (f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} used; "
+    return (f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} used; "
             f"{platform.system()}, Python {platform.python_version()}, {names}; {datetime.date.today()}")
 
 def shown(v):

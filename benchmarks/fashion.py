@@ -1,12 +1,13 @@
 """Losses on Fashion-MNIST: small students with few labels, alone and with a teacher, over paired seeds.
 
-    python benchmarks/fashion.py [--students thin mixer] [--labels 1000 10000] [--seeds 8] [--only WAY ...]
+    python benchmarks/fashion.py [--students thin mixer] [--labels 100 1000] [--seeds 8] [--only WAY ...]
         [--folder FOLDER] [--download] [--cache FOLDER] [--hours 1] [--quick]
 
-Every way of a seed has the same initial weights, labeled images, batches, shifts and flips. The score is the accuracy
+Every way of a seed has the same initial weights, labeled images, batches, shifts and flips; ways with 10,000 images
+have other batches, and as many. The score is the accuracy
 on the 10,000 test images at the end of training. Temperatures and weights are those of the papers (`paper`), or found
-by `weight='auto'` (`auto`); the learning rate and the number of epochs were chosen for the student alone, on 5,000
-training images that no student learned from (`--choose`). Nothing was chosen on the test images.
+by `weight='auto'` (`auto`). The learning rate is that of the digits (thin), or was chosen for the student alone on
+5,000 training images that it did not learn from (mixer, `--choose`). Nothing was chosen on the test images.
 
 The teacher is trained once, on all 60,000 images, and kept in `--cache` with the finished runs, from which a stopped
 benchmark goes on. It is asked once about each version of an image (`CachedTeacher` with a view for each epoch), for
@@ -23,12 +24,12 @@ import torch
 from torch import nn
 from fastai.basics import Callback, CancelValidException, CrossEntropyLossFlat, L, Learner, accuracy, set_seed
 import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
-import kd_fastai.objective as objective
 from kd_fastai.cache import CachedTeacher, StoredTeacher
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.compare import comparison_table, kd_compare, paired_interval, size_kb
 from kd_fastai.demo import fashion
 from kd_fastai.info import get_loss_info
+from kd_fastai.objective import AUTO_RATIO
 from kd_fastai.losses import Attention, DecoupledKD, FitNet, Logits, RKD, Similarity, SoftTarget
 import common
 
@@ -70,8 +71,9 @@ def mixer(channels):
         late=Mix(49, channels), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(channels, 10)))
 
 STUDENTS = {'thin': partial(resnet, 6), 'mixer': partial(mixer, 32)}
-LR = {'thin': 1e-2, 'mixer': 3e-3}    # chosen by --choose
-EPOCHS = {1000: 20, 10_000: 6}
+LR = {'thin': 1e-2, 'mixer': 1e-2}  # thin: that of the digits; mixer: by --choose
+EPOCHS = {100: 600, 1000: 60, 10_000: 12}   # 600 steps, and 1,200 with 10,000 labels
+BS = 100
 
 # --- the teacher
 
@@ -128,7 +130,7 @@ LATE,POOL,HINT = dict(layers=['late']),dict(layers=['pool']),dict(layers=['middl
 def ours(maps):
     "Terms and task weight of each way"
     return {
-        'SoftTarget, auto':  lambda: ([auto(SoftTarget, T=4)], 1.),
+        'SoftTarget, auto':  lambda: ([auto(SoftTarget)], 1.),
         'SoftTarget, paper': lambda: ([Term(SoftTarget, weight=0.9, T=4)], 0.1),
         'DecoupledKD, auto': lambda: ([auto(DecoupledKD)], 1.),
         'Logits, auto':      lambda: ([auto(Logits)], 1.),
@@ -174,13 +176,30 @@ def torchdistill_at(mid_level, maps):
         return loss({n: {'output': f} for n,f in fm_s.items()}, {n: {'output': f} for n,f in fm_t.items()})
     return at
 
-ALONE,PICTURED = 'student alone','SoftTarget, paper'
+ALONE = 'student alone'
 FIRST = [ALONE, *[*ours([])][:8]]
 
 def distilled(answers, make, epochs, learn):
     "The callback of a way"
     terms,task_weight = make()
     return KnowledgeDistillationCallback(answers.of(learn, epochs), terms, task_weight=task_weight)
+
+MORE = 10_000
+
+def more_images(learn, data):
+    "Train on ten times as many images, in as many steps"
+    learn.epochs = EPOCHS[1000]*1000//MORE
+    learn.dls = fashion(MORE, learn.seed, bs=BS, **data)
+
+def imitating(teacher, data, learn):
+    "The callback of a student that learns from the teacher alone, on images whose labels are not used"
+    more_images(learn, data)
+    return KnowledgeDistillationCallback(teacher, [Term(SoftTarget, weight=1., T=4)], task_weight=0.)
+
+def more(teacher, data):
+    "Ways with more images, by name"
+    return {'imitation, 10,000 images without labels': partial(imitating, teacher, data),
+            'alone, 10,000 labels': partial(more_images, data=data)}
 
 def alone(): return [Term(SoftTarget, weight=0.)],1.  # with a teacher of weight 0, for the same versions of the images
 
@@ -190,20 +209,36 @@ class NoValidation(Callback):
     "Train without a look at the test images; their score is taken at the end"
     def before_validate(self): raise CancelValidException
 
-def fit(learn, epochs, cbs=None): learn.fit_one_cycle(epochs, cbs=[*L(cbs), NoValidation()])
+def fit(learn, epochs, cbs=None):
+    learn.fit_one_cycle(getattr(learn, 'epochs', epochs), cbs=[*L(cbs), NoValidation()])
 
 def make_learner(student, labels, data, seed):
     "A Learner with an untrained student"
-    dls = fashion(labels, seed, bs=50, **data)
+    dls = fashion(labels, seed, bs=BS, **data)
     learn = Learner(dls, STUDENTS[student](), lr=LR[student], metrics=accuracy, loss_func=CrossEntropyLossFlat())
     learn.seed = seed
     return learn
 
+def read_runs(file):
+    "The runs of a comparison, with those that were set aside"
+    parts = [pd.read_csv(f, dtype={'start': str}) for f in (file, aside(file)) if f.exists()]
+    if not parts: return pd.DataFrame(columns=['seed','way'])
+    return pd.concat(parts, ignore_index=True).drop_duplicates(['seed','way'])
+
+def aside(file): return file.with_suffix('.aside.csv')
+
+def set_aside(file, names):
+    "Leave in the file the runs of these ways only: `kd_compare` completes all ways that a file has"
+    runs = read_runs(file)
+    for f,part in ((aside(file), runs[~runs.way.isin(names)]), (file, runs[runs.way.isin(names)])):
+        part.to_csv(f, index=False) if len(part) else f.unlink(missing_ok=True)
+
 def compare(student, labels, names, seeds, epochs, teacher, data, file, deadline):
     "One comparison: a student, a number of labels. Seed by seed, until the deadline"
     answers,every = Answers(teacher),{ALONE: alone, **ours(MAPS[student]), **peers(MAPS[student])}
-    if file.exists(): names = [*dict.fromkeys([*names, *pd.read_csv(file).way])]
+    set_aside(file, names)
     ways = {n: partial(distilled, answers, every[n], epochs) for n in every if n in names}
+    ways |= {n: way for n,way in more(teacher, data).items() if n in names}
     seen,res = OncePerBatch(teacher),None
     for n in range(1, seeds+1):
         res = kd_compare(partial(make_learner, student, labels, data), ways, n, epochs, csv=file, rounds=0,
@@ -212,51 +247,61 @@ def compare(student, labels, names, seeds, epochs, teacher, data, file, deadline
         if time.time()>deadline: break
     return res
 
+GROUP = ['student','labels','auto_ratio']
+
 def results(folder, students, labels):
     "The runs of all comparisons in a folder, and their table"
     runs,tables = [],[]
     for student in students:
         for n in labels:
             file = runs_file(folder, student, n)
-            if not file.exists(): continue
-            group = dict(student=student, labels=n, auto_ratio=objective.AUTO_RATIO)
-            one = pd.read_csv(file, dtype={'start': str})
+            one = read_runs(file)
+            if not len(one): continue
+            group = dict(zip(GROUP, (student, n, ratios())))
             table = comparison_table(one, 'accuracy', ALONE).drop(columns=['epochs','seconds','valid_loss'])
             runs.append(one.assign(**group))
             tables.append(table.rename_axis('way').reset_index().assign(**group))
     def joined(parts):
         res = pd.concat(parts, ignore_index=True)
-        return res[[*group, *(c for c in res if c not in group)]]
+        return res[[*GROUP, *(c for c in res if c not in GROUP)]]
     return joined(runs),joined(tables)
 
 def teacher_row(teacher, score):
     return pd.DataFrame([dict(student='', labels=60_000, way='teacher', runs=1, mean=score, kb=size_kb(teacher),
                               parameters=sum(p.numel() for p in teacher.parameters()))])
 
-def picture(runs, teacher, way, file):
-    "Draw the accuracy of each student, alone and in one way: every seed as a line, means with 95% intervals"
+PICTURED = {ALONE: 'alone,\n100 labels', 'SoftTarget, auto': 'teacher,\nthe same images',
+            'imitation, 10,000 images without labels': 'teacher, 10,000\nimages, no labels'}
+
+def picture(runs, teacher, file):
+    "Draw the accuracy of the thin student in the ways of `PICTURED`: a dot for each seed, means with intervals"
     import matplotlib; matplotlib.use('agg')
     import matplotlib.pyplot as plt
-    groups = [(k,g.pivot(index='seed', columns='way', values='accuracy').mul(100))
-              for k,g in runs.groupby(['student','labels'], sort=False)]
-    groups = [(k,g) for k,g in groups if way in g]
-    fig,axs = plt.subplots(1, len(groups), figsize=(2.4*len(groups)+.6, 3.2), layout='constrained', squeeze=False)
-    for ax,((student,labels),scores) in zip(axs[0], groups):
-        pair = scores[[ALONE, way]].dropna()
-        ax.plot([0,1], pair.T, 'C0o-', lw=.6, ms=3, alpha=.5)
-        gain = paired_interval(pair[way]-pair[ALONE])
-        ax.plot([0,1], pair.mean(), 'k_', ms=22, mew=2)
-        ax.axhline(100*teacher, color='k', ls='--', lw=1)
-        ax.text(-.4, 100*teacher, ' teacher', va='bottom', size=8)
-        ax.set(xticks=[0,1], xticklabels=['alone','with teacher'], xlim=(-.4,1.4), ylim=(None, 100*teacher+1.2))
-        points = f"{gain['gain']:+.1f} points ({gain['low']:.1f} to {gain['high']:.1f})"
-        ax.set_title(f'{student}, {labels:,} labels\n{points}', size=9)
-    axs[0,0].set_ylabel('% of 10,000 test images right')
+    runs = runs[(runs.student=='thin') & (runs.labels==100)]
+    scores = runs.pivot(index='seed', columns='way', values='accuracy').mul(100)[[*PICTURED]]
+    fig,ax = plt.subplots(figsize=(6.4, 3.2), layout='constrained')
+    ax.axhline(100*teacher, color='k', ls='--', lw=1)
+    ax.text(-.4, 100*teacher, 'teacher, 60,000 labels', va='bottom', size=8)
+    for i,way in enumerate(PICTURED):
+        color = 'C7' if 'alone' in way else 'C2'
+        ax.plot([i]*len(scores), scores[way], 'o', color=color, alpha=.5)
+        ax.plot(i, scores[way].mean(), 'k_', ms=26, mew=2)
+        d = paired_interval(scores[way]-scores[ALONE])
+        if way!=ALONE: ax.text(i+.12, scores[way].mean(),
+            f"{d['gain']:+.1f}\n({d['low']:.1f} to {d['high']:.1f})", va='center', size=8)
+    ax.set(xticks=range(len(PICTURED)), xticklabels=PICTURED.values(), xlim=(-.5, len(PICTURED)-.3),
+           ylim=(None, 100*teacher+1.5), ylabel='% of 10,000 test images right')
     fig.savefig(file, dpi=130)
 
-def runs_file(folder, student, labels): return folder/f'{student}_{labels}_ratio{objective.AUTO_RATIO:g}.csv'
+def ratios():
+    "The constant of `weight='auto'` as text"
+    return ', '.join(f'{k} {v:g}' for k,v in AUTO_RATIO.items())
 
-def choose(students, labels, data, seeds=2):
+def runs_file(folder, student, labels):
+    "The file of one comparison. Another ratio is another comparison"
+    return folder/f"{student}_{labels}_{'_'.join(f'{v:g}' for v in AUTO_RATIO.values())}.csv"
+
+def choose(students, labels, data, seeds=1):
     "Accuracy of the student alone for several learning rates, on 5,000 training images that it does not learn from"
     for student in students:
         for n in labels:
@@ -281,7 +326,7 @@ def main():
     p.add_argument('--out', type=Path, default=common.TABLES)
     p.add_argument('--hours', type=float, default=24.)
     p.add_argument('--choose', action='store_true')
-    p.add_argument('--picture', type=Path, help='draw the students alone and with SoftTarget')
+    p.add_argument('--picture', type=Path, help='file for the picture of the front page')
     p.add_argument('--quick', action='store_true')
     a = p.parse_args()
     torch.set_num_threads(1)
@@ -292,7 +337,7 @@ def main():
     a.out.mkdir(exist_ok=True)
     data = dict(folder=a.folder, download=a.download)
     if a.choose: return choose(a.students, a.labels, data)
-    every = [ALONE, *ours([]), *peers([])]
+    every = [ALONE, *ours([]), *peers([]), *more(None, {})]
     names = [ALONE, *a.only] if a.only else FIRST
     if unknown := {*names}-{*every}: p.error(f"No such way: {', '.join(sorted(unknown))}. There are {every}")
     deadline = time.time()+3600*a.hours
@@ -309,6 +354,6 @@ def main():
                  f"Students on Fashion-MNIST. The teacher has {100*score:.2f}% of 10,000 test images, after "
                  f"{teacher_epochs} epochs on 60,000 images. {len(runs)} students took {runs.seconds.sum()/3600:.2f} "
                  "hours of processor time.")
-    if a.picture: picture(runs, score, PICTURED, a.picture)
+    if a.picture: picture(runs, score, a.picture)
 
 if __name__=='__main__': main()

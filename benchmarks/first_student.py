@@ -24,7 +24,7 @@ def make_learner(seed):
 def way(name, learn):
     "The callback of one of the demo's recipes, with this seed's teacher"
     make = recipes(teacher(learn.seed).model, learn.dls.one_batch()[0])[name]
-    return make and make(learn.model)
+    return make and make(learn)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])

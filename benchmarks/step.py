@@ -80,7 +80,7 @@ def torchdistill_box(teacher, student, x, y):
     config = dict(num_epochs=1, teacher=ends('teacher'), student=ends('student'),
                   optimizer=dict(key='SGD', kwargs=dict(lr=1e-3)),
                   criterion=dict(key='WeightedSumLoss', kwargs=dict(sub_terms=dict(kd=dict(criterion=kd, weight=1.)))))
-    box = DistillationBox(deepcopy(teacher), deepcopy(student), {}, config, torch.device('cpu'), None, False, 1.)
+    box = DistillationBox(deepcopy(teacher), deepcopy(student), {}, config, torch.get_default_device(), None, False, 1.)
     box.teacher_model.eval(); box.student_model.train()
     return lambda: box.post_forward_process(box.forward_process(x, y))
 

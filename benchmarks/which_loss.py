@@ -69,12 +69,15 @@ def linear(model):
     return nn.Sequential(*stages, pool, flat, fc)
 
 class TermWeight(Metric):
-    "The weight of the only term, as a column of the runs; 0 for a student alone"
+    "The weight of the only term, with its schedule at the start, as a column of the runs; 0 for a student alone"
     kd,name = None,'weight'
     def reset(self): pass
     def accumulate(self, learn): pass
     @property
-    def value(self): return 0. if self.kd is None else next(iter(self.kd.weights.values()))
+    def value(self):
+        if self.kd is None: return 0.
+        (term,) = self.kd.terms
+        return self.kd.weights[term.name]*term.schedule_at(0.)
 
 def make_learner(seed):
     "A Learner with the thin student"

@@ -17,39 +17,53 @@ from .info import get_loss_info
 from .signature import accepted_kwargs
 
 # %% ../nbs/06_adapters.ipynb #6b580c6b
-def _square_grid(n):
-    "Side of the square grid of `n` tokens, and the number of class tokens before them (0 or 1)"
-    for extra in (0,1):
-        side = math.isqrt(n-extra)
-        if side>0 and side**2==n-extra: return side,extra
-    raise ValueError(f"Expected a number of tokens that is a square, or one more (a class token), got {n}: "
-                     "they cannot be laid out as a map")
+def _token_layout(n, class_tokens=None):
+    "How many of `n` tokens come before the positions, and the size of the positions: a square, else a row"
+    for extra in (0,1) if class_tokens is None else (class_tokens,):
+        side = math.isqrt(max(n-extra, 0))
+        if side>0 and side**2==n-extra: return extra,(side,side)
+    if class_tokens is not None and n>class_tokens: return class_tokens,(n-class_tokens,)
+    raise ValueError(
+        f"Expected a number of tokens that is a square, or one more (a class token), got {n}: they cannot be laid out "
+        "as a map. adapt=partial(make_adapter, class_tokens=(1,1)) says how many tokens of student and teacher come "
+        "before the positions")
+
+def _with_class_tokens(positions, own, n):
+    "Put `n` class tokens before positions: those that there are, and the mean of the positions for others"
+    own = positions[...,:0] if own is None else own[...,:n]
+    missing = positions.mean(-1, keepdim=True).expand(*positions.shape[:-1], n-own.shape[-1])
+    return torch.cat([own, missing, positions], -1)
 
 class ResizeFeature(nn.Module):
     """Bring a feature to a size, without weights.
 
     Raises `ValueError` for tokens that make no square, where one is needed."""
     def __init__(self,
-        size:tuple # `(H, W)` for maps, `(N,)` for tokens, `()` for an average over all positions
+        size:tuple, # `(H, W)` for maps, `(N,)` for tokens, `()` for an average over all positions
+        class_tokens:tuple=(None,None) # Tokens before the positions, here and in the result; None: 0 or 1
     ):
         super().__init__()
-        self.size = tuple(size)
+        self.size,self.class_tokens = tuple(size),tuple(class_tokens)
 
     def forward(self,
         x:Tensor # `(B, C, *size)`, channels first, of tokens too
     )->Tensor: # `(B, C, *self.size)`
         if x.shape[2:]==self.size: return x
         if not self.size: return x.flatten(2).mean(-1)
-        if x.ndim==3 and len(self.size)>1:  # tokens become a map
-            side,extra = _square_grid(x.shape[2])
-            x = x[...,extra:].unflatten(2, (side,side))
-        if x.ndim>3 and len(self.size)==1:  # a map becomes tokens
-            side,extra = _square_grid(*self.size)
-            x = resize_to(x, (side,side)).flatten(2)
-            return torch.cat([x.mean(-1, keepdim=True)]*extra + [x], -1)
-        if len(self.size)!=x.ndim-2: raise ValueError(
+        own = None
+        if x.ndim==3:  # tokens: only positions are resized
+            n,size = _token_layout(x.shape[2], self.class_tokens[0])
+            x,own = x[...,n:].unflatten(2, size),x[...,:n]
+        if len(self.size)>1: return self._resize(x, self.size)
+        n,size = _token_layout(*self.size, self.class_tokens[1])
+        is_row = 1 in (len(size), x.ndim-2)
+        if is_row: x,size = x.flatten(2),(math.prod(size),)
+        return _with_class_tokens(self._resize(x, size).flatten(2), own, n)
+
+    def _resize(self, x, size):
+        if len(size)==x.ndim-2: return resize_to(x, size)
+        raise ValueError(
             f"Expected a feature that can be brought to size {self.size}, got one of size {tuple(x.shape[2:])}")
-        return resize_to(x, self.size)
 
     def extra_repr(self): return f'size={self.size}'
 
@@ -93,7 +107,8 @@ def make_adapter(
     must_match:str='shape',     # What shall be equal afterwards: 'shape', 'size' or 'channels'
     kernel:int=1,          # Kernel size of the projection
     bn:bool=False,         # Batch norm after it?
-    orthogonal:bool=False  # Keep its matrix orthogonal (VkD)?
+    orthogonal:bool=False, # Keep its matrix orthogonal (VkD)?
+    class_tokens:tuple=(None,None) # Tokens before the positions in student and teacher; None: 0 or 1
 )->FeatureAdapter: # A layer that makes such a `t` of such an `s`
     """The layer that gives `s` the shape of `t`. With `functools.partial` it is a value for `adapt`.
 
@@ -105,7 +120,9 @@ def make_adapter(
         f"got {tuple(s.shape)} of the student for {tuple(t.shape)} of the teacher: "
         "an embedding has no positions, take a layer before the pooling, or the teacher's after it")
     a,b = channels_first(s),channels_first(t)
-    size = ResizeFeature(b.shape[2:]) if must_match!='channels' else nn.Identity()
+    is_equal = a.shape[2:]==b.shape[2:] and class_tokens[0]==class_tokens[1]  # then another batch may have another size
+    keeps_size = is_equal or must_match=='channels'
+    size = nn.Identity() if keeps_size else ResizeFeature(b.shape[2:], class_tokens)
     if must_match=='size': channels = nn.Identity()
     else:
         ndim = (b if must_match!='channels' else a).ndim

@@ -15,6 +15,7 @@ from .losses import *
 from .matching import classifier_input, layer_similarity, linear_cka, match_feature_layers
 from .objective import Objective, Term
 from .parity import OnnxModel, deployable, export_onnx, kd_parity
+from .phi_s import fit_phi_s, phi_s
 from .plots import *
 from .report import KDReport
 from .schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation

@@ -68,11 +68,15 @@ def _read(dl, idx, seed):
         b = dl.do_batch([dl.do_item(i) for i in idx])
         return batch_inputs(dl, dl.after_batch(b if dl.device is None else to_device(b, dl.device)))
 
+_OWN_GENERATOR = ("it draws from a random generator of its own, which cannot be replayed without a method "
+                  "set_random_seed(seed)")
+
 def check_repeatable(
     dl,               # A fastai `DataLoader` of training data
     n:int=8,          # How many samples to look at
-    replay:bool=False # Are its random draws replayed?
-)->tuple:             # The inputs of these samples
+    replay:bool=False,# Are its random draws replayed?
+    own_inputs:int=0  # How many inputs, the last ones, are the teacher's; others may differ then
+)->tuple:             # The teacher's inputs of these samples
     """Raise `ValueError`, naming the transform where it can be known, if reading a sample twice gives different
     inputs. Does not change the random state"""
     check_positions(dl)
@@ -81,13 +85,14 @@ def check_repeatable(
     hint = "views=4 records four versions of each sample and replays them. Or train without a cache"
     if bad: raise ValueError(f"The training data are transformed at random by {', '.join(bad)}: {hint}")
     idx = sorted({int(i) for i in np.linspace(0, len(dl.dataset)-1, n)})
-    xb,again = _read(dl, idx, 0),_read(dl, idx, 0 if replay else 1)
+    def read(idx, seed): return split_inputs(_read(dl, idx, seed), own_inputs)[1]
+    xb,again = read(idx, 0),read(idx, 0 if replay else 1)
     tfms = _plain_repr(getattr(dl.dataset, 'transform', all_transforms(dl)))
     if not _same(xb, again): raise ValueError(
         f"Reading a sample twice gives different inputs, by a transform of {type(dl.dataset).__name__} {tfms}: "
-        + ("it draws from a random generator of its own, which cannot be replayed" if replay else hint))
+        + (_OWN_GENERATOR if replay else hint))
     padded = not replay and getattr(getattr(dl, 'before_batch', None), 'fs', None)
-    if padded and any(_shapes(_read(dl, [i], 0))!=_shapes(xb) for i in idx): raise ValueError(
+    if padded and any(_shapes(read([i], 0))!=_shapes(xb) for i in idx): raise ValueError(
         f"The input of a sample depends on its batch, by {_plain_repr(dl.before_batch)} (padding?): {hint}")
     return xb
 
@@ -124,7 +129,7 @@ def weights_digest(
 
 def _describe_data(dl, seed, tfm, own_inputs=0):
     "What answers depend on: the inputs of some samples, and what `tfm` makes of them"
-    xb = split_inputs(check_repeatable(dl, replay=seed is not None), own_inputs)[1]
+    xb = check_repeatable(dl, replay=seed is not None, own_inputs=own_inputs)
     made = None if tfm is None else tuplify(tfm(*map(as_plain_tensor, xb)))
     return dict(samples=len(dl.dataset), inputs=fingerprint(*xb).tolist(),
         teacher_tfm=made and fingerprint(*made).tolist())
@@ -413,7 +418,8 @@ class CachedTeacher(StoredTeacher):
         with replayed_draws(0):
             self._dl = dl if self.views else dl.new(shuffle=False, drop_last=False, get_idxs=self._missing().tolist)
             with self.ready(dl.device):
-                for b in progress_bar(self._dl) if bar else self._dl: self(*split_inputs(batch_inputs(dl, b), self.own_inputs)[1])
+                for b in progress_bar(self._dl) if bar else self._dl:
+                    self(*split_inputs(batch_inputs(dl, b), self.own_inputs)[1])
         dl.rng = rng
 
     def _missing(self):

@@ -12,6 +12,7 @@ __all__ = ['kd_callbacks', 'KnowledgeDistillationCallback', 'check_teacher_names
 import inspect, warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Callable
 import pandas as pd
@@ -652,7 +653,7 @@ def loss_layout(
 @patch
 def distill(self:Learner,
     teacher:nn.Module|Learner|str|Path|Teacher, # As in `KnowledgeDistillationCallback`
-    loss:Callable|Term|list=SoftTarget, # As in `KnowledgeDistillationCallback`
+    loss:Callable|Term|list=partial(SoftTarget, T=4), # As in `KnowledgeDistillationCallback`
     layers:str|list|dict|None=None,     # Layers to compare as well: as in `KnowledgeDistillationCallback`
     features:Callable=Attention,        # The loss that compares them, with weight='auto'
     weight:float|str='auto',            # Weight of bare losses

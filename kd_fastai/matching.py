@@ -10,6 +10,7 @@ __all__ = ['match_feature_layers', 'classifier_input', 'linear_cka', 'layer_simi
 # %% ../nbs/05_matching.ipynb #73439e50
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Callable, NamedTuple
 import pandas as pd
 import torch
@@ -18,7 +19,7 @@ from fastai.basics import DataLoaders, Learner, tuplify
 from .capture import eval_no_grad, naming_errors
 from .inputs import as_plain_tensor, auto_tfm, sample_inputs, tensor_version
 from .layers import unwrap_model
-from .teacher import get_logits
+from .teacher import Teacher, get_logits, read_teacher
 
 # %% ../nbs/05_matching.ipynb #a3a3456c
 class LayerOutput(NamedTuple):
@@ -138,7 +139,7 @@ def evenly_spaced(
 # %% ../nbs/05_matching.ipynb #c88cb6f7
 def match_feature_layers(
     student:nn.Module|Learner,  # Student
-    teacher:nn.Module|Learner,  # Teacher
+    teacher:nn.Module|Learner|str|Path|Teacher, # Teacher, as in `KnowledgeDistillationCallback`
     sample_input:Tensor|tuple|DataLoaders, # A batch of inputs (a tuple if the models take several), or the data
     teacher_tfm:Callable|str|None=None     # Converts the student's inputs to the teacher's
 )->dict: # `{'student': [names], 'teacher': [names]}`, largest maps first
@@ -148,6 +149,7 @@ def match_feature_layers(
     data do not change.
     Raises `ValueError`, listing both models' sizes, if no size is in both."""
     xs = sample_inputs(sample_input)
+    teacher,teacher_tfm = read_teacher_and_tfm(teacher, teacher_tfm)
     s = layers_per_size(student, xs, 'student')
     t = layers_per_size(teacher, teacher_inputs(xs, teacher_tfm, sample_input, teacher), 'teacher')
     both = sorted(s.keys() & t.keys(), key=math.prod, reverse=True)
@@ -177,6 +179,16 @@ def teacher_inputs(
             "teacher_tfm='auto' reads the student's normalization from the data: give DataLoaders")
         teacher_tfm = auto_tfm(data, teacher)
     return tuple(map(as_plain_tensor, tuplify(teacher_tfm(*xs))))
+
+# %% ../nbs/05_matching.ipynb #1dc4462e
+def read_teacher_and_tfm(
+    teacher:nn.Module|Learner|str|Path|Teacher, # A teacher, as in `KnowledgeDistillationCallback`
+    teacher_tfm:Callable|str|None=None          # Converts the student's inputs to the teacher's
+)->tuple: # The model or its `Learner`, and the conversion: that of a `Teacher` if none is given
+    "Return the model that a teacher stands for, and the conversion of its inputs"
+    if isinstance(teacher, Teacher): return teacher.learner or teacher.model,teacher_tfm or teacher.tfm
+    model,learn = read_teacher(teacher)
+    return learn or model,teacher_tfm
 
 # %% ../nbs/05_matching.ipynb #d6bda06e
 def classifier_input(
@@ -216,7 +228,7 @@ def _inner_product(a, b): return (a*b).sum().item()
 # %% ../nbs/05_matching.ipynb #5c588007
 def layer_similarity(
     student:nn.Module|Learner, # Student
-    teacher:nn.Module|Learner, # Teacher
+    teacher:nn.Module|Learner|str|Path|Teacher, # Teacher, as in `KnowledgeDistillationCallback`
     x:Tensor|tuple|DataLoaders,# A batch of a few hundred samples (a tuple if models take several inputs), or the data
     depth:int=1,               # Which layers: 1 for the models' own children, 2 for their children, and so on
     teacher_tfm:Callable|str|None=None # Converts the student's inputs to the teacher's
@@ -226,6 +238,7 @@ def layer_similarity(
     Layers that ran several times, or whose output is not a tensor or was changed in place, are left out.
     Raises `ValueError` if a model has no other layer of that depth."""
     xs = sample_inputs(x)
+    teacher,teacher_tfm = read_teacher_and_tfm(teacher, teacher_tfm)
     s = _layer_grams(student, xs, depth, 'student')
     t = _layer_grams(teacher, teacher_inputs(xs, teacher_tfm, x, teacher), depth, 'teacher')
     values = [[_inner_product(a, b) for b in t.values()] for a in s.values()]

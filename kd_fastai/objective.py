@@ -271,6 +271,7 @@ class Term:
         Raises `TypeError` if the loss does not return a scalar tensor; `ValueError` for sample weights of another shape
         than `(B,)` or that of the positions."""
         batch = batch.of(self.teacher)
+        if not self.uses_teacher_pred: batch = batch._replace(teacher_pred=None)
         takes_mask,mask = 'valid' in self.args.accepted,batch.masks.get(self.name)
         if mask is not None: batch = batch.masked(mask)
         if self.sample_weight is not None: batch = self._weighted(batch)
@@ -278,8 +279,8 @@ class Term:
         if (on_positions or self.needs_labels) and not takes_mask: batch = batch.labeled()
         if not len(batch.pred) and (self.needs_labels or not self.uses_features): return batch.pred.sum()
         inputs = {**batch.inputs(), **self.features(batch.fm_s, batch.fm_t)}
-        if takes_mask and self.uses_features: inputs['valid'] = mask
-        elif takes_mask and batch.pred.ndim>2: inputs['valid'] = batch.mask
+        if takes_mask and batch.pred.ndim>2: inputs['valid'] = batch.mask
+        elif takes_mask and self.uses_features: inputs['valid'] = mask
         mixed = batch.mixed if 'target' in self.args.accepted else None
         masks_features = mask is not None and self.uses_features
         by_sample = self.sample_weight is not None or (
@@ -530,11 +531,11 @@ class Objective:
         mask = self._label_mask(pred, target, mixed)
         batch = Batch(pred, None, fm_s, {}, target, idx, mixed, mask, masks or {}, fields=fields or {})
         def answered(name, teacher_pred, fm_t):
-            return self.of(name)._with_answer(batch, teacher_pred, fm_t or {}, axis)
+            return self._with_answer(batch, teacher_pred, fm_t or {}, axis, self.of(name).class_map)
         if not isinstance(teacher_pred, dict): return answered(None, teacher_pred, fm_t)
         return batch._replace(by_teacher={k: answered(k, p, fm_t[k]) for k,p in teacher_pred.items()})
 
-    def _with_answer(self, batch, teacher_pred, fm_t, axis):
+    def _with_answer(self, batch, teacher_pred, fm_t, axis, class_map):
         "The batch with what a teacher returned, in the student's type"
         pred = batch.pred
         def as_students(t):
@@ -544,7 +545,7 @@ class Objective:
         if teacher_pred is not None:
             teacher_pred = as_students(teacher_pred)
             if teacher_pred.ndim>2: teacher_pred = teacher_pred.movedim(axis, 1)
-            if self.class_map is not None: pred,teacher_pred = shared_classes(pred, teacher_pred, self.class_map)
+            if class_map is not None: pred,teacher_pred = shared_classes(pred, teacher_pred, class_map)
         return batch._replace(pred=pred, teacher_pred=teacher_pred, fm_t={k: as_students(v) for k,v in fm_t.items()})
 
     def find_masks(self,

@@ -18,7 +18,7 @@ from .teacher import Teacher
 def _is_prime(n): return n>1 and all(n%k for k in range(2, int(n**0.5)+1))
 
 def _jacobsthal(q):
-    "`(q, q)` with 1 where the difference of the indices is a square modulo the prime `q`, -1 where it is none, 0 between"
+    "`(q, q)`: 1 where the difference of the indices is a square modulo the prime `q`, 0 where it is 0, otherwise -1"
     squares = {i*i%q for i in range(1, q)}
     character = torch.tensor([0, *(1 if i in squares else -1 for i in range(1, q))])
     i = torch.arange(q)
@@ -41,7 +41,7 @@ def _paley(n):
 def hadamard(
     n:int # Number of rows
 )->Tensor: # `(n, n)` of 1 and -1
-    """A Hadamard matrix: Sylvester's for powers of two, and products with one of Paley's for others, such as 384 and 768.
+    """A Hadamard matrix: Sylvester's for powers of two, products with one of Paley's for others, such as 384 and 768.
 
     Raises `ValueError` if none is known."""
     doubled = torch.ones(1, 1, dtype=torch.long)

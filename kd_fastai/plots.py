@@ -9,6 +9,7 @@ __all__ = ['plot_attention', 'plot_softened', 'class_agreement', 'plot_class_agr
 
 # %% ../nbs/33_plots.ipynb #5a4f2d47
 from itertools import product
+from pathlib import Path
 from typing import Callable
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -19,8 +20,8 @@ from fastai.basics import DataLoaders, Learner, show_image
 from .capture import Capture, eval_no_grad, naming_errors
 from .inputs import as_plain_tensor, batch_inputs, sample_inputs
 from .layers import parse_layer_pairs
-from .matching import layer_similarity, teacher_inputs
-from .teacher import find_teacher, get_logits, read_teacher
+from .matching import layer_similarity, read_teacher_and_tfm, teacher_inputs
+from .teacher import Teacher, find_teacher, get_logits, read_teacher
 
 # %% ../nbs/33_plots.ipynb #13f2864e
 def _axes_grid(ax, rows, cols, size, **kwargs):
@@ -36,7 +37,7 @@ def _single_axes(ax, size): return plt.subplots(figsize=size, layout='constraine
 # %% ../nbs/33_plots.ipynb #42264811
 def plot_attention(
     student:nn.Module|Learner,  # Student
-    teacher:nn.Module|Learner,  # Teacher
+    teacher:nn.Module|Learner|str|Path|Teacher, # Teacher, as in `KnowledgeDistillationCallback`
     x:Tensor|tuple|DataLoaders, # A batch of inputs (a tuple if the models take several), or the data
     layers:str|list|dict,       # Layers, as in `KnowledgeDistillationCallback`
     n:int=4,                    # Number of samples
@@ -47,6 +48,7 @@ def plot_attention(
 
     Raises `ValueError` for a layer whose output is not a map `(B, C, H, W)`."""
     xs = [t[:n] for t in sample_inputs(x)]
+    teacher,teacher_tfm = read_teacher_and_tfm(teacher, teacher_tfm)
     names_s,names_t = parse_layer_pairs(layers)
     maps_s = _attention_maps(student, xs, names_s, 'student')
     maps_t = _attention_maps(teacher, teacher_inputs(xs, teacher_tfm, x, teacher), names_t, 'teacher')
@@ -147,7 +149,7 @@ def _heat_map(table, ax, fmt, **kwargs):
 # %% ../nbs/33_plots.ipynb #c779158e
 @patch
 def plot_agreement(self:Learner,
-    teacher:nn.Module|Learner|None=None, # Teacher; defaults to that of the Learner's distillation callback
+    teacher:nn.Module|Learner|str|Path|Teacher|None=None, # Teacher; defaults to the one of the distillation callback
     dl=None,                   # Data; defaults to the Learner's validation data
     teacher_tfm:Callable|str|None=None, # Converts the student's inputs to the teacher's; defaults to the callback's
     ax=None                    # Axes to draw on
@@ -156,7 +158,8 @@ def plot_agreement(self:Learner,
     own = find_teacher(self)
     if teacher is None:
         if own is None: raise ValueError("There is no teacher: give one, or attach one first, learn.distill(teacher)")
-        teacher,teacher_tfm = own.learner or own.model,teacher_tfm or own.tfm
+        teacher = own
+    teacher,teacher_tfm = read_teacher_and_tfm(teacher, teacher_tfm)
     student,teacher_model = self.model,read_teacher(teacher)[0]
     preds = []
     with eval_no_grad(student, teacher_model):
@@ -175,7 +178,7 @@ def _class_names(dls):
 # %% ../nbs/33_plots.ipynb #109440da
 def plot_similarity(
     student:nn.Module|Learner, # Student
-    teacher:nn.Module|Learner, # Teacher
+    teacher:nn.Module|Learner|str|Path|Teacher, # Teacher, as in `KnowledgeDistillationCallback`
     x:Tensor|tuple|DataLoaders,# A batch of a few hundred samples (a tuple if models take several inputs), or the data
     depth:int=1,               # Which layers: 1 for the models' own children, 2 for their children, and so on
     ax=None,                   # Axes to draw on

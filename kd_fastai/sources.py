@@ -182,7 +182,7 @@ def fast_copy(
         "choose another dtype, or give fast_copy(teacher, *xb, dtype=..., tolerance=...) as the teacher")
     return res
 
-# %% ../nbs/27_sources.ipynb #5659e2b9
+# %% ../nbs/27_sources.ipynb #8a00ce63
 class FastTeacher(Teacher):
     """A `Teacher` of which a faster copy in another floating-point type answers (see `fast_copy`).
 

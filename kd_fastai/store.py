@@ -82,7 +82,7 @@ class Table:
         "Return which rows have been written. A damaged row counts as missing, and a warning names the file"
         found = self.records['check'][i]!=0
         new = np.asarray(i)[found & ~self._verified[i]]
-        self._verify(new)
+        if len(new): self._verify(new)
         return found & self._verified[i]
 
     def _verify(self, i):

@@ -129,14 +129,16 @@ def replayed_draws(
         _set_seed(seed, generators)
         yield
         return
-    states,numpy_state = random.getstate(),np.random.get_state()
-    try:
-        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-            _set_seed(seed, generators)
-            yield
-    finally:
-        random.setstate(states)
+    cuda = torch.cuda.is_initialized()
+    state,numpy_state,torch_state = random.getstate(),np.random.get_state(),torch.get_rng_state()
+    if cuda: cuda_states = torch.cuda.get_rng_state_all()
+    _set_seed(seed, generators)
+    try: yield
+    finally:  # `torch.random.fork_rng` does the same for PyTorch, and takes longer than all of this
+        random.setstate(state)
         np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda: torch.cuda.set_rng_state_all(cuda_states)
 
 # %% ../nbs/28_views.ipynb #5ad14e3d
 class BatchTracker:
@@ -187,8 +189,9 @@ class BatchTracker:
         return order
 
     def _draw(self, samples):
+        first_seed = seed_from(self.seed, 'item')
         for s in samples:
-            if self.seed is not None: _set_seed(seed_from(self.seed, 'item', int(s)), self.generators)
+            if self.seed is not None: _set_seed((first_seed+int(s))%2**32, self.generators)
             self._positions.append(int(s))
             yield s
 

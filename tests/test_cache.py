@@ -763,7 +763,8 @@ def check_views(tfm, tmp_path, **kwargs):
     a,b = (inputs(StoredTeacher(tmp_path/'c'), pictures(tfm, num_workers=w), 2) for w in (0,2))
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
     assert not torch.equal(a[0].sum((1,2,3)).sort()[0], a[1].sum((1,2,3)).sort()[0])
-    with pytest.raises(ValueError, match='From(OtherLibrary|Albumentations)'): exact_fit(CachedTeacher(t), t, pictures(tfm), 1)
+    with pytest.raises(ValueError, match='From(OtherLibrary|Albumentations)'):
+        exact_fit(CachedTeacher(t), t, pictures(tfm), 1)
 
 def test_torchvision_transforms(tmp_path):
     from torchvision.transforms import v2

@@ -9,7 +9,9 @@ from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock
 from kd_fastai.all import *
 from kd_fastai.demo import digits, train
 from kd_fastai.matching import layer_similarity, linear_cka
+from kd_fastai.adapters import LossWithAdapters
 from kd_fastai.plots import *
+from kd_fastai.teacher import Teacher
 from support import KD, history, hooks
 
 dls = digits(100)
@@ -212,3 +214,33 @@ def test_plots_change_nothing(student, teacher, unchanged):
 def test_plots_that_fail_change_nothing(student, teacher, unchanged):
     with pytest.raises(ValueError, match="'5'"): plot_attention(student, teacher, x, '5')
     with pytest.raises(ValueError, match='no layer of depth 9'): plot_similarity(student, teacher, x[:50], depth=9)
+
+def test_any_teacher_of_the_callback(student, tmp_path):
+    "A `Teacher` with a conversion, and the file of an exported Learner"
+    wide = train(dls, 8, 1, seed=0)
+    wide.export(tmp_path/'wide.pkl')
+    def larger(x): return nn.functional.interpolate(x, size=16)
+    teachers = dict(converted=Teacher(wide, tfm=larger), file=tmp_path/'wide.pkl')
+    layers = {k: match_feature_layers(student, t, dls) for k,t in teachers.items()}
+    assert layers['converted']==match_feature_layers(student, wide, dls, teacher_tfm=larger)
+    assert layers['file']==match_feature_layers(student, wide, dls)
+    assert layer_similarity(student, teachers['converted'], x).equals(layer_similarity(student, wide, x, 1, larger))
+    maps = [shown(plot_attention(student, t, x, ['1'], n=1, teacher_tfm=f)[0,2])
+            for t,f in ((teachers['converted'],None), (wide,larger))]
+    assert np.array_equal(*maps)
+    assert maps[0].shape==(8,8)
+    tables = [shown(student.plot_agreement(t, teacher_tfm=f)) for t,f in ((teachers['converted'],None), (wide,larger))]
+    assert np.array_equal(*tables)
+    assert np.array_equal(shown(plot_similarity(student, teachers['file'], x)), shown(plot_similarity(student, wide, x)))
+
+def test_tokens_keep_their_class_token():
+    "`adapt='auto'` moves positions to positions: the class token of the teacher is compared with the student's alone"
+    small,large = torch.randn(2,5,8),torch.randn(2,17,8)      # 2x2 and 4x4 positions after a class token
+    loss = LossWithAdapters(FitNet)
+    loss.build({'s': small}, {'t': large})
+    resize = loss.adapters[0].size
+    moved = resize(small.mT)
+    assert torch.equal(moved[...,0], small[:,0])
+    other = small.clone()
+    other[:,0] = 100.
+    assert torch.equal(resize(other.mT)[...,1:], moved[...,1:])

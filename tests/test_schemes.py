@@ -490,7 +490,7 @@ def test_distill(teachers):
     before = weights(learn)
     assert learn.distill(teachers[0], weight=0.9) is learn
     assert torch.equal(weights(learn), before)
-    assert repr(learn.knowledge_distillation)=='KnowledgeDistillationCallback: 1·task_loss + 0.9·SoftTarget'
+    assert repr(learn.knowledge_distillation)=='KnowledgeDistillationCallback: 1·task_loss + 0.9·SoftTarget(T=4)'
     learn.distill(teachers[0], Logits, layers='1', task_weight=0.5)
     assert repr(learn.knowledge_distillation).endswith(': 0.5·task_loss + auto·Logits + auto·Attention on 1')
     assert sum(isinstance(cb, KD) for cb in learn.cbs)==1

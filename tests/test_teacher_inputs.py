@@ -97,16 +97,19 @@ def test_export_of_other_data_names_them(teacher, tmp_path):
 def test_a_number_that_does_not_fit_is_an_error_before_the_first_step(teacher):
     learn = learner(KD(teacher, SoftTarget, teacher_inputs=2), data(), student())
     before = weights(learn)
-    with pytest.raises(ValueError, match='teacher_inputs=2 leaves no input for the student: the batch has 2'): fit(learn)
+    with pytest.raises(ValueError, match='teacher_inputs=2 leaves no input for the student: the batch has 2'):
+        fit(learn)
     assert torch.equal(weights(learn), before)
 
 @pytest.mark.parametrize('n', [-1, 1.5, True, '1'])
 def test_bad_numbers(teacher, n):
-    with pytest.raises((TypeError,ValueError), match='teacher_inputs must be'): KD(teacher, SoftTarget, teacher_inputs=n)
+    with pytest.raises((TypeError,ValueError), match='teacher_inputs must be'):
+        KD(teacher, SoftTarget, teacher_inputs=n)
 
 @pytest.mark.parametrize('mixer', [MixUp, CutMix])
 def test_mixing_is_refused(teacher, mixer):
-    with pytest.raises(ValueError, match=f'{mixer.__name__} mixes a single input'): fit(taught(teacher, cbs=[mixer()]))
+    with pytest.raises(ValueError, match=f'{mixer.__name__} mixes a single input'):
+        fit(taught(teacher, cbs=[mixer()]))
 
 def test_two_callbacks_share_the_inputs(teacher):
     two = [KD(teacher, SoftTarget, teacher_inputs=1), KD(teacher, Term(FitNet, adapt='auto'), '2', teacher_inputs=1)]
@@ -126,6 +129,17 @@ def test_cached_teacher_is_asked_about_its_own_inputs(teacher):
     cached = CachedTeacher(teacher)
     learn = fit(taught(cached), 2)
     torch.testing.assert_close(weights(learn), weights(want))
+
+def test_cache_of_a_fixed_view_while_the_students_is_random(teacher):
+    def noisy(i): return small(i)+0.1*torch.randn(1,4,4)
+    calls = []
+    handle = teacher.register_forward_hook(lambda *args: calls.append(1))
+    learn = fit(taught(CachedTeacher(teacher), dls=data((noisy, large))), 3)
+    handle.remove()
+    assert len(calls)==4  # the batches of one epoch
+    torch.testing.assert_close(weights(learn), weights(fit(taught(teacher, dls=data((noisy, large))), 3)))
+    with pytest.raises(ValueError, match='Reading a sample twice gives different inputs'):
+        fit(taught(CachedTeacher(teacher), dls=data((small, noisy))))
 
 def test_filled_folder_trains_without_the_teacher(teacher, tmp_path):
     CachedTeacher(teacher, tmp_path/'answers').fill(data(), bar=False, teacher_inputs=1)

@@ -321,6 +321,217 @@ def test_timm_backbone():
         pred,features = teacher(images)
     assert pred.shape==(2,512) and features['layer4'].shape==(2,512,1,1)
 
+# ---- training with teachers without a classifier ----
+
+class Conv(nn.Sequential):
+    "A student of images `(B, 3, 32, 32)`"
+    def __init__(self):
+        torch.manual_seed(1)
+        super().__init__(nn.Conv2d(3,8,4,4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,5))
+
+class Words(nn.Sequential):
+    "A student of tokens `(B, 7)`"
+    def __init__(self):
+        torch.manual_seed(1)
+        super().__init__(nn.Embedding(50,8), nn.Linear(8,8), nn.Flatten(), nn.Linear(56,5))
+
+def headless_fit(teacher, student, x, loss, **kwargs):
+    "Train for three epochs on four copies of the inputs"
+    rows = [(o, torch.tensor(i%5)) for i,o in enumerate(x.repeat(8, *[1]*(x.ndim-1)))]
+    dls = DataLoaders(*(DataLoader(rows, bs=8, num_workers=0) for _ in range(2)))
+    kd = KnowledgeDistillationCallback(teacher, loss, **kwargs)
+    learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=kd)
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
+    return learn
+
+@pytest.mark.parametrize('make', [dino, clip, bert])
+def test_training_on_features_of_a_headless_model(make):
+    pytest.importorskip('transformers')
+    from kd_fastai.layers import get_model_layers
+    model,x,layer = make()
+    layer = layer or next(n for n in get_model_layers(model) if n.endswith('layers.1'))
+    before = copy.deepcopy(model.state_dict())
+    student = Words() if x.ndim==2 else Conv()
+    learn = headless_fit(model, student, x, Term(FitNet, layers=[('0',layer)], adapt='auto', name='feature'))
+    values = learn.kd_history().feature
+    assert values.iloc[-1]<0.9*values.iloc[0]
+    assert all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
+
+@pytest.mark.parametrize('make', [dino, clip, bert])
+def test_training_that_needs_predictions_says_what_a_headless_model_returns(make):
+    pytest.importorskip('transformers')
+    model,x,_ = make()
+    student = Words() if x.ndim==2 else Conv()
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(TypeError, match='with last_hidden_state, pooler_output: take a model with a classifier'):
+        headless_fit(model, student, x, SoftTarget)
+    assert all(torch.equal(v, before[k]) for k,v in student.state_dict().items())
+
+def test_training_on_the_pooled_features_of_a_timm_backbone():
+    timm = pytest.importorskip('timm')
+    backbone = timm.create_model('resnet18', num_classes=0)
+    loss = Term(FitNet, layers=[('3','global_pool')], adapt='auto', name='feature')
+    learn = headless_fit(backbone, Conv(), images, loss)
+    values = learn.kd_history().feature
+    assert values.iloc[-1]<0.9*values.iloc[0]
+
+def test_predictions_of_a_timm_backbone_are_not_classes():
+    timm = pytest.importorskip('timm')
+    with pytest.raises(ValueError, match=r'got \(8, 5\) of the student and \(8, 512\) of the teacher'):
+        headless_fit(timm.create_model('resnet18', num_classes=0), Conv(), images, SoftTarget)
+
+# ---- several teachers by name ----
+
+def backbone(width, seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6,width), nn.Tanh()).eval()
+
+
+def test_gradient_is_the_sum_by_hand():
+    torch.manual_seed(0)
+    heads = dict(a=nn.Linear(8,16), b=nn.Linear(8,24))
+    wide = dict(a=backbone(16, 2), b=backbone(24, 3))
+    terms = [Term(FitNet, w, layers=[('0','0')], teacher=k, adapt=heads[k]) for k,w in (('a',0.5),('b',2.))]
+    student,grads = mlp(1),[]
+    class Keep(Callback):
+        def after_backward(self):
+            grads.append((self.x.clone(), self.y.clone(), [p.grad.clone() for p in student.parameters()]))
+    kd = KnowledgeDistillationCallback(wide, terms)
+    learn = Learner(data(), student, loss_func=CrossEntropyLossFlat(), cbs=[kd, Keep()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+    xb,y,got = grads[-1]
+    feature = student[0](xb)
+    loss = nn.functional.cross_entropy(student(xb), y)
+    for k,w in (('a',0.5),('b',2.)): loss = loss + w*nn.functional.mse_loss(heads[k](feature), wide[k][0](xb).detach())
+    torch.testing.assert_close(got, [*torch.autograd.grad(loss, [*student.parameters()])])
+
+def test_one_callback_with_two_teachers_equals_two_callbacks():
+    def terms(a=None, b=None): return [Term(Logits, 0.5, teacher=a), Term(FitNet, 2., layers='0', teacher=b)]
+    wide = nn.Sequential(nn.Linear(6,8), nn.ReLU())
+    one = fit(mlp(1), dict(a=mlp(2), b=wide), terms('a', 'b'))
+    two = [KnowledgeDistillationCallback(t, o) for t,o in zip((mlp(2), wide), terms())]
+    learn = Learner(data(), mlp(1), loss_func=CrossEntropyLossFlat(), cbs=two)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.1)
+    for a,b in zip(one.model.parameters(), learn.model.parameters()): torch.testing.assert_close(a, b)
+
+def test_table_has_a_column_for_each_term_and_teacher():
+    learn = fit(mlp(1), dict(a=mlp(2), b=mlp(3)), [Term(Logits, teacher='a'), Term(Logits, teacher='b')])
+    assert [*learn.kd_history()][-3:]==['task_loss','logits_a','logits_b']
+
+def test_each_teacher_exits_early_on_its_own():
+    ran = []
+    def named(k):
+        net = nn.Sequential(nn.Linear(6,8), nn.ReLU(), nn.Linear(8,5))
+        net[2].register_forward_hook(lambda *args: ran.append(k))
+        return net
+    fit(mlp(1), dict(a=named('a'), b=named('b')), [Term(Logits, teacher='a'), Term(FitNet, layers='0', teacher='b')])
+    assert (ran.count('a'), ran.count('b'))==(3,1)  # the first forward of b runs to its end
+
+def test_each_teacher_has_its_own_cache_and_transform():
+    from kd_fastai.cache import CachedTeacher
+    calls = []
+    def counted(k, seed):
+        net = mlp(seed).eval()
+        net.register_forward_hook(lambda *args: calls.append(k))
+        return CachedTeacher(net)
+    cached = dict(a=counted('a', 2), b=counted('b', 3))
+    terms = [Term(Logits, teacher='a'), Term(Logits, teacher='b')]
+    kd = KnowledgeDistillationCallback(cached, terms, teacher_tfm={'b': lambda x: 2*x})
+    learn = Learner(data(), mlp(1), loss_func=CrossEntropyLossFlat(), cbs=kd)
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 0.)
+    assert (calls.count('a'), calls.count('b'))==(3,3)
+    h = learn.kd_history()
+    plain = fit(mlp(1), dict(a=mlp(2), b=mlp(3)), terms, teacher_tfm={'b': lambda x: 2*x}, lr=0.).kd_history()
+    assert h.logits_b[2]==pytest.approx(plain.logits_b[0], rel=1e-5)
+    assert h.logits_a[2]==pytest.approx(plain.logits_a[0], rel=1e-5)
+
+def test_class_maps_by_teacher():
+    few = nn.Sequential(nn.Linear(6,3))
+    learn = fit(mlp(1), dict(a=mlp(2), b=few), [Term(SoftTarget, teacher='a'), Term(SoftTarget, teacher='b')],
+                class_map={'b': [2,-1,0,-1,1]})
+    assert learn.kd_history().soft_target_b[0]>0
+
+def test_teachers_stay_as_they_were_and_leave_nothing():
+    teachers = dict(a=mlp(2), b=mlp(3))
+    fit(mlp(1), teachers, [Term(Logits, teacher='a'), Term(FitNet, layers='0', teacher='b')])
+    for net in teachers.values():
+        assert net.training and all(p.grad is None for p in net.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+def test_a_loss_that_is_built_gets_its_own_teacher():
+    seen = {}
+    class Built(nn.Module):
+        def __init__(self, name): super().__init__(); self.name = name
+        def build(self, teacher, fm_t): seen[self.name] = teacher,{k: f.shape for k,f in fm_t.items()}
+        def forward(self, fm_s, fm_t): return sum(f.mean() for f in fm_s.values())
+    teachers = dict(a=mlp(2), b=backbone(16, 3))
+    fit(mlp(1), teachers, [Term(Built(k), layers='0', teacher=k, name=k) for k in 'ab'])
+    assert {k: t for k,(t,_) in seen.items()}==teachers
+    assert seen['b'][1]=={'0': (8,16)}
+
+def test_wrong_names_of_teachers():
+    KD,two = KnowledgeDistillationCallback,dict(a=mlp(2), b=mlp(3))
+    with pytest.raises(ValueError, match=r"one of the teachers \['a', 'b'\], .*in logits"): KD(two, Logits)
+    with pytest.raises(ValueError, match='in logits_c'): KD(two, [Term(Logits, teacher=k) for k in 'abc'])
+    with pytest.raises(ValueError, match=r"No term learns from the teachers \['b'\]"):
+        KD(two, Term(Logits, teacher='a'))
+    with pytest.raises(ValueError, match='there is a single one: give a dict'): KD(mlp(2), Term(Logits, teacher='a'))
+    with pytest.raises(ValueError, match="at least one teacher by name"): KD({}, Logits)
+    with pytest.raises(ValueError, match="is an identifier such as"): KD({1: mlp(2)}, Logits)
+    terms = [Term(Logits, teacher=k) for k in 'ab']
+    with pytest.raises(ValueError, match=r"teacher_tfm of the teachers \['a', 'b'\], got \['c'\]"):
+        KD(two, terms, teacher_tfm={'c': abs})
+    import kd_fastai.report  # noqa: F401
+    with pytest.raises(ValueError, match='kd_report compares the student with one teacher'):
+        fit(mlp(1), two, terms).kd_report()
+
+def test_shared_tensors_name_the_teacher():
+    student,other = mlp(1),mlp(3)
+    other[2].weight = student[2].weight
+    with pytest.raises(ValueError, match=r"student's '2.weight' and the teacher's 'b.2.weight' are the same tensor"):
+        fit(student, dict(a=mlp(2), b=other), [Term(Logits, teacher=k) for k in 'ab'])
+
+# ---- features on one scale ----
+
+def phi_s_cases():
+    import json, numpy as np
+    from pathlib import Path
+    golden = Path(__file__).parent/'golden'
+    arrays = np.load(golden/'phi_s.npz')
+    for case in json.loads((golden/'index'/'phi_s.json').read_text())['cases']:
+        prefix = case['key']+'/'
+        yield case,{k.removeprefix(prefix): torch.tensor(arrays[k]) for k in arrays.files if k.startswith(prefix)}
+
+def test_golden_phi_s():
+    from kd_fastai.phi_s import phi_s
+    done = []
+    for case,given in phi_s_cases():
+        if case['compare']=='none': continue
+        stats,signs,t = (given[k] for k in ('aux/stats','state/signs','fm_t/feat'))
+        standard = phi_s(stats.double(), signs)
+        torch.testing.assert_close(standard.mean.float(), given['state_after/mean'].float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(standard.matrix.float(), given['state_after/matrix'].float(), rtol=1e-3, atol=1e-4)
+        s = given['fm_s/feat'].double().requires_grad_()
+        value = FitNet({'a': s}, {'b': standard(t.double())})
+        assert value.item()==pytest.approx(float(given['expected']), rel=1e-5)
+        gradient = torch.autograd.grad(value, s)[0].float()
+        torch.testing.assert_close(gradient, given['grad/fm_s/feat'].float(), rtol=1e-4, atol=1e-6)
+        done.append(case['case'])
+    assert len(done)>=7
+
+def test_all_channels_have_one_variance():
+    from kd_fastai.phi_s import phi_s
+    g = torch.Generator().manual_seed(0)
+    for C in (2,8,12,20,24,28):
+        f = (torch.randn(400,C, generator=g)@torch.randn(C,C, generator=g)).double()*100+5
+        torch.testing.assert_close(phi_s(f)(f).var(0), torch.ones(C).double())
+
+def test_features_that_cannot_be_standardized():
+    from kd_fastai.phi_s import phi_s
+    with pytest.raises(ValueError, match='two samples and two channels'): phi_s(torch.randn(5,1))
+    with pytest.raises(ValueError, match='No Hadamard matrix of size 6'): phi_s(torch.randn(9,6))
+    with pytest.raises(ValueError, match='features that vary'): phi_s(torch.ones(5,4))
+
 # ---- inputs of layers, and the feature that a classifier reads ----
 
 def classifiers():

@@ -543,8 +543,8 @@ FINDS = [n for n,r in LOSSES.items() if get_loss_info(r.make()).default_layer]
 def test_finds_the_input_of_the_classifier(name, teachers):
     "Without layers, the training equals one on the input of the last linear layer, bit for bit"
     def train(**layers):
-        learn = learner(KnowledgeDistillationCallback(teachers[6], LOSSES[name].make(), weight=1., **layers))
-        return weights_of(fit(learn).model)
+        kd = KnowledgeDistillationCallback(teachers[6], LOSSES[name].make(), weight=1., **layers)
+        return weights_of(fit(learner(kd, dls=digits(40))).model)
     found = train()
     assert torch.equal(found, train(layers='>5'))
     assert not torch.equal(found, train(layers=[('1','2')]))  # explicit layers win

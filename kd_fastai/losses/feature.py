@@ -476,7 +476,7 @@ def IFVD(
 @loss_info('Lightly, LightlyTrain distillation v3, 2026',
            'https://docs.lightly.ai/train/stable/methods/distillation.html',
            'tokens of a headless teacher: similarities within an image', 'medium', 'BC(HW)²', must_match='size',
-           per_sample=True)
+           per_sample=True, masking='sample')
 def TokenRelationKL(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: tokens `(B, N, D)`, or `(B, C, *size)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
@@ -510,7 +510,7 @@ def MiniLMv2(
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same number of tokens
     heads:int=12,                 # Relation heads; they divide the widths of both
     weights:tuple|None=None,      # A weight for each pair of layers; 1 each if None
-    mask:torch.Tensor|None=None,  # Tokens that count, `(B, N)`: an attention mask; all if None
+    valid:torch.Tensor|None=None, # Tokens that count, `(B, N)`: an attention mask; all if None
     **kwargs
 )->torch.Tensor: # Scalar
     """Return the divergence of relations between tokens, head by head (Wang et al., 2021).
@@ -521,7 +521,7 @@ def MiniLMv2(
     weights = [1.]*len(pairs) if weights is None else weights
     if len(weights)!=len(pairs): raise ValueError(
         f"Expected a weight for each of {len(pairs)} pairs of layers, got {len(weights)}")
-    mask = None if mask is None else mask.bool()
+    mask = None if valid is None else valid.bool()
     def divergence(s, t, names):
         s,t = (_relation_heads(f, heads, mask, n) for f,n in zip((s,t), names))
         rows = kl_terms(s, t).sum(-1).mean(1)  # (B, N)
@@ -532,7 +532,7 @@ def MiniLMv2(
 # %% ../../nbs/12_losses.feature.ipynb #5dbee5a9
 @loss_info('Sariyildiz et al., UNIC: Universal Classification Models via Multi-teacher Distillation, ECCV 2024',
            'https://arxiv.org/abs/2408.05088',
-           'embeddings and tokens of a headless teacher', 'low', 'BCHW', per_sample=True)
+           'embeddings and tokens of a headless teacher', 'low', 'BCHW', per_sample=True, masking='select')
 def CosineSmoothL1(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: embeddings `(B, D)`, tokens `(B, N, D)` or maps
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same shapes

@@ -642,10 +642,6 @@ def DTKD(
     return alpha*dynamic + beta*T**2*kl_per_row((s/T).log_softmax(1), (t/T).log_softmax(1))
 
 # %% ../../nbs/11_losses.output.ipynb #1ef71a70
-def _rank_pairs(k, device):
-    "All pairs of ranks below `k`, the better one first: two tensors `(k*(k-1)/2,)`"
-    return torch.triu_indices(k, k, 1, device=device)
-
 @loss_info('Xu et al., Local Dense Logit Relations for Enhanced Knowledge Distillation, ICCV 2025',
            'https://arxiv.org/abs/2507.15911',
            "pairs of the student's most likely classes", 'medium', 'B(C + k²)', softmax=True, per_sample=True)
@@ -668,7 +664,7 @@ def LDRLD(
     k = min(k, s.shape[1])
     top = s.detach().topk(k, 1).indices
     top_s,top_t = s.gather(1, top),t.gather(1, top)
-    a,b = _rank_pairs(k, s.device)
+    a,b = torch.triu_indices(k, k, 1, device=s.device)  # pairs of ranks, the better one first
     weight = 2*torch.exp(-.05*(a+b+2))/(1.5+b-a)
     pairs = (weight*_binary_kl(top_s[:,a]-top_s[:,b], top_t[:,a]-top_t[:,b])).sum(1)
     whole = kl_per_row(top_s.log_softmax(1), top_t.log_softmax(1)) * (weight[0] if k==2 else 1)
@@ -743,15 +739,17 @@ def WassersteinKD(
     return label + gamma*moved
 
 # %% ../../nbs/11_losses.output.ipynb #0bed4f00
-def _pairs_in_order_of(t, k, eps):
-    """Pairs of the `k` most likely classes in the order of the teacher's logits `(N, C)`.
+def _preferences(s, t, k, eps):
+    """Differences between the `k` classes that are the most likely for the teacher, for rows `(N, C)`.
 
-    Returns the classes `(N, k)`, and, both `(N, k*(k-1)/2)`, the differences of the probabilities of pairs and the mask
-    of the pairs that count"""
-    p,order = t.softmax(1).topk(min(k or t.shape[1], t.shape[1]), 1)
-    a,b = _rank_pairs(p.shape[1], t.device)
-    gap = p[:,a]-p[:,b]
-    return order,gap,(p[:,b]>eps)&(gap>eps)
+    Returns those of the student's scores and of the teacher's probabilities, and the mask of the pairs that count, in
+    which the teacher prefers the first class: `(N, k, k)`"""
+    p = t.softmax(1)
+    if k is not None and k<p.shape[1]:
+        p,top = p.topk(k, 1)
+        s = s.gather(1, top)
+    gap_s,gap_t = (x[:,:,None]-x[:,None] for x in (s,p))
+    return gap_s,gap_t,(gap_t>eps) & (p[:,None]>eps)
 
 @loss_info('Joachims, Optimizing Search Engines Using Clickthrough Data, KDD 2002',
            'https://doi.org/10.1145/775047.775067',
@@ -768,10 +766,8 @@ def HingeRanking(
     Raises `ValueError` for unequal shapes or fewer than two classes."""
     t = check_predictions(pred, teacher_pred, softmax=True)
     p,t,eps = rows(soften(pred)).softmax(1),rows(soften(t)),1e-8
-    order,gap,counts = _pairs_in_order_of(t, k, eps)
-    a,b = _rank_pairs(order.shape[1], p.device)
-    p = p.gather(1, order)
-    short = ((gap if margin is None else margin)-(p[:,a]-p[:,b])).relu()
+    gap_s,gap_t,counts = _preferences(p, t, k, eps)
+    short = ((gap_t if margin is None else margin)-gap_s).relu()
     return torch.where(counts, short, 0).sum()/(counts.sum()+eps)
 
 # %% ../../nbs/11_losses.output.ipynb #08b10c23
@@ -789,10 +785,8 @@ def LogisticRanking(
     Raises `ValueError` for unequal shapes or fewer than two classes."""
     t = check_predictions(pred, teacher_pred, softmax=True)
     s,t,eps = rows(soften(pred)),rows(soften(t)),1e-9
-    order,_,counts = _pairs_in_order_of(t, k, eps)
-    a,b = _rank_pairs(order.shape[1], s.device)
-    s = s.gather(1, order)
-    return torch.where(counts, F.softplus(s[:,b]-s[:,a]), 0).sum()/(counts.sum()+eps)
+    gap_s,_,counts = _preferences(s, t, k, eps)
+    return torch.where(counts, F.softplus(-gap_s), 0).sum()/(counts.sum()+eps)
 
 # %% ../../nbs/11_losses.output.ipynb #0c90557f
 @loss_info('Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization, CVPR 2020',
