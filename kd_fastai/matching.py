@@ -151,7 +151,7 @@ def match_feature_layers(
     xs = sample_inputs(sample_input)
     teacher,teacher_tfm = read_teacher_and_tfm(teacher, teacher_tfm)
     s = layers_per_size(student, xs, 'student')
-    t = layers_per_size(teacher, teacher_inputs(xs, teacher_tfm, sample_input, teacher), 'teacher')
+    t = layers_per_size(teacher, convert_inputs(xs, teacher_tfm, sample_input, teacher), 'teacher')
     both = sorted(s.keys() & t.keys(), key=math.prod, reverse=True)
     if not both: raise ValueError(
         f"No feature size is in both models. Student: {_first_names(s)}. Teacher: {_first_names(t)}. "
@@ -166,7 +166,7 @@ def match_feature_layers(
 def _first_names(layers): return {size: names[-1] for size,names in layers.items()}
 
 # %% ../nbs/05_matching.ipynb #cafb46b6
-def teacher_inputs(
+def convert_inputs(
     xs:tuple,      # The student's inputs
     teacher_tfm,   # A function of them, 'auto', or None
     data=None,     # The student's data, for 'auto'
@@ -240,7 +240,7 @@ def layer_similarity(
     xs = sample_inputs(x)
     teacher,teacher_tfm = read_teacher_and_tfm(teacher, teacher_tfm)
     s = _layer_grams(student, xs, depth, 'student')
-    t = _layer_grams(teacher, teacher_inputs(xs, teacher_tfm, x, teacher), depth, 'teacher')
+    t = _layer_grams(teacher, convert_inputs(xs, teacher_tfm, x, teacher), depth, 'teacher')
     values = [[_inner_product(a, b) for b in t.values()] for a in s.values()]
     return pd.DataFrame(values, pd.Index([*s], name='student'), pd.Index([*t], name='teacher'))
 
