@@ -599,7 +599,7 @@ def _swap_label_with_top(x, y):
 
 @loss_info('Limantoro et al., Swapped Logit Distillation via Bi-level Teacher Alignment, Multimedia Systems 2025',
            'https://arxiv.org/abs/2504.20108',
-           'teachers that are sometimes wrong (label and largest logit swapped)', 'low', 'BC', softmax=True,
+           'teachers that are sometimes wrong (label and largest logit swapped)', 'low', 'BC', weight=9., softmax=True,
            at_equality='elsewhere', per_sample=True)
 @mean_over_samples
 def SwappedLogits(
