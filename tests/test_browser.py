@@ -168,7 +168,7 @@ def test_keyboard(url, new_tab):
         const part = e.closest('.smalldocs-search, #quarto-sidebar, main')?.className.split(' ')[0] ?? '';
         return [part, e.matches(':focus-visible'), s.outlineStyle!='none' || s.boxShadow!='none'] }'''
     seen = []
-    for _ in range(80):
+    for _ in range(200):
         tab.keyboard.press('Tab')
         seen.append(tab.evaluate(where))
         if seen[-1][0]=='content': break
