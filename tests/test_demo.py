@@ -4,6 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from kd_fastai.compare import KDComparison, comparison_table
+from kd_fastai.demo import kd_demo
 
 def demo(*args, cwd=None):
     return subprocess.run([str(Path(sys.executable).parent/'kd-demo'), *map(str, args)], text=True, capture_output=True,
@@ -17,15 +18,18 @@ def test_prints_a_table_and_draws_a_plot(tmp_path):
         assert o in r.stdout
     assert (tmp_path/'kd_demo.png').stat().st_size>5000
 
-@pytest.mark.parametrize('args,says',
-                         [(['--labels',5],'--labels must be 10 to 990, got 5'),
-                          (['--seeds',0],'--seeds must be at least 1'), (['--epochs',0],'--epochs must be'),
-                          (['--data','cats'],'--data must be digits or fashion'),
-    (['--temperature',0],'--temperature must be'), (['--out','nowhere/x.png'],"no folder 'nowhere'"),
-    (['--out','x.doc'],'--out must end in'), (['--seeds','many'],'invalid int value')])
-def test_bad_values_get_a_sentence(args, says, tmp_path):
-    r = demo(*args, cwd=tmp_path)
-    assert r.returncode and says in r.stderr and 'Traceback' not in r.stderr
+@pytest.mark.parametrize('args,says', [
+    (dict(labels=5),'--labels must be 10 to 990, got 5'), (dict(seeds=0),'--seeds must be at least 1'),
+    (dict(epochs=0),'--epochs must be'), (dict(data='cats'),'--data must be digits or fashion'),
+    (dict(temperature=0),'--temperature must be'), (dict(out='nowhere/x.png'),"no folder 'nowhere'"),
+    (dict(out='x.doc'),'--out must end in')])
+def test_bad_values_end_the_command_with_a_sentence(args, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=says): kd_demo(**args)
+
+def test_a_word_instead_of_a_number(tmp_path):
+    r = demo('--seeds', 'many', cwd=tmp_path)
+    assert r.returncode and 'invalid int value' in r.stderr and 'Traceback' not in r.stderr
 
 def test_help():
     r = demo('--help')
