@@ -36,7 +36,7 @@ def measure(width, bs, rounds):
 def main(rounds=30):
     "Measure and write the table"
     rows = [measure(width, bs, rounds) for width,bs in ((8,20), (32,100))]
-    return write('dot', rows, "An epoch with DOT, and its validation, beside one without, on 1000 digits.")
+    return write('dot', rows, "An epoch with DOT, and its validation, compared with one without, on 1000 digits.")
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])

@@ -31,7 +31,7 @@ def main(rounds=200, batch=(64,256), channels=(64,), only=None):
     names = [n for n in only or LOSSES if has_sample_values(LOSSES[n])]
     rows = [measure(n, B, C, rounds//10 if uses_features(n) else rounds) for n in names for B in batch
             for C in (channels if uses_features(n) else [CLASSES])]
-    return write('per_sample', rows, "Weighted values of samples beside the plain loss, forward and backward.")
+    return write('per_sample', rows, "Weighted values of samples compared with the plain loss, forward and backward.")
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])

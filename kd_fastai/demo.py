@@ -216,7 +216,7 @@ def recipes(
 # %% ../nbs/34_demo.ipynb #9f8c49b6
 class DemoTask(NamedTuple):
     "What the demo trains on"
-    data:Callable           # `data(labels, seed)` returns `DataLoaders`; None stands for all labels of the teacher
+    data:Callable           # `data(labels, seed)` returns `DataLoaders`; None means all labels, for the teacher
     most_labels:int         # How many labels a student can have
     says:str                # What the images are
     teacher_labels:int|None=None # How many labels the teacher has; all, if None

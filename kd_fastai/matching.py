@@ -185,7 +185,7 @@ def read_teacher_and_tfm(
     teacher:nn.Module|Learner|str|Path|Teacher, # A teacher, as in `KnowledgeDistillationCallback`
     teacher_tfm:Callable|str|None=None          # Converts the student's inputs to the teacher's
 )->tuple: # The model or its `Learner`, and the conversion: that of a `Teacher` if none is given
-    "Return the model that a teacher stands for, and the conversion of its inputs"
+    "Return the model of a teacher, and the conversion of its inputs"
     if isinstance(teacher, Teacher): return teacher.learner or teacher.model,teacher_tfm or teacher.tfm
     model,learn = read_teacher(teacher)
     return learn or model,teacher_tfm

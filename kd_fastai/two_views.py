@@ -76,7 +76,7 @@ def by_view(
 def on_two_views(
     loss:Callable # A loss on `pred`, `teacher_pred`, `pred_strong` and `teacher_strong`, of weak and strong views
 )->Callable: # A loss on `pred` and `teacher_pred` of both views
-    "Return a loss for a batch of two views, with the parameters that `loss` has beside the predictions"
+    "Return a loss for a batch of two views, with the parameters of `loss` other than the predictions"
     params = inspect.signature(loss).parameters
     def of_batch(pred, teacher_pred, target=None, **kwargs):
         (pred,strong),(teacher_pred,teacher_strong) = split_views(pred),split_views(teacher_pred)

@@ -124,7 +124,7 @@ def replayed_draws(
     generators:list=() # What `seedable` returns
 ):
     """Draw random numbers from a seed. The random state is what it was afterwards, except for that of `generators`;
-    in a worker process nobody needs it"""
+    in a worker process it is not needed"""
     if get_worker_info() is not None:
         _set_seed(seed, generators)
         yield

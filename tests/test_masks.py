@@ -119,7 +119,7 @@ def test_embeddings_have_no_positions():
 @pytest.mark.parametrize('kwargs', [dict(adapt='auto'), dict(adapt=partial(make_adapter, kernel=3))],
                          ids=['auto','convolution'])
 def test_adapted_features(kwargs):
-    "Adapters, also those that read neighbors, do not see what stands in masked places"
+    "Adapters, also those that read neighbors, do not see values at masked positions"
     s,mask = features('maps'),mask_of('maps')
     t = torch.randn(4,7,3,3, generator=torch.Generator().manual_seed(3))
     def masked(s):

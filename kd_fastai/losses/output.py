@@ -84,6 +84,13 @@ def _label_vs_rest(x, y):
     return torch.stack([x.gather(1, y[:,None])[:,0], rest], 1) - x.logsumexp(1, keepdim=True)
 
 # %% ../../nbs/11_losses.output.ipynb #9933fe42
+def _logit_rows(pred, teacher_pred, T=1.):
+    """Softened logits of student and teacher, `(N, C)` each.
+
+    Raises `ValueError` for unequal shapes or fewer than two classes."""
+    t = check_predictions(pred, teacher_pred, softmax=True)
+    return [rows(soften(x, T)) for x in (pred,t)]
+
 @loss_info('Zhao et al., Decoupled Knowledge Distillation, CVPR 2022', 'https://arxiv.org/abs/2203.08679',
            'accurate, confident teachers', 'low', 'BC', softmax=True, per_sample=True)
 @mean_over_samples
@@ -99,8 +106,8 @@ def DecoupledKD(
     """Return the divergence of the label's probability plus the one of all other classes (Zhao et al., 2022).
 
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
-    t = check_predictions(pred, teacher_pred, softmax=True)
-    y,s,t = labels_per_row(pred, target),rows(soften(pred, T)),rows(soften(t, T))
+    s,t = _logit_rows(pred, teacher_pred, T)
+    y = labels_per_row(pred, target)
     label = kl_per_row(_label_vs_rest(s, y), _label_vs_rest(t, y))
     others = kl_per_row(_log_softmax_without(s, y), _log_softmax_without(t, y))
     return T**2 * (alpha*label + beta*others)
@@ -122,8 +129,8 @@ def NormalizedKD(
     """Return the cross-entropy of the label plus the one of all other classes, normalized (Yang et al., 2023).
 
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
-    t = check_predictions(pred, teacher_pred, softmax=True)
-    y,s,t = labels_per_row(pred, target),rows(soften(pred)),rows(soften(t))
+    s,t = _logit_rows(pred, teacher_pred)
+    y = labels_per_row(pred, target)
     label = _label_vs_rest(t, y)[:,0].exp()*_label_vs_rest(s, y)[:,0]
     others = _log_softmax_without(t/T, y).exp()*_log_softmax_without(s/T, y)
     return -label - gamma*T**2*others.sum(1)
@@ -155,8 +162,7 @@ def DIST(
     """Return 1 minus the Pearson correlation of probabilities, over classes and over samples (Huang et al., 2022).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
-    t = check_predictions(pred, teacher_pred, softmax=True)
-    p,q = (rows(soften(x, T)).softmax(1) for x in (pred,t))
+    p,q = (x.softmax(1) for x in _logit_rows(pred, teacher_pred, T))
     return T**2 * (beta*(1-_pearson(p, q).mean()) + gamma*(1-_pearson(p.T, q.T).mean()))
 
 # %% ../../nbs/11_losses.output.ipynb #64e1208a
@@ -326,8 +332,8 @@ def WSLD(
     """Return the cross-entropy with softened teacher probabilities, weighted per sample (Zhou et al., 2021).
 
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
-    t = check_predictions(pred, teacher_pred, softmax=True)
-    y,s,t = labels_per_row(pred, target),rows(soften(pred)),rows(soften(t))
+    s,t = _logit_rows(pred, teacher_pred)
+    y = labels_per_row(pred, target)
     error_s,error_t = (F.cross_entropy(x, y, reduction='none') for x in (s.detach(),t))
     weight = -torch.expm1(-error_s/(error_t+1e-7))
     soft_error = F.cross_entropy(s/T, (t/T).softmax(1), reduction='none')
@@ -349,8 +355,7 @@ def TTM(
     """Return the divergence of the student from the softened teacher (Zheng & Yang, 2024).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
-    t = check_predictions(pred, teacher_pred, softmax=True)
-    s,t = rows(soften(pred)),rows(soften(t))
+    s,t = _logit_rows(pred, teacher_pred)
     loss = kl_terms(s.log_softmax(1), (t/T).log_softmax(1)).sum(1)
     return loss*(t.log_softmax(1)/T).logsumexp(1).exp() if weighted else loss
 
@@ -379,9 +384,9 @@ def MFT(
     """Return the divergence from the teacher's probabilities, corrected by the labels (Belcak et al., 2025).
 
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
-    t = check_predictions(pred, teacher_pred, softmax=True)
-    q = _correct_teacher(rows(soften(t, T)).softmax(1), labels_per_row(pred, target), threshold)
-    s = rows(soften(pred, T)).log_softmax(1)
+    s,t = _logit_rows(pred, teacher_pred, T)
+    q = _correct_teacher(t.softmax(1), labels_per_row(pred, target), threshold)
+    s = s.log_softmax(1)
     return T**2 * (torch.xlogy(q, q)-q*s).sum(1)
 
 # %% ../../nbs/11_losses.output.ipynb #ada9fa3c
@@ -447,8 +452,7 @@ def _log_mixture(p, q, a):
 
 def _log_probabilities(pred, teacher_pred, T):
     "Softened log-probabilities of student and teacher, `(N, C)` each"
-    t = check_predictions(pred, teacher_pred, softmax=True)
-    return [rows(soften(x, T)).log_softmax(1) for x in (pred,t)]
+    return [x.log_softmax(1) for x in _logit_rows(pred, teacher_pred, T)]
 
 @loss_info('Agarwal et al., On-Policy Distillation of Language Models, ICLR 2024', 'https://arxiv.org/abs/2306.13649',
            'interpolates forward and reverse KL (mode covering to mode seeking)', 'low', 'BC', softmax=True,
@@ -583,8 +587,8 @@ def RefinedLogits(
     """Return the divergence of the label's probability plus the one of the classes below it (Sun et al., 2024).
 
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
-    t = check_predictions(pred, teacher_pred, softmax=True)
-    y,s,t = labels_per_row(pred, target),rows(soften(pred)),rows(soften(t))
+    s,t = _logit_rows(pred, teacher_pred)
+    y = labels_per_row(pred, target)
     below = t<t.gather(1, y[:,None])
     confidence = kl_per_row(_label_vs_rest(s/alpha_T, y), _label_vs_rest(t/alpha_T, t.argmax(1)))
     others = kl_per_row(_log_softmax_of(s/T, below), _log_softmax_of(t/T, below))
@@ -613,8 +617,8 @@ def SwappedLogits(
     """Return the divergence from logits in which the label has the largest one (Limantoro et al., 2025).
 
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
-    t = check_predictions(pred, teacher_pred, softmax=True)
-    y,s,t = labels_per_row(pred, target),rows(soften(pred)),rows(soften(t))
+    s,t = _logit_rows(pred, teacher_pred)
+    y = labels_per_row(pred, target)
     targets = [_swap_label_with_top(x, y) for x in ((t,s) if student else (t,))]
     def at(tau): return tau**2*sum(kl_per_row((s/tau).log_softmax(1), (q/tau).log_softmax(1)) for q in targets)
     return sum(map(at, T))
@@ -634,8 +638,7 @@ def DTKD(
     """Return the divergence of probabilities with a temperature per sample and network (Wei & Bai, 2024).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
-    t = check_predictions(pred, teacher_pred, softmax=True)
-    s,t = rows(soften(pred)),rows(soften(t))
+    s,t = _logit_rows(pred, teacher_pred)
     top_s,top_t = (x.amax(1, keepdim=True).clamp_min(1e-3) for x in (s,t))
     T_s,T_t = (2*T*top/(top_s+top_t) for top in (top_s,top_t))
     dynamic = (T_s*T_t)[:,0]*kl_per_row((s/T_s).log_softmax(1), (t/T_t).log_softmax(1))
@@ -659,8 +662,7 @@ def LDRLD(
 
     Raises `ValueError` for unequal shapes, fewer than two classes, or `k` below 2."""
     if k<2: raise ValueError(f"Expected at least 2 classes to compare in pairs, got k={k}")
-    t = check_predictions(pred, teacher_pred, softmax=True)
-    s,t = rows(soften(pred, T)),rows(soften(t, T))
+    s,t = _logit_rows(pred, teacher_pred, T)
     k = min(k, s.shape[1])
     top = s.detach().topk(k, 1).indices
     top_s,top_t = s.gather(1, top),t.gather(1, top)
@@ -725,10 +727,10 @@ def WassersteinKD(
     """Return the cross-entropy of the label plus the cost of the transport between the other classes (Lv et al., 2024).
 
     Raises `ValueError` for unequal shapes, fewer than two classes, labels or a cost that do not fit."""
-    t,C = check_predictions(pred, teacher_pred, softmax=True),pred.shape[1]
+    s,t = _logit_rows(pred, teacher_pred)
+    C = s.shape[1]
     if cost is not None and cost.shape!=(C,C): raise ValueError(
         f"Expected a cost of shape {(C,C)} between {C} classes, got {tuple(cost.shape)}")
-    s,t = rows(soften(pred)),rows(soften(t))
     kept,label = torch.ones_like(s, dtype=torch.bool),0.
     if separate:
         y = labels_per_row(pred, target)
@@ -764,8 +766,8 @@ def HingeRanking(
     """Return how much less than a margin the student prefers the teacher's preferred class, over pairs (Joachims, 2002).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
-    t = check_predictions(pred, teacher_pred, softmax=True)
-    p,t,eps = rows(soften(pred)).softmax(1),rows(soften(t)),1e-8
+    s,t = _logit_rows(pred, teacher_pred)
+    p,eps = s.softmax(1),1e-8
     gap_s,gap_t,counts = _preferences(p, t, k, eps)
     short = ((gap_t if margin is None else margin)-gap_s).relu()
     return torch.where(counts, short, 0).sum()/(counts.sum()+eps)
@@ -783,8 +785,7 @@ def LogisticRanking(
     """Return the logistic loss of the student's preference, over pairs in the teacher's order (Burges et al., 2005).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
-    t = check_predictions(pred, teacher_pred, softmax=True)
-    s,t,eps = rows(soften(pred)),rows(soften(t)),1e-9
+    (s,t),eps = _logit_rows(pred, teacher_pred),1e-9
     gap_s,_,counts = _preferences(s, t, k, eps)
     return torch.where(counts, F.softplus(-gap_s), 0).sum()/(counts.sum()+eps)
 
