@@ -30,6 +30,14 @@ def fit(learn, n=1, lr=1e-2, seed=1, **kwargs):
     learn.fit(n, lr, **kwargs)
     return learn
 
+def trained_teacher(width=4, epochs=3):
+    "A trained net for the digits, without gradients"
+    set_seed(9)
+    learn = Learner(digits(), small_net(width), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2)
+    learn.model.zero_grad(set_to_none=True)
+    return learn.model
+
 # ---- what a training did
 
 def weights(m):

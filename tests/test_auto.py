@@ -5,24 +5,19 @@ from functools import partial
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fastai.basics import CrossEntropyLossFlat, L, Learner, accuracy, params, set_seed
+from fastai.basics import L, params, set_seed
 from fastai.callback.all import GradientAccumulation, GradientClip, SchedLin
 from kd_fastai.all import *
-from kd_fastai.demo import digits, small_net
 from kd_fastai.info import get_loss_info
 from kd_fastai.objective import auto_ratio
-from support import CPUMixedPrecision, KD, fit, history, hooks, learner, weights
+from support import CPUMixedPrecision, KD, fit, history, hooks, learner, trained_teacher, weights
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
 
 @pytest.fixture(scope='module')
 def teacher():
     "A trained teacher, wider than the student"
-    set_seed(9)
-    learn = Learner(digits(), small_net(8), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
-    learn.model.zero_grad(set_to_none=True)
-    return learn.model
+    return trained_teacher(8)
 
 def found(learn): return learn.knowledge_distillation.weights
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastai.basics import (Adam, BCEWithLogitsLossFlat, Callback, CancelBatchException, CancelEpochException,
     CancelFitException, CancelTrainException, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, Metric,
-    Normalize, OptimWrapper, Pipeline, SGD, accuracy, noop, params, ranger, set_seed)
+    Normalize, OptimWrapper, Pipeline, SGD, noop, params, ranger, set_seed)
 from fastai.callback.all import GradientAccumulation, MixUp, SchedLin
 from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
@@ -16,7 +16,8 @@ from kd_fastai.info import get_loss_info
 from kd_fastai.signature import loss_name
 from kd_fastai import losses
 from kd_fastai.losses import output, feature, relation
-from support import CPUMixedPrecision, KD, KeepBatches, KeepLosses, Never, fit, history, hooks, learner, quiet, weights
+from support import (CPUMixedPrecision, KD, KeepBatches, KeepLosses, Never, fit, history, hooks, learner, quiet,
+    trained_teacher, weights)
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
 FEATURE = [Attention, ActivationBoundaries, FitNet, Similarity, PKT, RKD]
@@ -25,11 +26,7 @@ LAYERS = {'student': ['0','1'], 'teacher': ['0','1']}
 @pytest.fixture(scope='module')
 def teacher():
     "A trained teacher with the student's shapes"
-    set_seed(9)
-    learn = Learner(digits(), small_net(4), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
-    learn.model.zero_grad(set_to_none=True)
-    return learn.model
+    return trained_teacher(4)
 
 # ---- the numbers
 

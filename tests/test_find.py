@@ -1,22 +1,19 @@
 "`learn.kd_find`: paired trainings, a Learner that stays as it was, and no suggestion within the noise."
 from functools import partial
 import pandas as pd, pytest, torch
-from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, set_seed
+from fastai.basics import set_seed
 from fastai.callback.all import MixUp, SaveModelCallback
 from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
 from kd_fastai.compare import comparison_table
 from kd_fastai.find import default_ways, trial_learner
-from support import KD, KeepLosses, fit, hooks, learner, same, state, weights
+from support import KD, KeepLosses, fit, hooks, learner, same, state, weights, trained_teacher
 
 quick = partial(dict, show_plot=False, progress=False)
 
 @pytest.fixture(scope='module')
 def teacher():
-    set_seed(9)
-    learn = Learner(digits(), small_net(16), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, 1e-2)
-    return learn.model
+    return trained_teacher(16, 4)
 
 @pytest.mark.parametrize('fitted', [True,False])
 def test_it_changes_nothing(teacher, fitted):
