@@ -322,7 +322,8 @@ def test_a_teacher_at_chance_is_noticed(teacher):
     said = agreement_warnings(KD(Shuffled(), SoftTarget))
     assert len(said)==1 and 'hardly more than by chance' in said[0]
 
-@pytest.mark.parametrize('make', [lambda t: KD(t, SoftTarget), lambda t: MutualLearning(Rotated(copy.deepcopy(t), ORDER)),
+@pytest.mark.parametrize('make', [
+    lambda t: KD(t, SoftTarget), lambda t: MutualLearning(Rotated(copy.deepcopy(t), ORDER)),
     lambda t: KD(Rotated(t, ORDER), SoftTarget, task_weight=0)], ids=['right','learns too','labels not used'])
 def test_no_warning_for(teacher, make):
     assert agreement_warnings(make(teacher))==[]
