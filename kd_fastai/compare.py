@@ -245,7 +245,7 @@ def _make(make_learner, way, seed):
     return learn,start,L(way(learn) if way else None)
 
 class StudentInputs(Callback):
-    "The student gets its own inputs, without those of a teacher"
+    "The student gets its own inputs only, where the data also have a teacher's: for training without the teacher"
     def __init__(self,
         teacher_inputs:int # How many of a batch's last inputs are the teacher's alone
     ): self.teacher_inputs = teacher_inputs

@@ -39,10 +39,12 @@ def get_logits(
     "Return the predictions in a model's output, as a plain tensor. Raises `TypeError` if there are none"
     pred = find_logits(out)
     if pred is not None: return pred
-    keys = f" with {', '.join(out)}" if isinstance(out, Mapping) else ''
+    holds = ''
+    if isinstance(out, Mapping): holds = f" with {', '.join(out)}"
+    elif is_listy(out): holds = f" of ({', '.join(type(o).__name__ for o in out)})"
     raise TypeError(
         "Expected a tensor of predictions, a tuple that begins with one or a dict with 'logits', "
-        f"got {type(out).__name__}{keys}: "
+        f"got {type(out).__name__}{holds}: "
         "take a model with a classifier, or losses on features only")
 
 # %% ../nbs/20_teacher.ipynb #a588c7e2

@@ -10,7 +10,7 @@ from kd_fastai.capture import Capture
 from kd_fastai.layers import get_module_by_name, parse_layer
 from kd_fastai.losses import DecoupledKD, FitNet, Logits, RKD, SoftTarget
 from kd_fastai.objective import Objective
-from kd_fastai.teacher import Teacher
+from kd_fastai.teacher import Teacher, get_logits
 
 def mlp(seed, **kwargs):
     torch.manual_seed(seed)
@@ -314,6 +314,11 @@ def test_predictions_are_missing_only_if_they_are_needed(make):
             pred,features = teacher(inputs, need_pred=False)
             assert pred is None and features[layer].shape==(2, 17 if inputs.ndim==4 else 7, 16)
         with pytest.raises(TypeError, match='with last_hidden_state, pooler_output.*by the teacher'): teacher(inputs)
+
+@pytest.mark.parametrize('out,holds', [({'tokens': x}, 'dict with tokens'), (({}, 'a'), r'tuple of \(dict, str\)'),
+                                       (None, 'NoneType')], ids=['dict','tuple','nothing'])
+def test_an_output_without_predictions_says_what_it_holds(out, holds):
+    with pytest.raises(TypeError, match=f'got {holds}: take a model with a classifier'): get_logits(out)
 
 def test_timm_backbone():
     timm = pytest.importorskip('timm')
