@@ -20,6 +20,7 @@ CLASSES = 100
 EMBEDDINGS = 'PKT','RKD','RKD angle','DarkRank','CorrelationCongruence','SRD'
 LOSSES = {n: getattr(m, n) for m in (output, feature, relation) for n in m.__all__ if hasattr(getattr(m, n), 'info')}
 LOSSES['RKD angle'] = partial(relation.RKD, distance=0.)
+LOSSES['MiniLMv2'] = partial(feature.MiniLMv2, heads=8)  # 12, the default, divides no power of 2
 
 def inputs(name, B, C):
     "Arguments of one loss"
@@ -29,6 +30,7 @@ def inputs(name, B, C):
     x = dict(pred=torch.randn(B, CLASSES), teacher_pred=torch.randn(B, CLASSES), fm_s=feat(), fm_t=feat(),
              target=torch.randint(CLASSES, (B,)))
     if name=='BoundedRegression': x['target'] = torch.randn(B, CLASSES)
+    if name=='IFVD': x['target'] = torch.randint(CLASSES, (B,8,8))  # a label for each position
     return {k:v for k,v in x.items() if k in loss_args(LOSSES[name]).accepted}
 
 def students(x): return [t.requires_grad_() for t in tree_leaves([x.get('pred'), x.get('fm_s')]) if t is not None]

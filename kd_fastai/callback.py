@@ -6,10 +6,11 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 
 # %% auto #0
 __all__ = ['kd_callbacks', 'KnowledgeDistillationCallback', 'check_teacher_names', 'stateful_modules', 'is_elementwise',
-           'FitState', 'FirstForward', 'loss_layout', 'recorder_table']
+           'FitState', 'FirstForward', 'loss_layout', 'rising', 'recorder_table']
 
 # %% ../nbs/26_callback.ipynb #d260f0dc
 import inspect, warnings
+from copy import copy
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -22,6 +23,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.basics import L, Learner, detuplify, find_bs, noop, rank_distrib
 from fastai.callback.mixup import MixHandler
+from fastai.callback.schedule import SchedCos
 from fastai.callback.training import GradientAccumulation
 from .adapters import check_adapt
 from .capture import Capture, LiveHook, RandomStream
@@ -661,6 +663,14 @@ def loss_layout(
     return axis,None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 # %% ../nbs/26_callback.ipynb #2091d77b
+def rising(
+    term:Term # A term
+)->Term:
+    "A copy whose weight rises from 0 over the training, if it is found ('auto') and the term has no schedule"
+    res = copy(term)
+    if res.weight=='auto' and res.schedule is None: res.schedule = SchedCos(0, 1)
+    return res
+
 @patch
 def distill(self:Learner,
     teacher:nn.Module|Learner|str|Path|Teacher, # As in `KnowledgeDistillationCallback`
@@ -668,7 +678,9 @@ def distill(self:Learner,
     layers:str|list|dict|None=None,     # Layers to compare as well: as in `KnowledgeDistillationCallback`
     features:Callable=Attention,        # The loss that compares them, with weight='auto'
     weight:float|str='auto',            # Weight of bare losses
-    **kwargs                            # For the callback: `task_weight`, `schedule`, ...
+    task_weight:float=1.,               # Weight of the Learner's own loss
+    schedule:Callable|str|None='rising',# As in `KnowledgeDistillationCallback`; 'rising': weights that are found rise
+    **kwargs                            # For the callback: `teacher_tfm`, `adapt`, ...
 )->Learner:
     "Attach a `KnowledgeDistillationCallback`, and remove an earlier one. Trains nothing; returns the Learner"
     known = inspect.signature(KnowledgeDistillationCallback.__init__).parameters
@@ -676,8 +688,11 @@ def distill(self:Learner,
         if k not in known: raise TypeError(
             f"distill has no argument {k!r}: parameters of a loss are given by Term(loss, {k}=...)")
     losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
-    if layers is not None: losses.append(Term(features, 'auto', layers=layers))
-    kd = KnowledgeDistillationCallback(teacher, losses, weight=weight, **kwargs)
+    terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
+    if layers is not None: terms.append(Term(features, 'auto', layers=layers))
+    if schedule=='rising':  # without labels there is nothing to wait for
+        terms,schedule = [rising(o) for o in terms] if task_weight else terms,None
+    kd = KnowledgeDistillationCallback(teacher, terms, task_weight=task_weight, schedule=schedule, **kwargs)
     self.remove_cbs(L(kd_callbacks(self)))
     return self.add_cb(kd)
 
