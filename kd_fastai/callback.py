@@ -83,7 +83,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         layers:str|list|dict|None=None, # Names, (student, teacher) tuples, or what `match_feature_layers` returns
         teacher_dtype:torch.dtype|None=None, # Type of a faster copy of the teacher that answers, see `FastTeacher`
         teacher_inputs:int=0,       # How many of a batch's inputs, the last ones, are the teacher's alone
-        mask:str|Callable|None=None # Positions that count: a key such as 'attention_mask', or a function of the batch
+        mask:str|Callable|None=None,# Positions that count: a key such as 'attention_mask', or a function of the batch
+        teacher_drop:float=0.       # Probability to drop one of several teachers for a sample, see `Objective`
     ):
         if layers is not None and activations_student is not None: raise ValueError(
             "layers and activations_student are the same argument: give one of them")
@@ -103,7 +104,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         terms = [o if isinstance(o, Term) else Term(o, weight=weight) for o in losses]
         terms = [o.with_defaults(pairs, schedule, adapt, mask) for o in terms]
         check_teacher_names(terms, teacher)
-        self.objective = Objective(terms, task_weight, class_map=class_map, balance=balance)
+        self.objective = Objective(terms, task_weight, class_map=class_map, balance=balance,
+                                   teacher_drop=teacher_drop)
         self.owned = OwnedWeights(self.objective)
         layers = self.for_each_teacher(lambda o: o.layers[1])
         self.need_pred = self.for_each_teacher(lambda o: o.uses_teacher_pred)
@@ -316,20 +318,29 @@ class KnowledgeDistillationCallback(ScopedCallback):
         "Add the weighted terms to the loss"
         if not self.is_capturing: return
         batch,task,values,weights = self.compute()
-        self.fit_state.values,self.fit_state.weights = values,weights
         self.record(batch, task, values, weights)
-        self.set_loss(self.objective.total(task if self.fit_state.is_first else self.learn.loss_grad, values, weights))
+        task = task if self.fit_state.is_first else self.learn.loss_grad
+        self.set_loss(self.objective.total(task, self.fit_state.values, weights))
 
     def compute(self)->tuple: # `(batch, task loss, values, weights)`
         "Everything about this batch that the objective computes"
         batch = self.prepare_batch()
         if not self.fit_state.is_checked: self.objective.check_channels(batch)
         task = self.fit_state.task = self.task_loss(batch)
-        values = self.objective.values(batch, self.pct_train)
+        drops = self.objective.teacher_drop>0
+        trained = self.objective.values(batch, self.pct_train, by_sample=drops)
+        values = {k: v.mean() for k,v in trained.items()} if drops else trained
         if self.objective.unknown_weights: self.find_weights(task, values)
         weights = self.objective.weights(task, values, self.pct_train)
         self.check_batch(batch, task, values, weights)
+        if drops: trained = self.drop_teachers(trained, weights)
+        self.fit_state.values,self.fit_state.weights = trained,weights
         return batch,task,values,weights
+
+    def drop_teachers(self, values, weights)->dict:
+        "As that of `Objective`. Random numbers stay as they are"
+        device = next(iter(values.values())).device
+        with self.fit_state.teacher_random.on(device): return self.objective.drop_teachers(values, weights)
 
     def prepare_batch(self):
         "The batch as losses expect it. With the first one, losses create their weights"
@@ -597,12 +608,12 @@ class FitState:
         self.awaits_forward = False # whether the next forward pass of the model is the Learner's own
         self.answer = None          # the teacher's predictions and features for the current batch
         self.task = None            # the task loss of the current batch
-        self.values = None          # the raw value of each term for the current batch
+        self.values = None          # the value of each term for the current batch, over samples that kept its teacher
         self.weights = None         # and its weight
         self.masks = {}             # the masks of the terms for the current batch
         self.teacher_xb = None      # the teacher's own inputs for the current batch
         self.confusion = None       # of the teacher and the labels, in the first epoch
-        self.teacher_random = RandomStream() # for a teacher that draws random numbers
+        self.teacher_random = RandomStream() # for teachers that draw random numbers, and for dropping them
 
 class FirstForward:
     """Hooks that run the teacher and capture the student's layers during the Learner's own forward pass only.
