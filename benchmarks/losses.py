@@ -21,14 +21,14 @@ EMBEDDINGS = 'PKT','RKD','RKD angle','DarkRank','CorrelationCongruence','SRD'
 LOSSES = {n: getattr(m, n) for m in (output, feature, relation) for n in m.__all__ if hasattr(getattr(m, n), 'info')}
 LOSSES['RKD angle'] = partial(relation.RKD, distance=0.)
 
-def inputs(name, B, C):
+def inputs(name, B, C, classes=CLASSES):
     "Arguments of one loss"
     def feat():
         return ({'a': torch.randn(B, C, 8, 8), 'b': torch.randn(B, C, 8, 8)} if name in ('FSP','IRG')
                 else {'a': torch.randn(B, C)} if name in EMBEDDINGS else {'a': torch.randn(B, C, 8, 8)})
-    x = dict(pred=torch.randn(B, CLASSES), teacher_pred=torch.randn(B, CLASSES), fm_s=feat(), fm_t=feat(),
-             target=torch.randint(CLASSES, (B,)))
-    if name=='BoundedRegression': x['target'] = torch.randn(B, CLASSES)
+    x = dict(pred=torch.randn(B, classes), teacher_pred=torch.randn(B, classes), fm_s=feat(), fm_t=feat(),
+             target=torch.randint(classes, (B,)))
+    if name=='BoundedRegression': x['target'] = torch.randn(B, classes)
     return {k:v for k,v in x.items() if k in loss_args(LOSSES[name]).accepted}
 
 def students(x): return [t.requires_grad_() for t in tree_leaves([x.get('pred'), x.get('fm_s')]) if t is not None]
