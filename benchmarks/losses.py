@@ -22,15 +22,15 @@ LOSSES = {n: getattr(m, n) for m in (output, feature, relation) for n in m.__all
 LOSSES['RKD angle'] = partial(relation.RKD, distance=0.)
 LOSSES['MiniLMv2'] = partial(feature.MiniLMv2, heads=8)  # 12, the default, divides no power of 2
 
-def inputs(name, B, C):
+def inputs(name, B, C, classes=CLASSES):
     "Arguments of one loss"
     def feat():
         return ({'a': torch.randn(B, C, 8, 8), 'b': torch.randn(B, C, 8, 8)} if name in ('FSP','IRG')
                 else {'a': torch.randn(B, C)} if name in EMBEDDINGS else {'a': torch.randn(B, C, 8, 8)})
-    x = dict(pred=torch.randn(B, CLASSES), teacher_pred=torch.randn(B, CLASSES), fm_s=feat(), fm_t=feat(),
-             target=torch.randint(CLASSES, (B,)))
-    if name=='BoundedRegression': x['target'] = torch.randn(B, CLASSES)
-    if name=='IFVD': x['target'] = torch.randint(CLASSES, (B,8,8))  # a label for each position
+    x = dict(pred=torch.randn(B, classes), teacher_pred=torch.randn(B, classes), fm_s=feat(), fm_t=feat(),
+             target=torch.randint(classes, (B,)))
+    if name=='BoundedRegression': x['target'] = torch.randn(B, classes)
+    if name=='IFVD': x['target'] = torch.randint(classes, (B,8,8))  # a label for each position
     return {k:v for k,v in x.items() if k in loss_args(LOSSES[name]).accepted}
 
 def students(x): return [t.requires_grad_() for t in tree_leaves([x.get('pred'), x.get('fm_s')]) if t is not None]

@@ -25,7 +25,7 @@ root = Path(__file__).resolve().parent.parent
 golden = root/'tests'/'golden'
 sys.path.insert(0, str(golden))
 from check import check, load_case, load_index, tens
-from impls import TRAINABLE
+from impls import NO_CASES, TRAINABLE
 from test_losses import _Largest
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
@@ -39,28 +39,31 @@ class Row(NamedTuple):
     golden:tuple = ()          # Methods among the golden numbers
     layers:object = ['0','1','2'] # Layers of `small_net` for a training
     width:int = 6              # Width of the teacher, where the student's is 4
-    fits:str = 'batch'         # What must be equal: see `about`
+
+def must_match(name):
+    "What must be equal in student and teacher"
+    return get_loss_info(ALL[name].make()).must_match
 
 two,wider = ((4,6,6),(8,3,3)),((6,6,6),(12,3,3))
 LOSSES = {
     'FitNetRegressor': Row(FitNetRegressor, ((4,6,6),(8,3,3),(8,5,5)), ((6,3,3),(12,6,6),(9,3,3)),
                            ('fitnet_regressor',)),
     'VID': Row(VID, ((4,6,6),(8,3,3)), ((6,4,4),(12,6,6)), ('vid',)),
-    'PADL2': Row(PADL2, two, two, ('pad_l2',), width=4, fits='shape'),
+    'PADL2': Row(PADL2, two, two, ('pad_l2',), width=4),
     'ReviewKD': Row(ReviewKD, (*two,(8,)), (*wider,(12,)), ('reviewkd',)),
-    'OFD': Row(OFD, two, wider, ('ofd_authors',), ['0.1','1.1','2.1'], fits='size'),
+    'OFD': Row(OFD, two, wider, ('ofd_authors',), ['0.1','1.1','2.1']),
     'SRRL': Row(SRRL, ((8,),), ((12,),), ('srrl',), '4'),
     'SimKD': Row(SimKD, ((8,4,4),), ((12,3,3),), ('simkd',), '2'),
-    'MGD': Row(MGD, two, wider, ('mgd',), fits='size'),
+    'MGD': Row(MGD, two, wider, ('mgd',)),
     'SemCKD': Row(SemCKD, two, (*wider,(9,5,5)), ('semckd',), {'student': ['0','1'], 'teacher': ['0','1','2']}),
     'ITRD': Row(ITRD, ((8,),(8,)), ((12,),(8,)), layers='4'),
     'ICKDEmbed': Row(ICKDEmbed, ((4,6,6),(8,3,3)), ((6,4,4),(12,3,3)), ('ickd_embed',)),
-    'AFD': Row(AFD, two, two, ('afd_zoo',), width=4, fits='shape'),
+    'AFD': Row(AFD, two, two, ('afd_zoo',), width=4),
     'CRD': Row(partial(CRD, dim=8, queue=40), ((8,),), ((12,),), (), '4'),
     'CRDBank': Row(partial(CRDBank, n_data=100, K=30, dim=8), ((8,),), ((12,),), ('crd',), '4'),
-    'CTKD': Row(partial(CTKD, warmup=5), two, two, fits='shape'),
+    'CTKD': Row(partial(CTKD, warmup=5), two, two),
     'PEFD': Row(PEFD, ((8,),(8,)), ((12,),(8,)), ('pefd',), '4'),
-    'ViTKD': Row(ViTKD, two, wider, ('vitkd',), fits='size'),
+    'ViTKD': Row(ViTKD, two, wider, ('vitkd',)),
     'OFA': Row(OFA, two, wider, ('ofa',), {'student': ['0','1'], 'teacher': []}),
     'DCD': Row(partial(DCD, dim=8), ((8,),), ((12,),), ('dcd',), '4'),
     'RRD': Row(partial(RRD, dim=8, queue=40), ((8,),), ((12,),), ('rrd',), '4'),
@@ -69,13 +72,12 @@ LOSSES = {
 VARIANTS = {
     'VID, narrow': Row(partial(VID, mid_channels=3, init_pred_var=2.), two, wider),
     'ReviewKD, other sizes': Row(partial(ReviewKD, mid_channels=5), two, ((6,4,4),(12,2,2))),
-    'OFD, batch margins': Row(partial(OFD, margin='batch'), two, wider, ('ofd_connector',), ['0.1','1.1','2.1'],
-                              fits='size'),
+    'OFD, batch margins': Row(partial(OFD, margin='batch'), two, wider, ('ofd_connector',), ['0.1','1.1','2.1']),
     'SRRL, maps': Row(SRRL, ((8,4,4),), ((12,3,3),), (), '2'),
     'SimKD, embedding': Row(partial(SimKD, factor=4), ((8,),), ((12,),), (), '4'),
-    'MGD, channel': Row(partial(MGD, 'channel'), two, two, ('mgd_channel',), width=4, fits='size'),
+    'MGD, channel': Row(partial(MGD, 'channel'), two, two, ('mgd_channel',), width=4),
     'ITRD, corr': Row(partial(ITRD, mutual=0), ((8,3,3),), ((12,2,2),), ('itrd_corr',), '2'),
-    'ViTKD, equal widths': Row(partial(ViTKD, ratio=.75), two, two, width=4, fits='size'),
+    'ViTKD, equal widths': Row(partial(ViTKD, ratio=.75), two, two, width=4),
     'OFA, narrow exits': Row(partial(OFA, eps=1.5, T=2., dim=3), ((6,),(8,3,3)), ((6,),(8,3,3))),
     'ITRD, mutual': Row(partial(ITRD, corr=0, mutual=1), ((8,),), ((12,),), ('itrd_mutual',), '4'),
 }
@@ -144,6 +146,10 @@ def test_golden_covered():
     with_weights = {k for k,m in load_index(golden)['methods'].items() if m['parameterised']}
     assert with_weights-{'phi_s'}<=covered=={*TRAINABLE}   # which is no loss: see test_teachers
 
+def test_every_loss_has_a_golden_case_or_a_reason():
+    covered = {loss_name(r.make()) for r in ALL.values() if r.golden}
+    assert {*LOSSES}-covered=={*LOSSES}&{*NO_CASES}
+
 @pytest.mark.parametrize('method', ['mgd','mgd_channel'])
 def test_golden_default_weight(method):
     "A case that gives no weight means the authors'"
@@ -208,17 +214,21 @@ def test_table():
 def test_facts(name):
     loss = ALL[name].make()
     f = get_loss_info(loss)
-    assert f.trains and f.must_match==ALL[name].fits and loss_name(loss)==type(loss).__name__
+    assert f.trains
+    assert loss_name(loss)==type(loss).__name__
     assert isinstance(loss, TrainableLoss)
     assert loss_args(loss).required<=loss_args(loss).accepted and loss_args(loss).has_var_kwargs
 
 @each
 def test_documented(name):
     cls,a = getattr(trainable, name),get_loss_info(getattr(trainable, name))
-    assert len(cls.__doc__)>30 and cls.forward.__doc__
-    assert all(v for o in ([cls] if '__init__' in vars(cls) else [])+[cls.forward]
-               for k,v in docments(o).items() if k not in ('kwargs','self','return'))
-    assert a.url.startswith('https://') and re.search(r'\b(19|20)\d\d$', a.paper) and a.best_for
+    assert len(cls.__doc__)>30
+    assert cls.forward.__doc__
+    arguments = docments(cls.forward) | (docments(cls) if '__init__' in vars(cls) else {})
+    assert [k for k,v in arguments.items() if not v and k not in ('kwargs','self','return')]==[]
+    assert a.url.startswith('https://')
+    assert re.search(r'\b(19|20)\d\d$', a.paper)
+    assert a.best_for
     assert a.complexity in ('low','medium','high')
     assert a.cost
     assert a.weight>0
@@ -307,6 +317,19 @@ def test_extreme(name, how):
         value,grads = run(loss, changed(x, EXTREME[how], who))
         assert value.isfinite() and all(g.isfinite().all() for g in grads), who
 
+LOGITS = dict(logits60=lambda t: 60*t.sign(), zeros=torch.zeros_like, shifted=lambda t: t+30,
+              normalized=lambda t: torch.full_like(t, -math.log(5)))  # constant, and the probabilities sum to 1
+@pytest.mark.parametrize('name', [n for n,r in ALL.items() if 'pred' in loss_args(r.make()).accepted])
+@pytest.mark.parametrize('how', LOGITS)
+def test_extreme_logits(name, how):
+    "Finite, and the same number if a constant is added"
+    loss,x = built(name),inputs(name)
+    expected = run(loss, x)[0]
+    for who in (('pred',), ('teacher_pred',), ('pred','teacher_pred')):
+        value,grads = run(loss, {**x, **{k: LOGITS[how](x[k]) for k in who}})
+        assert value.isfinite() and all(g.isfinite().all() for g in grads), who
+        if how=='shifted': close(value, expected)
+
 @every
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half(name, dtype):
@@ -373,7 +396,7 @@ PARAMETERS = {   # as the page says, for the last pair, of C_s and C_t channels
 }
 @pytest.mark.parametrize('name', PARAMETERS)
 def test_parameters(name):
-    s,t = 6,6 if ALL[name].fits=='shape' else 8
+    s,t = 6,6 if must_match(name)=='shape' else 8
     loss = built(name, inputs(name, shapes=(((s,3,3),), ((t,3,3),))))
     assert sum(p.numel() for p in loss.parameters() if p.requires_grad)==PARAMETERS[name](s, t)
 
@@ -399,7 +422,7 @@ def test_bad_features(name):
     deep = {k: {n: torch.rand(4,4,2,2,2) for n in x[k]} for k in ('fm_s','fm_t')}
     with pytest.raises(ValueError, match=r'\(B, C, H, W\), \(B, N, D\) or \(B, C\), got \[\(4, 4, 2, 2, 2\)'):
         ALL[name].make().build(**{**x, **deep})
-    if ALL[name].fits in ('size','shape'):
+    if must_match(name) in ('size','shape'):
         with pytest.raises(ValueError,
                            match=rf'equal.*{re.escape(repr([*x["fm_s"]][0]))}.*\(4, \d+, 2, 2\) of the teacher'):
             call(fm_t={n: t[...,:2,:2] for n,t in x['fm_t'].items()})

@@ -29,7 +29,8 @@ def main(name, *methods):
     own = [m for m in methods if (root/'tests'/'golden'/'refs'/f'{m}.py').exists()]
     if own: run(sys.executable, 'tests/golden/make.py', *own)
     chosen = ' or '.join([name, *(f'golden and {m}' for m in methods), 'reason'])
-    run(sys.executable, '-m', 'pytest', '-q', '-k', chosen, 'tests/test_losses.py', 'tests/test_trainable.py')
+    files = [f'tests/test_{o}.py' for o in ('losses', 'trainable', 'hostile_losses', 'hostile_trainable')]
+    run(sys.executable, '-m', 'pytest', '-q', '-k', chosen, *files)
     run('nbdev-test', 'nbs/losses.ipynb', '--save')
     run('nbdev-clean')
 

@@ -166,6 +166,20 @@ def _push(queue, v):
     "Return the queue with new vectors first and the oldest dropped"
     return torch.cat([v.detach(), queue])[:len(queue)]
 
+class _LossOfPairs(TrainableLoss):
+    "Base class of losses that are a sum over pairs of embeddings; `make_pair` creates the module of one"
+    def make(self, fm_s, fm_t):
+        self.as_maps(fm_s, fm_t)
+        self.pairs = nn.ModuleList(self.make_pair(*o) for o in self.channels)
+
+    def forward(self,
+        fm_s:dict[str, torch.Tensor], # Student's embeddings by layer, `(B, D)`, or maps
+        fm_t:dict[str, torch.Tensor], # Teacher's embeddings by layer, of the same samples
+        **kwargs
+    )->torch.Tensor: # Scalar
+        "Raises `ValueError` for unequal batch sizes"
+        return sum(pair(*o) for pair,o in zip(self.pairs, self.as_vectors(fm_s, fm_t)))
+
 class _QueueContrast(nn.Module):
     "Contrast with negatives from the batch and from a queue of earlier vectors; an empty place in a queue is zero"
     def __init__(self, cs, ct, dim, T, size):
@@ -187,7 +201,7 @@ class _QueueContrast(nn.Module):
 @loss_info('Tian et al., Contrastive Representation Distillation, ICLR 2020', 'https://arxiv.org/abs/1910.10699',
        'contrastive learning of embeddings, in-batch and queued negatives', 'medium', 'B·(B + queue)·dim',
        weight=0.8, must_match='batch', trains='linear maps', default_layer='>')
-class CRD(TrainableLoss):
+class CRD(_LossOfPairs):
     "Recognize the same sample among others of the batch and of a queue (Tian et al., 2020)"
     def __init__(self,
         dim:int=128,   # Length of the vectors
@@ -199,17 +213,7 @@ class CRD(TrainableLoss):
         if not T>0: raise ValueError(f"Expected a temperature above 0, got T={T}")
         store_attr()
 
-    def make(self, fm_s, fm_t):
-        self.as_maps(fm_s, fm_t)
-        self.pairs = nn.ModuleList(_QueueContrast(*o, self.dim, self.T, self.queue) for o in self.channels)
-
-    def forward(self,
-        fm_s:dict[str, torch.Tensor], # Student's embeddings by layer, `(B, D)`, or maps
-        fm_t:dict[str, torch.Tensor], # Teacher's embeddings by layer, of the same samples
-        **kwargs
-    )->torch.Tensor: # Scalar
-        "Raises `ValueError` for unequal batch sizes"
-        return sum(pair(*o) for pair,o in zip(self.pairs, self.as_vectors(fm_s, fm_t)))
+    def make_pair(self, cs, ct): return _QueueContrast(cs, ct, self.dim, self.T, self.queue)
 
 # %% ../../nbs/17_losses.embedding.ipynb #7b9f2684
 class _BankContrast(nn.Module):
@@ -297,21 +301,24 @@ class CRDBank(StochasticLoss):
 
 # %% ../../nbs/17_losses.embedding.ipynb #31247143
 class _BatchContrast(nn.Module):
-    "Similarities of all samples of a batch, with a learned scale"
-    def __init__(self, cs, ct, dim, max_tau):
+    "Contrast between all samples of a batch, with a learned scale, and its consistency in both directions"
+    def __init__(self, cs, ct, dim, alpha, max_tau):
         super().__init__()
-        self.max_tau,self.heads = max_tau,_ProjectionHeads(cs, ct, dim)
-        self.tau = nn.Parameter(torch.tensor(1.))
+        store_attr('alpha,max_tau')
+        self.heads,self.tau = _ProjectionHeads(cs, ct, dim),nn.Parameter(torch.tensor(1.))
 
     def forward(self, s, t):
         s,t = self.heads(s, t)
-        return self.tau.exp().clamp(0, self.max_tau)*(s@t.T)
+        scores = self.tau.exp().clamp(0, self.max_tau)*(s@t.T)
+        contrast = F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
+        student,teacher = scores.log_softmax(1),scores.T.log_softmax(1)
+        return contrast + self.alpha*F.kl_div(student, teacher, reduction='batchmean', log_target=True)
 
 @loss_info('Giakoumoglou & Stathaki, Discriminative and Consistent Representation Distillation, arXiv 2024',
        'https://arxiv.org/abs/2407.11802', 'in-batch contrastive learning with a learned temperature',
        'medium', 'B²·dim', weight=1., must_match='batch', trains='linear maps and a temperature',
        default_layer='>')
-class DCD(TrainableLoss):
+class DCD(_LossOfPairs):
     "Recognize the same sample in the batch, consistently in both directions (Giakoumoglou & Stathaki, 2024)"
     def __init__(self,
         dim:int=128,       # Length of the vectors
@@ -323,22 +330,7 @@ class DCD(TrainableLoss):
         if not max_tau>0: raise ValueError(f"Expected max_tau above 0, got {max_tau}")
         store_attr()
 
-    def make(self, fm_s, fm_t):
-        self.as_maps(fm_s, fm_t)
-        self.pairs = nn.ModuleList(_BatchContrast(*o, self.dim, self.max_tau) for o in self.channels)
-
-    def forward(self,
-        fm_s:dict[str, torch.Tensor], # Student's embeddings by layer, `(B, D)`, or maps
-        fm_t:dict[str, torch.Tensor], # Teacher's embeddings by layer, of the same samples
-        **kwargs
-    )->torch.Tensor: # Scalar
-        "Raises `ValueError` for unequal batch sizes"
-        return sum(self._pair_loss(pair(*o)) for pair,o in zip(self.pairs, self.as_vectors(fm_s, fm_t)))
-
-    def _pair_loss(self, scores):
-        contrast = F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
-        student,teacher = scores.log_softmax(1),scores.T.log_softmax(1)
-        return contrast + self.alpha*F.kl_div(student, teacher, reduction='batchmean', log_target=True)
+    def make_pair(self, cs, ct): return _BatchContrast(cs, ct, self.dim, self.alpha, self.max_tau)
 
 # %% ../../nbs/17_losses.embedding.ipynb #dd934591
 class _QueueRelation(nn.Module):
@@ -368,7 +360,7 @@ class _QueueRelation(nn.Module):
        'https://arxiv.org/abs/2407.12073', 'similarities to a queue of earlier samples (relaxed contrast)',
        'medium', 'B·queue·dim',
        weight=1., must_match='batch', trains='a linear map', default_layer='>')
-class RRD(TrainableLoss):
+class RRD(_LossOfPairs):
     "Similarities of each sample to a queue of the teacher's earlier vectors (Giakoumoglou & Stathaki, 2024)"
     def __init__(self,
         dim:int=128,      # Length of the vectors
@@ -382,18 +374,7 @@ class RRD(TrainableLoss):
             f"Expected T_s>0, T_t>0 and queue>0, got T_s={T_s}, T_t={T_t} and queue={queue}")
         store_attr()
 
-    def make(self, fm_s, fm_t):
-        self.as_maps(fm_s, fm_t)
-        options = self.dim,self.queue,self.T_s,self.T_t
-        self.pairs = nn.ModuleList(_QueueRelation(*o, *options) for o in self.channels)
-
-    def forward(self,
-        fm_s:dict[str, torch.Tensor], # Student's embeddings by layer, `(B, D)`, or maps
-        fm_t:dict[str, torch.Tensor], # Teacher's embeddings by layer, of the same samples
-        **kwargs
-    )->torch.Tensor: # Scalar
-        "Raises `ValueError` for unequal batch sizes"
-        return sum(pair(*o) for pair,o in zip(self.pairs, self.as_vectors(fm_s, fm_t)))
+    def make_pair(self, cs, ct): return _QueueRelation(cs, ct, self.dim, self.queue, self.T_s, self.T_t)
 
 # %% ../../nbs/17_losses.embedding.ipynb #8d90dc2d
 class _QueueDivergence(nn.Module):
@@ -412,7 +393,7 @@ class _QueueDivergence(nn.Module):
 @loss_info('Fang et al., SEED: Self-supervised Distillation for Visual Representation, ICLR 2021',
        'https://arxiv.org/abs/2101.04731', 'embeddings of a headless teacher, without labels',
        'medium', 'B·queue·D', weight=1., must_match='batch', trains='a linear map')
-class QueueKL(TrainableLoss):
+class QueueKL(_LossOfPairs):
     "Similarities of each sample to a queue of the teacher's vectors, as a divergence (Fang et al., 2021; LightlyTrain)"
     def __init__(self,
         queue:int=8192,   # How many of the teacher's vectors are compared with
@@ -429,13 +410,6 @@ class QueueKL(TrainableLoss):
         if not self.project and any(s!=t for s,t in self.channels): raise ValueError(
             f"QueueKL(project=False) needs equal lengths, got (student, teacher) {self.channels} of layers "
             f"{[*fm_s]} and {[*fm_t]}")
-        options = self.queue,self.T,self.project
-        self.pairs = nn.ModuleList(_QueueDivergence(*o, *options) for o in self.channels)
+        super().make(fm_s, fm_t)
 
-    def forward(self,
-        fm_s:dict[str, torch.Tensor], # Student's embeddings by layer, `(B, D)`, or maps
-        fm_t:dict[str, torch.Tensor], # Teacher's embeddings by layer, of the same samples
-        **kwargs
-    )->torch.Tensor: # Scalar
-        "Raises `ValueError` for unequal batch sizes"
-        return sum(pair(*o) for pair,o in zip(self.pairs, self.as_vectors(fm_s, fm_t)))
+    def make_pair(self, cs, ct): return _QueueDivergence(cs, ct, self.queue, self.T, self.project)
