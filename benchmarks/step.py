@@ -1,5 +1,5 @@
-"""What one step of distillation costs, beside a loop written by hand, fastai without a teacher, and two packages from
-PyPI.
+"""What one step of distillation costs, compared with a loop written by hand, fastai without a teacher, and two
+packages from PyPI.
 
     python benchmarks/step.py [--rounds 40]
 
@@ -171,7 +171,7 @@ def main(rounds=40):
     write('step', rows,
           'One step, all ways taking turns: medians, and ratios to the loop written by hand with their quartiles.')
     exits = write('early_exit', early_exit(max(rounds//2, 4)),
-                  'A step that looks at one layer of a resnet18: the teacher runs to its end, or stops behind the '
+                  'A step that looks at one layer of a resnet18: the teacher runs to its end, or stops after the '
                   'layer.')
     T += [target(f"early exit at {r['layer']}: to a whole forward", r['ratio'], l)
           for r,l in zip(exits, (0.50, 0.64, 0.79))]

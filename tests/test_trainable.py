@@ -541,7 +541,7 @@ def test_lr_find_before_any_fit(name, teachers):
     assert kept and same(kept, state(own(learn)))
 
 def test_adapted(teachers):
-    "A loss that needs equal shapes trains behind an adapter, which is trained too"
+    "A loss that needs equal shapes trains with an adapter, which is trained too"
     learn = learner(KnowledgeDistillationCallback(teachers[6], PADL2(), ['0','1'], weight=1., adapt='auto'))
     fit(learn)
     first = state(own(learn))
@@ -874,7 +874,7 @@ def test_itrd_dead_channels():
     value,grads = run(loss, dead)
     assert value.isfinite() and all(g.isfinite().all() for g in grads)
     s,t = (x['fm_s']['s0'].mean((2,3)),dead['fm_t']['t0'].mean((2,3)))
-    # the unbiased deviation beside a mean
+    # the unbiased deviation together with a mean
     c = [0. if k==2 else np.corrcoef(loss.embed[0](s).detach()[:,k], t[:,k])[0,1]*3/4 for k in range(12)]
     assert math.isclose(value, 2*math.log2(sum(abs(o-1)**2.02 for o in c)), rel_tol=1e-9)
 
