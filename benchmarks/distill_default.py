@@ -1,68 +1,98 @@
 """Which temperature and strength should `learn.distill(teacher)` have? Students alone and with `SoftTarget`, in several
-regimes on the digits of `which_loss` (to choose) and on Fashion-MNIST (to check).
+regimes of digits (to choose) and of Fashion-MNIST (to check what was chosen).
 
-    python benchmarks/distill_default.py [--seeds 3] [--ways T=2 T=4] [--fashion FOLDER]
+    python benchmarks/distill_default.py [--data digits] [--seeds 8] [--ways T=2 T=4] [--regimes short]
+        [--runs FOLDER] [--folder FOLDER]
 
-`--fashion` is the folder with the original files of Fashion-MNIST; then only that regime is measured. The runs are
-written to `benchmarks/tables/distill_default.csv`; others that it has are kept."""
-import argparse
+If a regime does not say otherwise, its networks are those of `which_loss`, with 200 labels (digits) or 1000
+(Fashion-MNIST, 14x14 pixels) for 20 epochs. `unlabeled too`: distilled students also see three times as many images
+without a label, in the same number of steps.
+
+The runs are written to `benchmarks/tables/distill_default.csv`, in the place of those of the same regimes. `--runs`
+keeps them in files of `kd_compare`, from which a stopped sweep goes on."""
+import argparse, tempfile
 from functools import partial
+from pathlib import Path
 import pandas as pd
 import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy
+from fastai.callback.schedule import SchedCos, SchedNo, SchedPoly
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.compare import comparison_table, kd_compare
 from kd_fastai.demo import digits, small_net
 from kd_fastai.losses import SoftTarget
-import auto_ratio, which_loss
+import funmatch, which_loss
 
-FILE = auto_ratio.TABLES/'distill_default.csv'
-# temperature, and a factor of the weight that was found
-WAYS = {'T=2': (2, 1.), 'T=4': (4, 1.), 'T=4, a third': (4, 1/3)}
-REGIMES = {  # labels, epochs, student
-    'few labels': (200, 20, 'thin'), 'short': (200, 5, 'thin'), 'many labels': (800, 5, 'thin'),
-    'other architecture': (200, 20, 'small')}
+FILE = Path(__file__).parent/'tables/distill_default.csv'
+# temperature, and a schedule that multiplies the weight that was found
+ALL,THIRD,RISING,LATE = SchedNo(1, 1),SchedNo(1/3, 1/3),SchedCos(0, 1),SchedPoly(0, 1, 2)
+WAYS = {'T=1': (1, ALL), 'T=2': (2, ALL), 'T=4': (4, ALL), 'T=2, a third': (2, THIRD), 'T=4, a third': (4, THIRD),
+        'T=2, rising': (2, RISING), 'T=4, rising': (4, RISING), 'T=4, rising late': (4, LATE)}
+UNKNOWN,MORE = -100,3
+# labels (times those of the data) and epochs
+REGIMES = {'few labels': (1, 20), 'long': (1, 80), 'short': (1, 5), 'many labels': (4.5, 20),
+           'many labels, short': (4.5, 5), 'other augmentation': (1, 20), 'other architecture': (1, 20),
+           'unlabeled too': (1, 20)}
 
-def make_learner(labels, student, seed):
-    "A student of the digits"
-    net = which_loss.net(True) if student=='thin' else small_net(8)
-    return Learner(digits(labels, seed), net, lr=1e-2, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+def make_data(data, folder, labels, seed, other_augmentation=False):
+    "Digits are shifted if the augmentation is the other one, Fashion-MNIST is not"
+    if data=='fashion': return which_loss.fashion14(labels, seed, folder, augment=not other_augmentation)
+    return funmatch.shifted(labels, seed, 20) if other_augmentation else digits(labels, seed)
 
-def make_fashion(folder, seed):
-    "A student of Fashion-MNIST"
-    dls = auto_ratio.fashion(folder, auto_ratio.LABELS, seed)
-    return Learner(dls, which_loss.net(True), lr=1e-2, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+def make_learner(data, folder, regime, seed):
+    "A student of a regime"
+    labels = int(which_loss.LABELS[data]*REGIMES[regime][0])
+    dls = make_data(data, folder, labels, seed, regime=='other augmentation')
+    net = small_net(8) if regime=='other architecture' else which_loss.net(True)
+    learn = Learner(dls, net, lr=1e-2, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    learn.more = make_data(data, folder, (1+MORE)*labels, seed) if regime=='unlabeled too' else None
+    return learn
 
-def distill(teacher, T, factor, learn):
+def add_unlabeled(learn):
+    "Add images without a label to the training data"
+    (x,y),(more,_) = learn.dls.train_ds.tensors,learn.more.train_ds.tensors
+    n = MORE*len(y)
+    learn.more.train_ds.tensors = torch.cat([x, more[:n]]),torch.cat([y, y.new_full((n,), UNKNOWN)])
+    learn.dls = learn.more
+
+def distill(teacher, T, schedule, learn):
     "The callback that `learn.distill` attaches, at this temperature and strength"
-    return KnowledgeDistillationCallback(teacher, Term(SoftTarget, 'auto', T=T, schedule=lambda _: factor))
+    if learn.more is not None: add_unlabeled(learn)
+    return KnowledgeDistillationCallback(teacher, Term(SoftTarget, 'auto', T=T, schedule=schedule))
 
-def measure(name, make, epochs, teacher, seeds, names):
+def fit(learn, epochs, cbs):
+    "Train. With unlabeled images an epoch is longer, and there are fewer of them"
+    has_more = learn.more is not None and learn.dls is learn.more
+    which_loss.fit(learn, epochs//(1+MORE) if has_more else epochs, cbs)
+
+def measure(regime, names, a, runs):
     "The runs of a regime"
+    teacher = which_loss.teacher(10, a.data, a.folder)
     ways = {'student alone': None, **{n: partial(distill, teacher.model, *WAYS[n]) for n in names}}
-    runs = kd_compare(make, ways, seeds, epochs, rounds=0, progress=False).runs
-    print(name, comparison_table(runs, 'accuracy')[['mean','gain','low','high']].round(4), sep='\n', flush=True)
-    return runs.assign(regime=name)[['regime','seed','way','epochs','accuracy']]
+    file = Path(runs)/f"{a.data}_{regime.replace(' ', '_').replace(',', '')}.csv"
+    res = kd_compare(partial(make_learner, a.data, a.folder, regime), ways, a.seeds, REGIMES[regime][1], csv=file,
+                     fit=fit, rounds=0, progress=False).runs
+    print(regime, comparison_table(res, 'accuracy')[['mean','gain','low','high']].round(4), sep='\n', flush=True)
+    return res.assign(data=a.data, regime=regime)[['data','regime','seed','way','epochs','accuracy']]
+
+def write(made):
+    "Write the runs, and keep those of other regimes"
+    again = {*zip(made.data, made.regime)}
+    if FILE.exists():
+        old = pd.read_csv(FILE)
+        made = pd.concat([old[[o not in again for o in zip(old.data, old.regime)]], made])
+    made.round(5).to_csv(FILE, index=False)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
-    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--data', choices=[*which_loss.LABELS], default='digits')
+    p.add_argument('--folder', type=Path, help='of Fashion-MNIST')
+    p.add_argument('--seeds', type=int, default=8)
     p.add_argument('--ways', nargs='*', default=[*WAYS])
-    p.add_argument('--fashion')
+    p.add_argument('--regimes', nargs='*', default=[*REGIMES])
+    p.add_argument('--runs', type=Path)
     a = p.parse_args()
     torch.set_num_threads(1)
-    if a.fashion is None:
-        teacher = which_loss.teacher(10)
-        made = [measure(n, partial(make_learner, labels, student), epochs, teacher, a.seeds, a.ways)
-                for n,(labels,epochs,student) in REGIMES.items()]
-    else:
-        teacher = auto_ratio.fashion_teacher(a.fashion)
-        made = [measure('Fashion-MNIST', partial(make_fashion, a.fashion), auto_ratio.EPOCHS, teacher, a.seeds,
-                        a.ways)]
-    made = pd.concat(made)
-    if FILE.exists():
-        old = pd.read_csv(FILE)
-        made = pd.concat([made, old]).drop_duplicates(['regime','seed','way'])
-    made.sort_values(['regime','seed','way']).to_csv(FILE, index=False)
+    with tempfile.TemporaryDirectory() as d: write(pd.concat([measure(r, a.ways, a, a.runs or d) for r in a.regimes]))
 
 if __name__=='__main__': main()

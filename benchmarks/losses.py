@@ -1,4 +1,4 @@
-"""Time and peak memory of every loss, forward and backward, beside torchdistill's form where it has one.
+"""Time and peak memory of every loss, forward and backward, compared with torchdistill's form where it has one.
 
     python benchmarks/losses.py [--seconds 0.7] [--batch 64 256] [--channels 256 512] [--only NST RKD]
 
@@ -20,6 +20,7 @@ CLASSES = 100
 EMBEDDINGS = 'PKT','RKD','RKD angle','DarkRank','CorrelationCongruence','SRD'
 LOSSES = {n: getattr(m, n) for m in (output, feature, relation) for n in m.__all__ if hasattr(getattr(m, n), 'info')}
 LOSSES['RKD angle'] = partial(relation.RKD, distance=0.)
+LOSSES['MiniLMv2'] = partial(feature.MiniLMv2, heads=8)  # 12, the default, divides no power of 2
 
 def inputs(name, B, C, classes=CLASSES):
     "Arguments of one loss"
@@ -29,6 +30,7 @@ def inputs(name, B, C, classes=CLASSES):
     x = dict(pred=torch.randn(B, classes), teacher_pred=torch.randn(B, classes), fm_s=feat(), fm_t=feat(),
              target=torch.randint(classes, (B,)))
     if name=='BoundedRegression': x['target'] = torch.randn(B, classes)
+    if name=='IFVD': x['target'] = torch.randint(classes, (B,8,8))  # a label for each position
     return {k:v for k,v in x.items() if k in loss_args(LOSSES[name]).accepted}
 
 def students(x): return [t.requires_grad_() for t in tree_leaves([x.get('pred'), x.get('fm_s')]) if t is not None]
@@ -112,7 +114,8 @@ def main(seconds=0.7, batch=(64,256), channels=(256,512), only=None):
     "Measure, write the table, and give the targets"
     rows = [measure(name, B, C, seconds) for name in only or LOSSES for B in batch
             for C in (channels if 'fm_s' in loss_args(LOSSES[name]).accepted else [CLASSES])]
-    write('losses', rows, "Every loss, forward and backward, beside its peer's form. A ratio below 1: ours is quicker.")
+    write('losses', rows,
+          "Every loss, forward and backward, compared with its peer's form. A ratio below 1: ours is faster.")
     def targets(r):
         where = f"{r['loss']} B{r['B']} C{r['C']}"
         return [target(f'{where}: time to peer', r['time to peer'], limits(r)[0]),

@@ -1,18 +1,22 @@
-"""Every loss of the package on the digits, each in addition to the labels, with the same budget and over several seeds:
-the table of the tutorial `which_loss`.
+"""Every loss of the package, each in addition to the labels, with the same budget and over several seeds: the tables of
+the tutorial `which_loss`.
 
-    python benchmarks/which_loss.py [--seeds 8] [--epochs 20] [--only SoftTarget RKD] [--weight-by paper auto]
-        [--runs FILE] [--out benchmarks/which_loss.csv] [--quick]
+    python benchmarks/which_loss.py [--data digits] [--seeds 8] [--epochs 20] [--only SoftTarget RKD]
+        [--weight-by paper auto] [--runs FILE] [--out FILE] [--folder FOLDER] [--quick]
 
-One row a run: seed, loss, where its weight comes from (`paper` or `auto`), the weight, accuracy in percent of 797 test
-digits, seconds of processor time, and why not where a loss does not fit this task. Rows of `--out` for weights that
+One row a run: seed, loss, where its weight comes from (`paper`, `auto`, or `rising`: 'auto' with
+a schedule from 0 to 1), the weight, accuracy in percent of the test
+images, seconds of processor time, and why not where a loss does not fit this task. Rows of `--out` for weights that
 are not measured are kept. `--runs` keeps the runs in a file of `kd_compare`, from which a stopped sweep goes on; delete
 rows to have them made again. `--quick` runs one seed for two epochs, to see that it works.
 
 Each loss has the default weight of its page, or weight='auto', and the task a weight of 1: nothing is tuned. Teacher
 and student have the same channels, so that losses that compare features element by element take part without an
-adapter; the student's convolutions are separable, it has a sixth of the weights. The teacher learned from 1000 labels,
-the students from 200.
+adapter; the student's convolutions are separable, it has a sixth of the weights.
+
+`digits` (`which_loss.csv`): the teacher learned from 1000 labels, the students from 200; 797 test digits.
+`fashion` (`which_loss_fashion.csv`): Fashion-MNIST at 14x14 pixels, shifted and flipped at random; the teacher learned
+from 10,000 labels, the students from 1000; 10,000 test images.
 
 The classifier is a convolution before the mean, as `CATKD` needs it. `SRRL` and `SimKD` need a linear one: they get
 the same function with the mean first. `SimKD` is measured with its projector and the teacher's classifier, which
@@ -24,18 +28,21 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
-from fastai.basics import Callback, CrossEntropyLossFlat, Learner, Metric, accuracy, noop, set_seed
-import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
+from fastai.basics import (Callback, CancelValidException, CrossEntropyLossFlat, Learner, Metric, accuracy, noop,
+                           set_seed)
+from fastai.callback.schedule import SchedCos  # its module gives Learner its fit_one_cycle
 import kd_fastai.losses as losses
 from kd_fastai.compare import kd_compare
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.info import get_loss_info
 from kd_fastai.signature import loss_args
-from kd_fastai.demo import digits
+from kd_fastai.demo import digits, fashion
 
 ERRORS = TypeError,ValueError,RuntimeError,FloatingPointError,NotImplementedError
 FIELDS = ['seed','loss','weight_by','weight','accuracy','seconds','why_not']
-WIDTH,LABELS = 16,200
+WIDTH = 16
+WEIGHT_BY,RISING = ['paper','auto','rising'],SchedCos(0, 1)
+LABELS = {'digits': 200, 'fashion': 1000}
 MAPS,LAST = ['1','2'],['2']
 OTHER = {'regression': {'BoundedRegression'}}                            # losses for other tasks
 LINEAR = {'SRRL','SimKD'}                                                # ask for a linear classifier
@@ -69,7 +76,7 @@ def linear(model):
     return nn.Sequential(*stages, pool, flat, fc)
 
 class TermWeight(Metric):
-    "The weight of the only term, with its schedule at the start, as a column of the runs; 0 for a student alone"
+    "The weight of the only term, with its schedule at the end, as a column of the runs; 0 for a student alone"
     kd,name = None,'weight'
     def reset(self): pass
     def accumulate(self, learn): pass
@@ -77,18 +84,27 @@ class TermWeight(Metric):
     def value(self):
         if self.kd is None: return 0.
         (term,) = self.kd.terms
-        return self.kd.weights[term.name]*term.schedule_at(0.)
+        return self.kd.weights[term.name]*term.schedule_at(1.)
 
-def make_learner(seed):
+def fashion14(labels, seed, folder=None, **kwargs):
+    "Small images of clothes"
+    return fashion(labels, seed, size=14, folder=folder, **kwargs)
+
+def student_data(data, seed, folder=None):
+    "What a student learns from, and is tested on"
+    return digits(LABELS[data], seed) if data=='digits' else fashion14(LABELS[data], seed, folder)
+
+def make_learner(data, folder, seed):
     "A Learner with the thin student"
-    return Learner(digits(LABELS, seed), net(True), lr=1e-2, loss_func=CrossEntropyLossFlat(),
+    return Learner(student_data(data, seed, folder), net(True), lr=1e-2, loss_func=CrossEntropyLossFlat(),
                    metrics=[accuracy, TermWeight()])
 
 @cache
-def teacher(epochs):
+def teacher(epochs, data='digits', folder=None):
     "The trained teacher"
     set_seed(0, reproducible=True)
-    learn = Learner(digits(), net(False), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    dls = digits() if data=='digits' else fashion14(10_000, 100, folder)
+    learn = Learner(dls, net(False), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2)
     return learn
 
@@ -101,20 +117,27 @@ class DeployedStudent(Callback):
     def __init__(self, loss): self.loss = loss
     def after_fit(self): self.learn.model = self.loss.student(self.learn.model)
 
-def distillation(name, weight_by, epochs, learn):
+class NoValidation(Callback):
+    "Train without a look at the test images; their score is taken at the end"
+    def before_validate(self): raise CancelValidException
+
+def fit(learn, epochs, cbs): learn.fit_one_cycle(epochs, cbs=[*cbs, NoValidation()])
+
+def distillation(name, weight_by, get_teacher, learn):
     "The callbacks for one loss at its default weight, or at 'auto'. Raises what does not fit"
     loss,head = all_losses()[name],linear if name in LINEAR else noop
-    if isinstance(loss, type): loss = loss(n_data=LABELS) if name=='CRDBank' else loss()
+    if isinstance(loss, type): loss = loss(n_data=len(learn.dls.train_ds)) if name=='CRDBank' else loss()
     layers = LAYERS.get(name, MAPS) if 'fm_s' in loss_args(loss).accepted else None
     learn.model = head(learn.model)
-    term = Term(loss, get_loss_info(loss).weight if weight_by=='paper' else 'auto', layers)
-    kd = learn.metrics[1].kd = KnowledgeDistillationCallback(head(teacher(epochs).model), term)
+    weight = get_loss_info(loss).weight if weight_by=='paper' else 'auto'
+    term = Term(loss, weight, layers, schedule=RISING if weight_by=='rising' else None)
+    kd = learn.metrics[1].kd = KnowledgeDistillationCallback(head(get_teacher().model), term)
     return [kd, DeployedStudent(loss)] if name=='SimKD' else kd
 
 def rows(runs):
     "The rows of the page's file"
     res = runs.rename(columns=dict(error='why_not')).reindex(columns=[*FIELDS, 'way'])
-    res[['loss','weight_by']] = res.way.str.extract(r'^(.*?)(?: (paper|auto))?$')
+    res[['loss','weight_by']] = res.way.str.extract(r'^(.*?)(?: (paper|auto|rising))?$')
     res['weight'] = res.weight.where(res.weight_by.notna()).map('{:.4g}'.format, na_action='ignore')
     res['accuracy'] = res.accuracy.mul(100).round(2)
     return res[FIELDS]
@@ -127,25 +150,29 @@ def kept_rows(file, weight_by):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    p.add_argument('--data', choices=[*LABELS], default='digits')
+    p.add_argument('--folder', type=Path, help='of Fashion-MNIST')
     p.add_argument('--seeds', type=int, default=8)
     p.add_argument('--epochs', type=int, default=20)
     p.add_argument('--only', nargs='*', default=[])
-    p.add_argument('--weight-by', nargs='*', default=['paper','auto'])
+    p.add_argument('--weight-by', nargs='*', default=WEIGHT_BY, choices=WEIGHT_BY)
     p.add_argument('--runs', type=Path)
-    p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.csv'))
+    p.add_argument('--out', type=Path)
     p.add_argument('--quick', action='store_true')
     a = p.parse_args()
+    if a.out is None:
+        a.out = Path(__file__).with_name('which_loss.csv' if a.data=='digits' else f'which_loss_{a.data}.csv')
     if a.quick: a.seeds,a.epochs,a.out = 1,2,Path('which_loss_quick.csv')
     if unknown := {*a.only}-{*all_losses()}:
         sys.exit(f"No such loss: {', '.join(sorted(unknown))}. There are {', '.join(all_losses())}")
     torch.set_num_threads(1)
     task = {n: t for t,names in OTHER.items() for n in names}
     names = [n for n in all_losses() if n not in task and (not a.only or n in a.only)]
-    t = 2 if a.quick else 10
-    ways = {f'{n} {by}': partial(distillation, n, by, t) for n in names for by in a.weight_by}
-    res = kd_compare(make_learner, {'student alone': None, **ways}, a.seeds, a.epochs, csv=a.runs, rounds=0,
-                     catch=ERRORS, progress=False)
-    with teacher(t).no_bar(), teacher(t).no_logging(): score = teacher(t).validate()[1]
+    get_teacher = partial(teacher, 2 if a.quick else 10, a.data, a.folder)
+    ways = {f'{n} {by}': partial(distillation, n, by, get_teacher) for n in names for by in a.weight_by}
+    res = kd_compare(partial(make_learner, a.data, a.folder), {'student alone': None, **ways}, a.seeds, a.epochs,
+                     csv=a.runs, fit=fit, rounds=0, catch=ERRORS, progress=False)
+    with get_teacher().no_bar(), get_teacher().no_logging(): score = get_teacher().validate()[1]
     first = pd.DataFrame([dict(seed=0, loss='teacher', accuracy=round(100*score, 2))])
     left_out = pd.DataFrame([dict(seed=s, loss=n, why_not=f'for {task[n]}') for s in range(a.seeds) for n in task])
     parts = [first, rows(res.runs), kept_rows(a.out, a.weight_by), left_out]

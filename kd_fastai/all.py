@@ -5,7 +5,7 @@ from .callback import KnowledgeDistillationCallback
 from .capture import Capture
 from .card import KDCard
 from .classes import match_classes
-from .compare import KDComparison, kd_compare
+from .compare import KDComparison, StudentInputs, kd_compare
 from .dot import DOT
 from .find import KDFind
 from .gates import all_of, by_entropy, by_position, teacher_right, teacher_sure

@@ -6,10 +6,11 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 
 # %% auto #0
 __all__ = ['kd_callbacks', 'KnowledgeDistillationCallback', 'check_teacher_names', 'stateful_modules', 'is_elementwise',
-           'FitState', 'FirstForward', 'loss_layout', 'recorder_table']
+           'FitState', 'FirstForward', 'loss_layout', 'rising', 'recorder_table']
 
 # %% ../nbs/26_callback.ipynb #d260f0dc
 import inspect, warnings
+from copy import copy
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -22,6 +23,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.basics import L, Learner, detuplify, find_bs, noop, rank_distrib
 from fastai.callback.mixup import MixHandler
+from fastai.callback.schedule import SchedCos
 from fastai.callback.training import GradientAccumulation
 from .adapters import check_adapt
 from .capture import Capture, LiveHook, RandomStream
@@ -81,7 +83,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         layers:str|list|dict|None=None, # Names, (student, teacher) tuples, or what `match_feature_layers` returns
         teacher_dtype:torch.dtype|None=None, # Type of a faster copy of the teacher that answers, see `FastTeacher`
         teacher_inputs:int=0,       # How many of a batch's inputs, the last ones, are the teacher's alone
-        mask:str|Callable|None=None # Positions that count: a key such as 'attention_mask', or a function of the batch
+        mask:str|Callable|None=None,# Positions that count: a key such as 'attention_mask', or a function of the batch
+        teacher_drop:float=0.       # Probability to drop one of several teachers for a sample, see `Objective`
     ):
         if layers is not None and activations_student is not None: raise ValueError(
             "layers and activations_student are the same argument: give one of them")
@@ -101,7 +104,8 @@ class KnowledgeDistillationCallback(ScopedCallback):
         terms = [o if isinstance(o, Term) else Term(o, weight=weight) for o in losses]
         terms = [o.with_defaults(pairs, schedule, adapt, mask) for o in terms]
         check_teacher_names(terms, teacher)
-        self.objective = Objective(terms, task_weight, class_map=class_map, balance=balance)
+        self.objective = Objective(terms, task_weight, class_map=class_map, balance=balance,
+                                   teacher_drop=teacher_drop)
         self.owned = OwnedWeights(self.objective)
         layers = self.for_each_teacher(lambda o: o.layers[1])
         self.need_pred = self.for_each_teacher(lambda o: o.uses_teacher_pred)
@@ -314,20 +318,29 @@ class KnowledgeDistillationCallback(ScopedCallback):
         "Add the weighted terms to the loss"
         if not self.is_capturing: return
         batch,task,values,weights = self.compute()
-        self.fit_state.values,self.fit_state.weights = values,weights
         self.record(batch, task, values, weights)
-        self.set_loss(self.objective.total(task if self.fit_state.is_first else self.learn.loss_grad, values, weights))
+        task = task if self.fit_state.is_first else self.learn.loss_grad
+        self.set_loss(self.objective.total(task, self.fit_state.values, weights))
 
     def compute(self)->tuple: # `(batch, task loss, values, weights)`
         "Everything about this batch that the objective computes"
         batch = self.prepare_batch()
         if not self.fit_state.is_checked: self.objective.check_channels(batch)
         task = self.fit_state.task = self.task_loss(batch)
-        values = self.objective.values(batch, self.pct_train)
+        drops = self.objective.teacher_drop>0
+        trained = self.objective.values(batch, self.pct_train, by_sample=drops)
+        values = {k: v.mean() for k,v in trained.items()} if drops else trained
         if self.objective.unknown_weights: self.find_weights(task, values)
         weights = self.objective.weights(task, values, self.pct_train)
         self.check_batch(batch, task, values, weights)
+        if drops: trained = self.drop_teachers(trained, weights)
+        self.fit_state.values,self.fit_state.weights = trained,weights
         return batch,task,values,weights
+
+    def drop_teachers(self, values, weights)->dict:
+        "As that of `Objective`. Random numbers stay as they are"
+        device = next(iter(values.values())).device
+        with self.fit_state.teacher_random.on(device): return self.objective.drop_teachers(values, weights)
 
     def prepare_batch(self):
         "The batch as losses expect it. With the first one, losses create their weights"
@@ -595,12 +608,12 @@ class FitState:
         self.awaits_forward = False # whether the next forward pass of the model is the Learner's own
         self.answer = None          # the teacher's predictions and features for the current batch
         self.task = None            # the task loss of the current batch
-        self.values = None          # the raw value of each term for the current batch
+        self.values = None          # the value of each term for the current batch, over samples that kept its teacher
         self.weights = None         # and its weight
         self.masks = {}             # the masks of the terms for the current batch
         self.teacher_xb = None      # the teacher's own inputs for the current batch
         self.confusion = None       # of the teacher and the labels, in the first epoch
-        self.teacher_random = RandomStream() # for a teacher that draws random numbers
+        self.teacher_random = RandomStream() # for teachers that draw random numbers, and for dropping them
 
 class FirstForward:
     """Hooks that run the teacher and capture the student's layers during the Learner's own forward pass only.
@@ -650,6 +663,14 @@ def loss_layout(
     return axis,None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 # %% ../nbs/26_callback.ipynb #2091d77b
+def rising(
+    term:Term # A term
+)->Term:
+    "A copy whose weight rises from 0 over the training: a loss on predictions with weight 'auto' and no schedule"
+    res = copy(term)
+    if res.weight=='auto' and res.schedule is None and not res.uses_features: res.schedule = SchedCos(0, 1)
+    return res
+
 @patch
 def distill(self:Learner,
     teacher:nn.Module|Learner|str|Path|Teacher, # As in `KnowledgeDistillationCallback`
@@ -657,7 +678,9 @@ def distill(self:Learner,
     layers:str|list|dict|None=None,     # Layers to compare as well: as in `KnowledgeDistillationCallback`
     features:Callable=Attention,        # The loss that compares them, with weight='auto'
     weight:float|str='auto',            # Weight of bare losses
-    **kwargs                            # For the callback: `task_weight`, `schedule`, ...
+    task_weight:float=1.,               # Weight of the Learner's own loss
+    schedule:Callable|str|None='rising',# As in `KnowledgeDistillationCallback`; 'rising': see `rising`
+    **kwargs                            # For the callback: `teacher_tfm`, `adapt`, ...
 )->Learner:
     "Attach a `KnowledgeDistillationCallback`, and remove an earlier one. Trains nothing; returns the Learner"
     known = inspect.signature(KnowledgeDistillationCallback.__init__).parameters
@@ -665,8 +688,11 @@ def distill(self:Learner,
         if k not in known: raise TypeError(
             f"distill has no argument {k!r}: parameters of a loss are given by Term(loss, {k}=...)")
     losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
-    if layers is not None: losses.append(Term(features, 'auto', layers=layers))
-    kd = KnowledgeDistillationCallback(teacher, losses, weight=weight, **kwargs)
+    terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
+    if layers is not None: terms.append(Term(features, 'auto', layers=layers))
+    if schedule=='rising':  # without labels there is nothing to wait for
+        terms,schedule = [rising(o) for o in terms] if task_weight else terms,None
+    kd = KnowledgeDistillationCallback(teacher, terms, task_weight=task_weight, schedule=schedule, **kwargs)
     self.remove_cbs(L(kd_callbacks(self)))
     return self.add_cb(kd)
 

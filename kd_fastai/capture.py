@@ -105,7 +105,8 @@ class Capture:
         if spec.item is not None:
             try: value = spec.item(value) if callable(spec.item) else _get_item(value, spec.item)
             except (KeyError, IndexError, ValueError, TypeError, AttributeError) as e: raise ValueError(
-                f"{self._label(spec)} has no item {spec.item!r} in its {_side(spec)}: {_describe(value)}") from e
+                f"{self._label(spec)} has no item {spec.item!r} in its {_side(spec)}: {_describe(value)}"
+                f"{f' ({e})' if callable(spec.item) else ''}") from e
         if isinstance(value, Tensor):
             self._check_classifier(spec, value)
             return value

@@ -19,9 +19,9 @@ from torch import Tensor
 from fastcore.basics import GetAttr, patch, store_attr
 from fastai.basics import AvgLoss, Learner, is_listy, no_random
 from .callback import KnowledgeDistillationCallback
-from .compare import latency, predicted_classes, size_kb, split_xy
+from .compare import BatchReader, batch_readers, latency, predicted_classes, size_kb, split_xy
 from .report import calibration_error
-from .teacher import Teacher
+from .teacher import Teacher, find_teacher_inputs
 
 # %% ../nbs/37_card.ipynb #b61b0f33
 class _Predicted(GetAttr):
@@ -38,7 +38,7 @@ def metric_values(
 )->dict: # `valid_loss`, and the metrics by name
     "Score a model as if it were the Learner's"
     dl = learn.dls.valid if dl is None else dl
-    model = model if isinstance(model, Teacher) else Teacher(model)
+    model = model if isinstance(model, Teacher) else BatchReader(model, find_teacher_inputs(learn))
     metrics = dict(valid_loss=AvgLoss(), **{m.name: copy.deepcopy(m) for m in learn.metrics})
     for m in metrics.values(): m.reset()
     with torch.no_grad(), model.ready(_device(learn.model)):
@@ -296,9 +296,9 @@ def kd_card(self:Learner,
     kd = next((cb for cb in self.cbs if isinstance(cb, KnowledgeDistillationCallback)), None) if kd is None else kd
     history = _history(self) if history is None else history
     models = dict(student=self.model, teacher=teacher) | ({} if alone is None else dict(alone=alone))
-    models = {n: m if isinstance(m, Teacher) else Teacher(m) for n,m in models.items()}
+    models = batch_readers(models, getattr(kd, 'teacher_inputs', 0))
     with no_random():
-        answers = predicted_classes(self, **{n: m for n,m in models.items() if n!='student'})
+        answers = predicted_classes(self, **models)
         scores = _score_table(self, models, answers)
         training = _training(self, kd, history)
     parts = [*([intended] if intended else []), '## Scores', scores]

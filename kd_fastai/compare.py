@@ -6,12 +6,13 @@ Docs: https://kd-fastai.github.io/kd_fastai/compare.html.md"""
 
 # %% auto #0
 __all__ = ['split_xy', 'predicted_classes', 'size_kb', 'latency', 'comparison_table', 'paired_interval', 'KDComparison',
-           'run_way', 'kd_compare']
+           'StudentInputs', 'run_way', 'kd_compare']
 
 # %% ../nbs/36_compare.ipynb #a1f34bf6
 import hashlib, io, os, pickle, sys, time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,11 +23,41 @@ from torch import nn, Tensor
 from fastcore.basics import store_attr
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
-from fastai.basics import Learner, find_bs, no_random, set_seed
+from fastai.basics import Callback, Learner, find_bs, no_random, set_seed
 from fastai.callback.progress import ProgressCallback  # gives Learner its no_bar  # noqa: F401
 from fastai.callback.schedule import ParamScheduler    # gives Learner its fit_one_cycle  # noqa: F401
+from .inputs import split_inputs
 from .report import calibration_error
-from .teacher import Teacher
+from .teacher import Teacher, find_teacher_inputs
+
+# %% ../nbs/36_compare.ipynb #5e21ac07
+class BatchReader(Teacher):
+    "A model that takes its own inputs out of those of a batch: the student's, or with `is_teacher` the teacher's"
+    def __init__(self,
+        source,           # A module, Learner, path or `Teacher`
+        teacher_inputs:int, # How many of a batch's last inputs are the teacher's alone
+        is_teacher:bool=False # Is it the teacher?
+    ):
+        self.reader = source if isinstance(source, Teacher) else Teacher(source)
+        self.model,self.learner = self.reader.model,self.reader.learner
+        self.teacher_inputs,self.is_teacher = teacher_inputs,is_teacher
+
+    @contextmanager
+    def ready(self, device:torch.device=None):
+        "Prepare to run"
+        with self.reader.ready(device): yield self
+
+    def __call__(self, *xb:Tensor, **kwargs)->tuple:
+        "As `Teacher`, for all inputs of a batch"
+        return self.reader(*split_inputs(xb, self.teacher_inputs)[self.is_teacher], **kwargs)
+
+def batch_readers(
+    models:dict,       # Models by name, that of the teacher is 'teacher'
+    teacher_inputs:int # How many of a batch's last inputs are the teacher's alone
+)->dict: # `{name: BatchReader}`
+    "Models that each take their own inputs out of those of a batch"
+    return {n: m if isinstance(m, BatchReader) else BatchReader(m, teacher_inputs, n=='teacher')
+            for n,m in models.items()}
 
 # %% ../nbs/36_compare.ipynb #c551e47e
 def split_xy(
@@ -40,14 +71,13 @@ def split_xy(
 def predicted_classes(
     learn:Learner, # Its validation set, loss function and (as `student`) its model are used
     dl=None,       # Another `DataLoader` with labels
-    **models       # More models by name: modules, Learners, paths or a `Teacher`, with the same classes
+    **models       # More models by name: modules, Learners, paths or a `Teacher`; `teacher=` may have its own inputs
 )->pd.DataFrame|None: # Columns `sample`, `target`, and `NAME`, `NAME_confidence` for each model
     "Returns the predicted class of each model for each label, a row a label; None where labels are not classes"
     dl = learn.dls.valid if dl is None else dl
     device = next((p.device for p in learn.model.parameters()), None)
-    models = {'student': learn.model, **models}
-    columns = {n: _class_columns(learn, dl, n, m if isinstance(m, Teacher) else Teacher(m), device)
-               for n,m in models.items()}
+    models = batch_readers({'student': learn.model, **models}, find_teacher_inputs(learn))
+    columns = {n: _class_columns(learn, dl, n, m, device) for n,m in models.items()}
     if any(o is None for o in columns.values()): return None
     first = columns['student']
     res = pd.DataFrame({'sample': first['sample'], 'target': first['target']})
@@ -214,6 +244,24 @@ def _make(make_learner, way, seed):
     start = _checksum(learn.model)
     return learn,start,L(way(learn) if way else None)
 
+class StudentInputs(Callback):
+    "The student gets its own inputs only, where the data also have a teacher's: for training without the teacher"
+    def __init__(self,
+        teacher_inputs:int # How many of a batch's last inputs are the teacher's alone
+    ): self.teacher_inputs = teacher_inputs
+    def before_batch(self):
+        "Also in validation"
+        self.learn.xb = split_inputs(self.xb, self.teacher_inputs)[0]
+
+def _with_student_inputs(learn, cbs, teacher_inputs, name):
+    "The callbacks of a way, one of which leaves out the teacher's inputs. Raises `ValueError` for another number"
+    given = [vars(cb)['teacher_inputs'] for cb in (*learn.cbs, *cbs) if 'teacher_inputs' in vars(cb)]
+    if not given: return cbs+L(StudentInputs(teacher_inputs)) if teacher_inputs else cbs
+    if wrong := [o for o in given if o!=teacher_inputs]: raise ValueError(
+        f"The way {name!r} has teacher_inputs={wrong[0]}, expected {teacher_inputs}: give kd_compare(..., "
+        f"teacher_inputs={max(given)}) and this number in each way, so that all students get the same inputs")
+    return cbs
+
 def run_way(
     make_learner:Callable, # Makes a Learner: `make_learner(seed)`
     name:str,              # Name of the way
@@ -222,19 +270,21 @@ def run_way(
     epochs:int,            # Length of the training
     fit:Callable=Learner.fit_one_cycle, # Trains: `fit(learn, epochs, cbs=cbs)`
     teacher=None,          # Teacher to compare predictions with
-    catch:tuple=()         # Exceptions that end this run alone
+    catch:tuple=(),        # Exceptions that end this run alone
+    teacher_inputs:int=0   # How many of a batch's last inputs are the teacher's alone
 )->dict: # The row
     "Train and score one student. With an exception of `catch` the row has its message in `error`, and no numbers"
     row = dict(seed=seed, way=name, epochs=epochs)
     with no_random(seed):
         try:
             learn,row['start'],cbs = _make(make_learner, way, seed)
+            cbs = _with_student_inputs(learn, cbs, teacher_inputs, name)
             set_seed(seed, reproducible=True)
             _seed_loaders(learn.dls, seed)
             began = time.process_time()
             with learn.no_bar(), learn.no_logging(): fit(learn, epochs, cbs=cbs)
             row['seconds'] = round(time.process_time()-began, 3)
-            return row | _scores(learn, teacher)
+            with learn.added_cbs(cbs if teacher_inputs else []): return row | _scores(learn, teacher)
         except catch as e: return row | dict(error=f'{type(e).__name__}: {e}'.split('\n')[0][:200])
 
 def _scores(learn, teacher):
@@ -301,7 +351,8 @@ def kd_compare(
     lower:bool|None=None,  # Is a smaller value better? By the metric's name, if not given
     rounds:int=30,         # Measurements of latency for each architecture; 0 for none
     catch:tuple=(),        # Exceptions that end one run alone, and are noted in its row
-    progress:bool=True     # Show a progress bar over all runs
+    progress:bool=True,    # Show a progress bar over all runs
+    teacher_inputs:int=0   # How many of a batch's last inputs are the teacher's alone, in all ways
 )->KDComparison:
     """Train a student in several ways from the same seeds, and compare them by paired differences.
 
@@ -316,7 +367,8 @@ def kd_compare(
     if baseline not in ways: raise ValueError(f"The baseline {baseline!r} is not one of the ways: {', '.join(ways)}")
     runs = _read_runs(csv, ways, epochs)
     done = {*zip(runs.seed, runs.way)}
-    run = partial(run_way, make_learner, epochs=epochs, fit=fit, teacher=teacher, catch=catch)
+    run = partial(run_way, make_learner, epochs=epochs, fit=fit, teacher=teacher, catch=catch,
+                  teacher_inputs=teacher_inputs)
     tasks = [dict(name=n, way=w, seed=s) for s in seeds for n,w in ways.items() if (s,n) not in done]
     rows = _results(run, tasks, workers)
     for row in progress_bar(rows, total=len(tasks), leave=False) if progress else rows:
@@ -328,7 +380,7 @@ def kd_compare(
     metric = _main_metric(runs) if metric is None else metric
     if metric not in runs: raise ValueError(f"No metric {metric!r}; the runs have {', '.join(runs.columns)}")
     table = comparison_table(runs, metric, baseline, level, lower).drop(columns='epochs')
-    if rounds: table['ms'] = pd.Series(_latencies(make_learner, ways, seeds[0], rounds, catch))
+    if rounds: table['ms'] = pd.Series(_latencies(make_learner, ways, seeds[0], rounds, catch, teacher_inputs))
     return KDComparison(runs, table, metric, baseline, level)
 
 def _results(run, tasks, workers):
@@ -357,7 +409,7 @@ def _main_metric(runs):
     after = [*runs.columns][[*runs.columns].index('valid_loss')+1]
     return 'valid_loss' if after in ('agreement','calibration_error','parameters') else after
 
-def _latencies(make_learner, ways, seed, rounds, catch):
+def _latencies(make_learner, ways, seed, rounds, catch, teacher_inputs):
     "Milliseconds a batch for each way, one measurement for each architecture"
     models = {}
     for n,way in ways.items():
@@ -366,6 +418,6 @@ def _latencies(make_learner, ways, seed, rounds, catch):
             except catch: continue
         models[n] = learn.model
     key = {n: repr(m)+repr([(*p.shape,) for p in m.parameters()]) for n,m in models.items()}
-    xb = split_xy(learn.dls, learn.dls.valid.one_batch())[0]
+    xb = split_inputs(split_xy(learn.dls, learn.dls.valid.one_batch())[0], teacher_inputs)[0]
     times = latency({key[n]: m for n,m in models.items()}, xb, rounds)
     return {n: times[k] for n,k in key.items()}

@@ -20,6 +20,7 @@ from .compare import KDComparison, kd_compare
 from .losses import SoftTarget
 from .objective import Term
 from .report import preserving_loader_rngs
+from .teacher import find_teacher_inputs
 
 # %% ../nbs/39_find.ipynb #ba8c6f5d
 def default_ways(
@@ -51,6 +52,15 @@ def trial_learner(
     res.opt,res.logger,res.cbs = None,noop,L()
     is_training = lambda cb: type(cb).__module__.startswith('fastai.') and cb.order<=50  # 50: the Recorder
     return res.add_cbs([copy.copy(cb) for cb in learn.cbs if is_training(cb)])
+
+def _teacher_settings(
+    learn:Learner # A Learner, perhaps with a distillation callback
+)->dict: # Arguments of `Learner.distill`
+    "What the distillation callback of a Learner says about its teacher: its inputs and its classes"
+    kd = next(iter(kd_callbacks(learn)), None)
+    if kd is None: return {}
+    res = dict(teacher_inputs=kd.teacher_inputs, teacher_tfm=kd.teacher.tfm, class_map=kd.objective.class_map)
+    return {k: v for k,v in res.items() if v}
 
 def trial_callback(
     learn:Learner, # The Learner of a trial
@@ -120,16 +130,18 @@ def kd_find(self:Learner,
 
     Raises `ValueError` without a teacher and for a budget of less than an epoch for each training; `TypeError` for a
     way that is none; and what the start of a fit would raise."""
-    own = kd_callbacks(self)
+    own,settings,n_inputs = kd_callbacks(self),_teacher_settings(self),find_teacher_inputs(self)
     if teacher is None and not own: raise ValueError("There is no teacher: give one, or attach it by distill(teacher)")
-    teacher = own[0].teacher if teacher is None else teacher
-    arguments = {n: distill_args(w) for n,w in (default_ways(layers) if ways is None else ways).items()}
+    if teacher is None: teacher = own[0].teacher
+    else: settings = {'teacher_inputs': n_inputs} if n_inputs else {}
+    ways = default_ways(layers) if ways is None else ways
+    arguments = {n: {**settings, **distill_args(w)} for n,w in ways.items()}
     epochs = trial_epochs(budget, seeds*(len(arguments)+1))
     def with_teacher(args): return lambda learn: trial_callback(learn, teacher, args)
     all_ways = {'student alone': None, **{n: with_teacher(a) for n,a in arguments.items()}}
     with preserving_loader_rngs(self.dls):
         found = kd_compare(lambda seed: trial_learner(self), all_ways, seeds, epochs, metric, fit=fit, level=level,
-                           rounds=0, progress=progress)
+                           rounds=0, progress=progress, teacher_inputs=n_inputs)
     res = KDFind(found.runs, found.table, found.metric, found.baseline, found.level, arguments)
     if show_plot: res.plot()
     return res

@@ -72,7 +72,7 @@ def parse_layer(
 )->LayerSpec:
     "Parse a layer specification. Raises `TypeError` for other types and `ValueError` for an unknown layer"
     if spec=='>': return LayerSpec(spec, last_linear(model), is_input=True)
-    if spec=='>maps': return _parse_class_maps(model)
+    if isinstance(spec, str) and re.match('>maps(:|$)', spec): return _parse_class_maps(model, spec)
     if _has_picker(spec): return parse_layer(model, spec[0])._replace(spec=spec, item=spec[1])
     if not isinstance(spec, str): raise TypeError(
         f"Expected the name of a layer, a string, got {spec!r} ({type(spec).__name__})")
@@ -103,12 +103,18 @@ class ClassMaps:
         linear:nn.Linear # The classifier; its weights are used as they are at the time of the call
     ): self.linear = linear
     def __call__(self, f):
+        if f.ndim<3 or f.shape[1]!=self.linear.in_features: raise ValueError(
+            f"expected a map (B, {self.linear.in_features}, *size), which the classifier reads, got {tuple(f.shape)}")
         return F.linear(f.movedim(1, -1), self.linear.weight, self.linear.bias).movedim(-1, 1)
     def __repr__(self): return 'class activation maps'
 
-def _parse_class_maps(model):
-    "The maps before the last global pooling, with a function that applies the classifier to them"
+def _parse_class_maps(model, spec):
+    "The named maps, or those before the last global pooling, with a function that applies the classifier to them"
     layers,head = dict(unwrap_model(model).named_modules()),last_linear(model)
+    name,maps = spec[len('>maps:'):],ClassMaps(layers[head])
+    if name:
+        get_module_by_name(model, name)
+        return LayerSpec(spec, name, item=maps)
     before = [*layers][:[*layers].index(head)]
     pools = [n for n in before if re.search('Adaptive(Avg)?Pool', type(layers[n]).__name__)]
     between = before[before.index(pools[-1])+1:] if pools else []
@@ -117,8 +123,13 @@ def _parse_class_maps(model):
     if not pools or trained: raise ValueError(
         f"Class activation maps of {type(unwrap_model(model)).__name__} cannot be found: expected a global pooling "
         f"layer and a linear layer after it, got {trained or 'no pooling layer'} before {head!r}. "
-        "Name layers that return them")
-    return LayerSpec('>maps', pools[-1], None, ClassMaps(layers[head]), True)
+        f"Name the layer whose map is averaged for {head!r}, such as '>maps:{_child_before(before, head)}'")
+    return LayerSpec(spec, pools[-1], item=maps, is_input=True)
+
+def _child_before(before, head):
+    "The model's last child before the one that is or holds the classifier"
+    children = [n for n in before if n and '.' not in n and not head.startswith(f'{n}.')]
+    return children[-1] if children else 'name'
 
 # %% ../nbs/03_layers.ipynb #98d041ae
 def layer_name(

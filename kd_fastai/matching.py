@@ -17,9 +17,9 @@ import torch
 from torch import nn, Tensor
 from fastai.basics import DataLoaders, Learner, tuplify
 from .capture import eval_no_grad, naming_errors
-from .inputs import as_plain_tensor, auto_tfm, sample_inputs, tensor_version
+from .inputs import as_plain_tensor, auto_tfm, sample_inputs, split_inputs, tensor_version
 from .layers import unwrap_model
-from .teacher import Teacher, get_logits, read_teacher
+from .teacher import Teacher, find_teacher_inputs, get_logits, read_teacher
 
 # %% ../nbs/05_matching.ipynb #a3a3456c
 class LayerOutput(NamedTuple):
@@ -148,10 +148,8 @@ def match_feature_layers(
     Tokens `(B, N, D)` are paired by their number N. Modes, batch norm statistics, the random state and the order of the
     data do not change.
     Raises `ValueError`, listing both models' sizes, if no size is in both."""
-    xs = sample_inputs(sample_input)
-    teacher,teacher_tfm = read_teacher_and_tfm(teacher, teacher_tfm)
-    s = layers_per_size(student, xs, 'student')
-    t = layers_per_size(teacher, convert_inputs(xs, teacher_tfm, sample_input, teacher), 'teacher')
+    teacher,xs,xs_t = inputs_of_both(student, teacher, sample_input, teacher_tfm)
+    s,t = layers_per_size(student, xs, 'student'),layers_per_size(teacher, xs_t, 'teacher')
     both = sorted(s.keys() & t.keys(), key=math.prod, reverse=True)
     if not both: raise ValueError(
         f"No feature size is in both models. Student: {_first_names(s)}. Teacher: {_first_names(t)}. "
@@ -189,6 +187,17 @@ def read_teacher_and_tfm(
     if isinstance(teacher, Teacher): return teacher.learner or teacher.model,teacher_tfm or teacher.tfm
     model,learn = read_teacher(teacher)
     return learn or model,teacher_tfm
+
+def inputs_of_both(
+    student:nn.Module|Learner, # Student; a Learner's callback may have `teacher_inputs`
+    teacher:nn.Module|Learner|str|Path|Teacher, # Teacher, as in `KnowledgeDistillationCallback`
+    data:Tensor|tuple|DataLoaders, # A batch of inputs, or the data
+    teacher_tfm:Callable|str|None=None # Converts the student's inputs to the teacher's
+)->tuple: # The teacher's model or `Learner`, inputs of the student, and inputs of the teacher
+    "Return a batch as each of two models gets it"
+    xs,own = split_inputs(sample_inputs(data), find_teacher_inputs(student))
+    teacher,teacher_tfm = read_teacher_and_tfm(teacher, teacher_tfm)
+    return teacher,xs,convert_inputs(own, teacher_tfm, data, teacher)
 
 # %% ../nbs/05_matching.ipynb #d6bda06e
 def classifier_input(
@@ -237,10 +246,8 @@ def layer_similarity(
 
     Layers that ran several times, or whose output is not a tensor or was changed in place, are left out.
     Raises `ValueError` if a model has no other layer of that depth."""
-    xs = sample_inputs(x)
-    teacher,teacher_tfm = read_teacher_and_tfm(teacher, teacher_tfm)
-    s = _layer_grams(student, xs, depth, 'student')
-    t = _layer_grams(teacher, convert_inputs(xs, teacher_tfm, x, teacher), depth, 'teacher')
+    teacher,xs,xs_t = inputs_of_both(student, teacher, x, teacher_tfm)
+    s,t = _layer_grams(student, xs, depth, 'student'),_layer_grams(teacher, xs_t, depth, 'teacher')
     values = [[_inner_product(a, b) for b in t.values()] for a in s.values()]
     return pd.DataFrame(values, pd.Index([*s], name='student'), pd.Index([*t], name='teacher'))
 

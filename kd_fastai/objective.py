@@ -261,8 +261,9 @@ class Term:
 
     def value(self,
         batch:Batch,       # Made by `prepare` of an `Objective`
-        progress:float=0.  # Training progress, from 0 to 1
-    )->Tensor: # Scalar
+        progress:float=0., # Training progress, from 0 to 1
+        by_sample:bool=False # The value of each sample? For a loss that is a mean over samples
+    )->Tensor: # Scalar, or `(B,)`
         """The raw value of the loss.
 
         Labels of mixed samples: the loss for both labels, interpolated by the share of each sample, or by the mean
@@ -277,23 +278,24 @@ class Term:
         if self.sample_weight is not None: batch = self._weighted(batch)
         on_positions = batch.pred.ndim>2 and self.uses_predictions
         if (on_positions or self.needs_labels) and not takes_mask: batch = batch.labeled()
-        if not len(batch.pred) and (self.needs_labels or not self.uses_features): return batch.pred.sum()
+        if not len(batch.pred) and (self.needs_labels or not self.uses_features):
+            return batch.pred.flatten(1).sum(1) if by_sample else batch.pred.sum()
         inputs = {**batch.inputs(), **self.features(batch.fm_s, batch.fm_t)}
         if takes_mask and batch.pred.ndim>2: inputs['valid'] = batch.mask
         elif takes_mask and self.uses_features: inputs['valid'] = mask
         mixed = batch.mixed if 'target' in self.args.accepted else None
         masks_features = mask is not None and self.uses_features
-        by_sample = self.sample_weight is not None or (
+        has_samples = by_sample or self.sample_weight is not None or (
             mixed is not None and has_sample_values(self.loss) and not masks_features)
         loss = self.loss_at(progress)
         if masks_features and not takes_mask: loss = self._masked(loss, mask)
-        value = partial(self._values if by_sample else self._scalar, loss, inputs)
+        value = partial(self._values if has_samples else self._scalar, loss, inputs)
         res = value()
         if mixed is not None:
             other,share = mixed
-            res = torch.lerp(value(target=other), res, (share if by_sample else share.mean()).to(res))
-        if batch.sample_weight is not None: return self._weighted_mean(res, batch.sample_weight)
-        return res.mean()
+            res = torch.lerp(value(target=other), res, (share if has_samples else share.mean()).to(res))
+        if batch.sample_weight is not None: res = self._times_weight(res, batch.sample_weight)
+        return res if by_sample else res.mean()
 
     def _masked(self, loss, mask):
         "The loss on positions that count: of adapted features, if there are adapters"
@@ -315,10 +317,10 @@ class Term:
         if weight.ndim>1 and batch.mask is None: batch = batch._replace(mask=torch.ones_like(weight, dtype=torch.bool))
         return batch._replace(sample_weight=weight.detach())
 
-    def _weighted_mean(self, values, weight):
+    def _times_weight(self, values, weight):
         if weight.shape!=values.shape: raise ValueError(
             f"{self.name}: expected one weight for each of {len(values)} samples, got {tuple(weight.shape)}")
-        return weight.to(values)@values/len(values)
+        return weight.to(values)*values
 
     def _values(self, loss, inputs, **changes):
         "The value of each sample"
@@ -387,12 +389,14 @@ class Objective:
         class_axis:int|None=1,   # Dimension of the classes in predictions of 3 dimensions or more; None: inferred
         ignore_index:int|None=None, # Label of positions that are left out
         class_map:list|dict|None=None,# The teacher's column for each class of the student, or -1: see `match_classes`
-        balance:bool=False       # Scale each term, batch by batch, to the size of the task loss
+        balance:bool=False,      # Scale each term, batch by batch, to the size of the task loss
+        teacher_drop:float=0.    # Probability to drop a teacher for a sample, see `drop_teachers`
     ):
         self.terms = [o.with_defaults(([],[])) for o in terms]
         for o,name in zip(self.terms, unique_names(['task_loss', *(o.name for o in self.terms)])[1:]): o.name = name
         self.task_weight = check_number(task_weight, 'task_weight')
         self.class_map = self._check_class_map(class_map)
+        self.teacher_drop = self._check_teacher_drop(teacher_drop)
         store_attr('class_axis,ignore_index,balance')
         self.found_weights,self.magnitudes = {},{}
         self.built,self.params,self.channels = not self.modules,[],{}  # without modules there is nothing to build
@@ -410,6 +414,20 @@ class Objective:
         if class_map is None: return None
         if not isinstance(class_map, dict): return check(class_map, self.terms)
         return {k: check(o, [t for t in self.terms if t.teacher==k]) for k,o in class_map.items()}
+
+    def _check_teacher_drop(self, p):
+        "A probability, which is 0 unless there are several teachers and a value of each term for each sample"
+        p = check_number(p, 'teacher_drop')
+        if not 0<=p<=1: raise ValueError(f"Expected teacher_drop to be a probability, 0 to 1, got {p:g}")
+        if not p: return p
+        if len(self.teachers)<2: raise ValueError(
+            f"teacher_drop={p:g} needs several teachers, got one: give a dict of teachers, and name one in each term")
+        without = [o.name for o in self.terms
+                   if not has_sample_values(o.loss) or o.mask is not None and o.uses_features]
+        if without: raise ValueError(
+            f"teacher_drop={p:g} needs a value for each sample, and {', '.join(without)} has none: "
+            "take losses that are means over samples, and no mask for features")
+        return p
 
     @property
     def uses_teacher_pred(self)->bool:
@@ -565,15 +583,18 @@ class Objective:
 
     def values(self,
         batch:Batch,       # From `prepare`
-        progress:float=0.  # Training progress, from 0 to 1
-    )->dict: # `{name: scalar}`
+        progress:float=0., # Training progress, from 0 to 1
+        by_sample:bool=False # The values of each sample? For losses that are means over samples
+    )->dict: # `{name: scalar}`, or `{name: (B,)}`
         "The raw value of each term, without autocast. A term whose weight is 0 is computed without a gradient"
-        with autocast_off(batch.pred.device): return {o.name: self._value(o, batch, progress) for o in self.terms}
+        with autocast_off(batch.pred.device):
+            return {o.name: self._value(o, batch, progress, by_sample) for o in self.terms}
 
-    def _value(self, term, batch, progress):
+    def _value(self, term, batch, progress, by_sample):
         counts = term in self.unknown_weights or term.weight!=0 and term.schedule_at(progress)!=0
         try:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and counts): return term.value(batch, progress)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and counts):
+                return term.value(batch, progress, by_sample)
         except Exception as e:
             # fastai's handling of exceptions needs a message
             if not e.args: e.args = (f"{type(e).__name__} in {term.name}",)
@@ -651,6 +672,28 @@ class Objective:
         size = value.detach().abs().nan_to_num()
         mean = self.magnitudes[name] = torch.lerp(self.magnitudes.get(name, size), size, 0.1)
         return task.detach().abs()/torch.maximum(size, mean/10).clamp_min(1e-8)
+
+    def drop_teachers(self,
+        values:dict,  # From `values(batch, progress, by_sample=True)`
+        weights:dict  # From `weights`
+    )->dict: # `{name: scalar}`, for `total`
+        """The value of each term over the samples for which its teacher is kept (Sariyildiz et al., 2024).
+
+        A teacher's loss for a sample is the weighted sum of its terms. The teacher with the largest loss is kept, each
+        other one is dropped with the probability `teacher_drop`, and the sum of all that is kept is scaled as if
+        nothing were dropped. Draws from torch's global stream.
+
+        Raises `ValueError` for terms with values for different numbers of samples."""
+        sizes = {k: len(v) for k,v in values.items()}
+        if len({*sizes.values()})>1: raise ValueError(
+            f"teacher_drop compares teachers sample by sample, got terms with values for {sizes} samples: "
+            "only some of the losses need labels, or have a mask")
+        def loss(k): return sum(weights[o.name]*values[o.name].detach() for o in self.terms if o.teacher==k)
+        losses = torch.stack([loss(k) for k in self.teachers])
+        kept = (torch.rand_like(losses)>=self.teacher_drop).to(losses)
+        kept.scatter_(0, losses.argmax(0, keepdim=True), 1.)
+        share = dict(zip(self.teachers, kept*len(kept)/kept.sum().clamp_min(1)))
+        return {o.name: share[o.teacher]@values[o.name] for o in self.terms}
 
     def total(self,
         task:Tensor,  # The task loss

@@ -17,8 +17,9 @@ import torch
 from torch import nn, Tensor
 from fastai.basics import Learner
 from .card import metric_values, resize_batch
-from .compare import latency, split_xy
-from .teacher import Teacher, as_plain_tensor
+from .compare import BatchReader, latency, split_xy
+from .inputs import as_plain_tensor, split_inputs
+from .teacher import Teacher, find_teacher_inputs
 
 # %% ../nbs/38_parity.ipynb #ebb467ae
 class LogitsOnly(nn.Module):
@@ -41,7 +42,7 @@ def deployable(
     n:int=4        # Samples in the example inputs, at least 2: exporters fix a batch size of 1
 )->tuple: # Module, example inputs, and `dynamic_shapes` for `torch.export.export`
     "Returns a copy of the student for exporters: in eval mode, on the CPU, with logits as its only output"
-    xb = split_xy(learn.dls, learn.dls.valid.one_batch())[0]
+    xb = split_inputs(split_xy(learn.dls, learn.dls.valid.one_batch())[0], find_teacher_inputs(learn))[0]
     with Teacher(learn.model).ready() as student: student(*xb)  # AWD_LSTM cannot be copied after one with gradients
     model = LogitsOnly(copy.deepcopy(learn.model)).cpu().eval().requires_grad_(False)
     xb = tuple(as_plain_tensor(x).cpu() for x in resize_batch(xb, n))
@@ -92,7 +93,8 @@ def kd_parity(
 
     `largest_difference` is that of any logit; `agreement` is the share of equal classes, missing where a prediction is
     one number. Raises `ValueError` for outputs of another shape."""
-    models = {'student': Teacher(learn.model), **{n: Teacher(_Function(f)) for n,f in models.items()}}
+    models = {'student': learn.model, **{n: _Function(f) for n,f in models.items()}}
+    models = {n: BatchReader(m, find_teacher_inputs(learn)) for n,m in models.items()}
     device = next((p.device for p in learn.model.parameters()), None)
     with torch.no_grad(), ExitStack() as stack:
         for m in models.values(): stack.enter_context(m.ready(device))

@@ -18,10 +18,10 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.basics import DataLoaders, Learner, show_image
 from .capture import Capture, eval_no_grad, naming_errors
-from .inputs import as_plain_tensor, batch_inputs, sample_inputs
+from .inputs import as_plain_tensor, batch_inputs, split_inputs
 from .layers import parse_layer_pairs
-from .matching import layer_similarity, read_teacher_and_tfm, convert_inputs
-from .teacher import Teacher, find_teacher, get_logits, read_teacher
+from .matching import convert_inputs, inputs_of_both, layer_similarity, read_teacher_and_tfm
+from .teacher import Teacher, find_teacher, find_teacher_inputs, get_logits, read_teacher
 
 # %% ../nbs/33_plots.ipynb #13f2864e
 def _axes_grid(ax, rows, cols, size, **kwargs):
@@ -47,11 +47,11 @@ def plot_attention(
     """Plot one row a sample: the input, then the attention maps of student and teacher side by side, layer by layer.
 
     Raises `ValueError` for a layer whose output is not a map `(B, C, H, W)`."""
-    xs = [t[:n] for t in sample_inputs(x)]
-    teacher,teacher_tfm = read_teacher_and_tfm(teacher, teacher_tfm)
+    teacher,*inputs = inputs_of_both(student, teacher, x, teacher_tfm)
+    xs,xs_t = ([t[:n] for t in o] for o in inputs)
     names_s,names_t = parse_layer_pairs(layers)
     maps_s = _attention_maps(student, xs, names_s, 'student')
-    maps_t = _attention_maps(teacher, convert_inputs(xs, teacher_tfm, x, teacher), names_t, 'teacher')
+    maps_t = _attention_maps(teacher, xs_t, names_t, 'teacher')
     columns = [('input', _image_range(xs[0])), *(column for pair in zip(maps_s, maps_t) for column in pair)]
     axs = _axes_grid(axs, len(xs[0]), len(columns), (1.3,1.3))
     for j,(title,images) in enumerate(columns):
@@ -164,8 +164,8 @@ def plot_agreement(self:Learner,
     preds = []
     with eval_no_grad(student, teacher_model):
         for b in self.dls.valid if dl is None else dl:
-            xb = batch_inputs(self.dls, b)
-            xb_t = convert_inputs(xb, teacher_tfm, self.dls, teacher)
+            xb,own_inputs = split_inputs(batch_inputs(self.dls, b), find_teacher_inputs(self))
+            xb_t = convert_inputs(own_inputs, teacher_tfm, self.dls, teacher)
             with naming_errors('teacher', teacher_model, xb_t): teacher_pred = get_logits(teacher_model(*xb_t))
             preds.append([get_logits(student(*xb)).cpu(), teacher_pred.cpu()])
     return plot_class_agreement(*map(torch.cat, zip(*preds)), vocab=_class_names(self.dls), ax=ax)

@@ -32,6 +32,8 @@ class Teachers(Teacher):
         self.teachers = {k: copy.copy(o) if isinstance(o, Teacher) else Teacher(o) for k,o in teachers.items()}
         self.model,self.learner = nn.ModuleDict({k: o.model for k,o in self.teachers.items()}),None
 
+    def __copy__(self): return type(self)(self.teachers)
+
     @property
     def by_name(self)->dict:
         "The teachers, each a `Teacher`"

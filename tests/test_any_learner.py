@@ -76,7 +76,8 @@ def lstm_config(c, n_hid):
 
 def test_text_classification(texts):
     "A classifier of texts outputs tuples and has a hidden state."
-    dls = TextDataLoaders.from_df(texts, text_col='text', label_col='label', valid_col='is_valid', bs=8, seq_len=8)
+    dls = TextDataLoaders.from_df(texts, text_col='text', label_col='label', valid_col='is_valid', bs=8, seq_len=8,
+        num_workers=0)
     def make(n):
         return text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=lstm_config(awd_lstm_clas_config, n))
     seen = distil(make(8), make(16), SoftTarget)
@@ -84,7 +85,8 @@ def test_text_classification(texts):
 
 def test_language_model(texts):
     "A language model has its classes on the last axis."
-    dls = TextDataLoaders.from_df(texts, text_col='text', valid_col='is_valid', is_lm=True, bs=4, seq_len=8)
+    dls = TextDataLoaders.from_df(texts, text_col='text', valid_col='is_valid', is_lm=True, bs=4, seq_len=8,
+        num_workers=0)
     def make(n):
         return language_model_learner(dls, AWD_LSTM, pretrained=False, config=lstm_config(awd_lstm_lm_config, n))
     teacher = make(16)

@@ -139,7 +139,7 @@ def test_load_keeps_it(teacher, terms, tmp_path):
     assert found(fit(b, seed=2))==found(a)
 
 def test_report_shows_it_and_does_not_keep_it(teacher, capsys):
-    learn = learner().distill(teacher)
+    learn = learner().distill(teacher, schedule=None)
     report = learn.kd_report()
     assert report.terms.weight['soft_target']>0
     assert report.terms.gradient['soft_target']==pytest.approx(auto_ratio(SoftTarget), rel=1e-3)

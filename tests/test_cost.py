@@ -178,8 +178,10 @@ def test_a_later_look_names_the_first_bad_step(monkeypatch, bad):
 
 # ---- what is kept for backward
 
-def test_saves_no_more_for_backward_than_a_loop_by_hand(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent/'benchmarks'))
+@pytest.fixture
+def benchmarks(monkeypatch): monkeypatch.syspath_prepend(str(Path(__file__).parent.parent/'benchmarks'))
+
+def test_saves_no_more_for_backward_than_a_loop_by_hand(benchmarks):
     from common import saved_mib
     import step
     ways = step.ways(*step.tiny())
@@ -187,3 +189,9 @@ def test_saves_no_more_for_backward_than_a_loop_by_hand(monkeypatch):
     saved = {n: saved_mib(f) for n,f in ways.items()}
     for n in ('kd_fastai','kd_fastai, cached'): assert saved[n]<=1.02*saved['by hand'], saved
     assert saved['by hand']>saved['teacher and loss']>0
+
+def test_every_loss_can_be_measured(benchmarks):
+    import losses
+    for name in losses.LOSSES:
+        row = losses.measure(name, 4, 16, seconds=0)
+        assert row['ms']>0 and row['MiB']>0, row

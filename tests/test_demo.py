@@ -10,13 +10,20 @@ def demo(*args, cwd=None):
     return subprocess.run([str(Path(sys.executable).parent/'kd-demo'), *map(str, args)], text=True, capture_output=True,
                           cwd=cwd)
 
-def test_prints_a_table_and_draws_a_plot(tmp_path):
-    r = demo('--seeds', 2, '--epochs', 3, cwd=tmp_path)
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+    "What the command printed, and the folder in which it ran"
+    folder = tmp_path_factory.mktemp('demo')
+    r = demo('--seeds', 2, '--epochs', 3, cwd=folder)
     assert r.returncode==0, r.stderr
+    return r.stdout,folder
+
+def test_prints_a_table_and_draws_a_plot(done):
+    stdout,folder = done
     for o in ('teacher', 'student alone', 'with SoftTarget', 'with SoftTarget + Attention', '±', 'better in', '94186',
               '6274', 'undecided'):
-        assert o in r.stdout
-    assert (tmp_path/'kd_demo.png').stat().st_size>5000
+        assert o in stdout
+    assert (folder/'kd_demo.png').stat().st_size>5000
 
 @pytest.mark.parametrize('args,says', [
     (dict(labels=5),'--labels must be 10 to 990, got 5'), (dict(seeds=0),'--seeds must be at least 1'),
@@ -65,11 +72,9 @@ def test_verdict_counts_runs_and_takes_the_interval():
     assert verdict(comparison({'student alone': [90.,90.1,90.2], 'with X': [95.,95.,95.3]})).endswith(
         'better in 3 of 3 runs, worse in 0: better')
 
-def test_students_have_one_latency(tmp_path):
+def test_students_have_one_latency(done):
     "Time and size belong to the architecture"
-    r = demo('--seeds', 2, '--epochs', 1, cwd=tmp_path)
-    assert r.returncode==0, r.stderr
-    rows = [l.split() for l in r.stdout.splitlines() if l.startswith(('student alone','with SoftTarget'))]
+    rows = [l.split() for l in done[0].splitlines() if l.startswith(('student alone','with SoftTarget'))]
     ends = {tuple(o[-3:]) for o in rows if '6274' in o}
     assert len(ends)==1, rows
 

@@ -18,7 +18,7 @@ pytest.importorskip('accelerate', reason='fastai trains in several processes by 
 RANKS,BS,N = 2,12,96
 
 def net(): set_seed(3); return nn.Sequential(nn.Flatten(), nn.Linear(64,16), nn.Tanh(), nn.Linear(16,10))
-def teacher(): set_seed(4); return nn.Sequential(nn.Flatten(), nn.Linear(64,24), nn.Tanh(), nn.Linear(24,10))
+def teacher(seed=4): set_seed(seed); return nn.Sequential(nn.Flatten(), nn.Linear(64,24), nn.Tanh(), nn.Linear(24,10))
 
 class Adapted(nn.Module):
     "The mean squared distance to the teacher's feature after a linear layer, with or without batch norm"
@@ -31,24 +31,36 @@ class Adapted(nn.Module):
         (s,),(t,) = fm_s.values(),fm_t.values()
         return (self.layers(s)-t).pow(2).mean()
 
-def data(joined):
-    "96 digits in order; if `joined`, a batch has the samples of both processes' batches"
+def data(joined, teacher_inputs=0):
+    """96 digits in order; if `joined`, a batch has the samples of both processes' batches.
+
+    The teacher's own inputs are the images in a mirror."""
     x,y = digits().train.dataset.tensors
     order = torch.arange(N)
     if joined: order = order.view(RANKS,-1,BS).transpose(0,1).flatten()
-    ds = _Digits(x[order], y[order])
+    own = [x.flip(-1)[order]] if teacher_inputs else []
+    ds = _Digits(x[order], *own, y[order])
     return DataLoaders(_WholeBatchLoader(ds, bs=BS*(RANKS if joined else 1)), _WholeBatchLoader(ds, bs=BS))
 
-def learner(joined, path='.', norm=False, model=None, **kwargs):
-    layer = '2' if model is None else '4'
-    kd = KD(teacher(), [Term(SoftTarget, 0.5), Term(Adapted(norm), 2., layers=[(layer,'2')])])
-    return quiet(Learner(data(joined), model or net(), loss_func=CrossEntropyLossFlat(), cbs=kd, path=path, **kwargs))
+def terms(a=None, b=None, norm=False, layer='2'):
+    "A term on predictions of one teacher, and one on features of the same or of another"
+    return [Term(SoftTarget, 0.5, teacher=a, name='soft_target'),
+            Term(Adapted(norm), 2., layers=[(layer,'2')], teacher=b, name='adapted')]
+
+def learner(joined, path='.', norm=False, model=None, kd=None, **kwargs):
+    kd = kd or KD(teacher(), terms(norm=norm, layer='2' if model is None else '4'))
+    dls = data(joined, kd.teacher_inputs)
+    return quiet(Learner(dls, model or net(), loss_func=CrossEntropyLossFlat(), cbs=kd, path=path, **kwargs))
 
 CASES = {   # callbacks, for the number of processes whose batches are joined
     'plain':       lambda n: [],
     'clipped':     lambda n: [GradientClip(0.1)],
     'accumulated': lambda n: [GradientAccumulation(2*BS*n)],
     'both':        lambda n: [GradientAccumulation(2*BS*n), GradientClip(0.1)]}
+
+TEACHERS = {
+    'several teachers': lambda: KD({'a': teacher(), 'b': teacher(5)}, terms('a', 'b')),
+    'own inputs':       lambda: KD(teacher(), terms(), teacher_inputs=1)}
 
 def result(learn):
     columns = dict(zip(learn.recorder.metric_names[1:-1], learn.recorder.values[-1]))
@@ -105,6 +117,7 @@ def worker(path):
     DistributedDL._broadcast = broadcast  # fastai's own calls .cuda()
     def together(learn): return learn.distrib_ctx(sync_bn=False, cpu=True)
     res = {case: run(mine(opt_func=SGD), together, cbs=cbs(1)) for case,cbs in CASES.items()}
+    res |= {case: run(mine(kd=make(), opt_func=SGD), together) for case,make in TEACHERS.items()}
     res['norm'] = run(mine(norm=True), together)
     res['features alone'] = features_alone(mine(opt_func=SGD), together)
     res['positions'],res['found'] = positions(together),found(together)
@@ -140,13 +153,19 @@ def ranks(tmp_path_factory):
 
 COLUMNS = ['task_loss','soft_target','adapted']
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', [*CASES, *TEACHERS])
 def test_equals_one_process_with_the_joined_batch(ranks, case):
     "Student, owned weights and columns are those of one process."
-    whole = run(seeded(0, True, opt_func=SGD), lambda l: nullcontext(), cbs=CASES[case](RANKS))
+    kd = TEACHERS[case]() if case in TEACHERS else None
+    cbs = CASES.get(case, CASES['plain'])(RANKS)
+    whole = run(seeded(0, True, kd=kd, opt_func=SGD), lambda l: nullcontext(), cbs=cbs)
     for o in ranks:
         for k in ('student','owned'): torch.testing.assert_close(o[case][k], whole[k], rtol=1e-4, atol=1e-6)
         for k in COLUMNS: assert o[case]['columns'][k]==pytest.approx(whole['columns'][k], rel=1e-5)
+
+@pytest.mark.parametrize('case', TEACHERS)
+def test_other_teachers_teach_something_else(ranks, case):
+    assert not torch.equal(ranks[0][case]['student']['1.weight'], ranks[0]['plain']['student']['1.weight'])
 
 def test_features_alone_equal_one_process(ranks):
     "`DistributedDataParallel` waits for every parameter, also for those without a gradient."
@@ -155,7 +174,7 @@ def test_features_alone_equal_one_process(ranks):
 
 def without_statistics(state): return {n:v for n,v in state.items() if 'running' not in n}
 
-@pytest.mark.parametrize('case', [*CASES,'norm','student with batch norm','after apart','loaded','went on'])
+@pytest.mark.parametrize('case', [*CASES,*TEACHERS,'norm','student with batch norm','after apart','loaded','went on'])
 def test_processes_stay_equal(ranks, case):
     "Student, owned weights and columns are equal to the last bit; running statistics are each process's own."
     a,b = (o[case] for o in ranks)

@@ -109,3 +109,22 @@ def test_mistakes(teacher):
     with pytest.raises(TypeError, match='A way is a loss, a Term.*got 3'): learner().kd_find(teacher, {'x': 3})
     with pytest.raises(TypeError, match="distill has no argument 'T'"):
         learner().kd_find(teacher, {'x': dict(loss=SoftTarget, T=4)}, **quick())
+
+def test_trials_ask_the_attached_teacher_in_its_own_way():
+    "With its conversion and its class map, which are part of what is suggested."
+    asked = []
+    def tfm(x): asked.append(len(x)); return 2*x
+    few = small_net(8)
+    few[-1] = torch.nn.Linear(32, 3)
+    columns = [-1,-1,1,-1,-1,2,-1,0,-1,-1]
+    learn = learner().distill(few, SoftTarget, teacher_tfm=tfm, class_map=columns)
+    found = learn.kd_find(ways={'T=1': SoftTarget}, budget=4, seeds=2, **quick())
+    assert asked and found.arguments=={'T=1': dict(teacher_tfm=tfm, class_map=columns, loss=SoftTarget)}
+
+def test_trials_leave_several_teachers_as_they_were(teacher):
+    both = {'a': teacher, 'b': small_net(6)}
+    terms = [Term(SoftTarget, teacher='a'), Term(FitNet, layers='1', adapt='auto', teacher='b')]
+    a,b = (learner().distill(both, terms) for _ in range(2))
+    ways = {'predictions': [Term(SoftTarget, 'auto', teacher=k) for k in 'ab']}
+    assert a.kd_find(ways=ways, budget=4, seeds=2, **quick()).runs.shape[0]==4
+    assert torch.equal(weights(fit(a)), weights(fit(b)))

@@ -492,9 +492,20 @@ def test_distill(teachers):
     assert torch.equal(weights(learn), before)
     assert repr(learn.knowledge_distillation)=='KnowledgeDistillationCallback: 1·task_loss + 0.9·SoftTarget(T=4)'
     learn.distill(teachers[0], Logits, layers='1', task_weight=0.5)
-    assert repr(learn.knowledge_distillation).endswith(': 0.5·task_loss + auto·Logits + auto·Attention on 1')
+    assert repr(learn.knowledge_distillation).endswith(
+        ': 0.5·task_loss + auto·schedule·Logits + auto·Attention on 1')
     assert sum(isinstance(cb, KD) for cb in learn.cbs)==1
     assert [*history(fit(learn))][-2:]==['logits','attention']
+
+def test_distill_lets_the_labels_teach_first(teachers):
+    "A weight that is found rises from 0; with a schedule, a weight or without labels, it is as the user says."
+    def factors(loss=SoftTarget, **kwargs):
+        (term,) = learner().distill(teachers[0], loss, **kwargs).knowledge_distillation.terms
+        return [term.schedule_at(o) for o in (0.,0.5,1.)]
+    assert factors()==pytest.approx([0,0.5,1])
+    constant = [dict(schedule=None), dict(task_weight=0), dict(weight=2), dict(loss=Term(SoftTarget, 2.)),
+                dict(loss=Term(SoftTarget, 'auto', schedule=lambda _: 1.))]
+    assert [factors(**o) for o in constant]==[[1,1,1]]*len(constant)
 
 @pytest.mark.parametrize('fitted', [True,False])
 def test_report_changes_nothing(teachers, fitted, tmp_path):

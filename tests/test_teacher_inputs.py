@@ -1,5 +1,5 @@
 "Inputs that are the teacher's alone: `teacher_inputs` of the callback."
-import pytest, torch
+import matplotlib.pyplot as plt, pytest, torch
 from torch import nn
 from torch.nn import functional as F
 from fastai.basics import Callback, DataLoader, DataLoaders, set_seed
@@ -7,7 +7,11 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.transforms import RandomSplitter
 from fastai.learner import load_learner
-from kd_fastai.all import CachedTeacher, FitNet, MeanTeacher, SoftTarget, StoredTeacher, Term
+from kd_fastai.all import (CachedTeacher, FitNet, MeanTeacher, SoftTarget, StoredTeacher, Term, kd_compare,
+    kd_parity, layer_similarity, match_feature_layers, plot_attention, plot_similarity)
+from kd_fastai.card import metric_values
+from kd_fastai.compare import predicted_classes
+from kd_fastai.parity import deployable
 from kd_fastai.demo import digits, small_net
 from support import KD, KeepBatches, fit, history, hooks, learner, weights
 
@@ -158,3 +162,94 @@ def test_nothing_is_kept_between_batches(teacher):
         def after_batch(self): kept.append(kd.fit_state.teacher_xb)
     fit(learner([kd, Look()], data(), student()))
     assert kept==[None]*len(kept)!=[]
+
+# ---- functions that run the models themselves
+
+def by_hand(learn, teacher):
+    "Predictions of both models on the validation set"
+    with torch.no_grad():
+        pairs = [(learn.model.eval()(a), teacher.eval()(b)) for a,b,_ in learn.dls.valid]
+    return [torch.cat(o) for o in zip(*pairs)]
+
+def labels_of(learn): return torch.cat([y for *_,y in learn.dls.valid])
+
+def test_card_gives_each_model_its_inputs(teacher):
+    learn,alone = fit(taught(teacher)),student()
+    card = learn.kd_card(teacher, alone)
+    pred,teacher_pred = by_hand(learn, teacher)
+    y = labels_of(learn)
+    assert card.scores.accuracy['student']==pytest.approx((pred.argmax(1)==y).float().mean().item())
+    assert card.scores.accuracy['teacher']==pytest.approx((teacher_pred.argmax(1)==y).float().mean().item())
+    same = (pred.argmax(1)==teacher_pred.argmax(1)).float().mean().item()
+    assert card.scores.agreement['student']==pytest.approx(same)
+    assert card.scores.ms_batch_64.notna().all() and [*card.scores.index]==['student','teacher','alone']
+
+def test_card_takes_the_callback_of_a_fit(teacher):
+    learn,kd = learner(dls=data(), model=student()),KD(teacher, SoftTarget, teacher_inputs=1)
+    fit(learn, cbs=kd)
+    card = learn.kd_card(teacher, kd=kd)
+    assert card.scores.accuracy['student']==fit(taught(teacher)).kd_card(teacher).scores.accuracy['student']
+
+def test_predicted_classes_and_metrics(teacher):
+    learn = fit(taught(teacher))
+    answers = predicted_classes(learn, teacher=teacher, other=student())
+    pred,teacher_pred = by_hand(learn, teacher)
+    assert answers.student.tolist()==pred.argmax(1).tolist()
+    assert answers.teacher.tolist()==teacher_pred.argmax(1).tolist()
+    assert metric_values(learn, learn.model)['accuracy']==pytest.approx(learn.validate()[1])
+
+def test_parity_and_example_inputs_are_the_students(teacher):
+    learn = fit(taught(teacher))
+    model,xb,shapes = deployable(learn)
+    assert [o.shape for o in xb]==[(4,1,4,4)] and len(shapes[0])==1
+    same = torch.export.export(model, xb, dynamic_shapes=shapes).module()
+    table = kd_parity(learn, rounds=1, exported=same, other=student().eval())
+    assert table.largest_difference['exported']<1e-5<table.largest_difference['other']
+    assert table.accuracy['exported']==pytest.approx(learn.validate()[1])
+
+def test_compare_gives_students_their_inputs(teacher):
+    def make(seed): return learner(dls=data(), model=student(), seed=seed)
+    def small_alone(seed): return learner(dls=data((small,)), model=student(), seed=seed)
+    ways = {'alone': None, 'taught': lambda learn: KD(teacher, SoftTarget, teacher_inputs=1)}
+    found = kd_compare(make, ways, 2, 1, teacher=teacher, teacher_inputs=1, rounds=1, progress=False)
+    own = kd_compare(small_alone, {'alone': None, 'again': None}, 2, 1, rounds=0, progress=False)
+    def column(runs, way, name): return runs[runs.way==way][name].tolist()
+    assert column(found.runs, 'alone', 'valid_loss')==pytest.approx(column(own.runs, 'alone', 'valid_loss'))
+    assert column(found.runs, 'taught', 'valid_loss')!=column(found.runs, 'alone', 'valid_loss')
+    assert found.runs.agreement.notna().all() and found.table.ms.notna().all()
+
+@pytest.mark.parametrize('n', [0, 2])
+def test_compare_names_ways_with_other_inputs(teacher, n):
+    ways = {'taught': lambda learn: KD(teacher, SoftTarget, teacher_inputs=1), 'alone': None}
+    match = rf"The way 'taught' has teacher_inputs=1, expected {n}: give kd_compare\(..., teacher_inputs=1\)"
+    with pytest.raises(ValueError, match=match):
+        kd_compare(lambda seed: learner(dls=data(), model=student()), ways, 1, 1, teacher_inputs=n, progress=False)
+
+def find(learn, **kwargs):
+    ways = {'T=1': SoftTarget, 'T=4': Term(SoftTarget, 0.5, T=4)}
+    return learn.kd_find(ways=ways, budget=6, seeds=2, show_plot=False, progress=False, **kwargs)
+
+def test_find_keeps_the_inputs(teacher):
+    learn = taught(teacher)
+    found = find(learn)
+    assert [*found.table.index]==['student alone','T=1','T=4']
+    assert found.arguments['T=1']=={'teacher_inputs': 1, 'loss': SoftTarget}
+    assert find(learn, teacher=teacher).runs.valid_loss.tolist()==found.runs.valid_loss.tolist()
+    attached = learn.distill(teacher, **found.arguments['T=4'])
+    assert attached.knowledge_distillation.teacher_inputs==1
+
+def test_plots_give_each_model_its_inputs(teacher):
+    learn = fit(taught(teacher))
+    pred,teacher_pred = by_hand(learn, teacher)
+    share = (pred.argmax(1)==teacher_pred.argmax(1)).float().mean().item()
+    assert learn.plot_agreement().get_title()==f'equal: {share:.1%}'
+    axs = plot_attention(learn, teacher, learn.dls, ['1','2'], n=3)
+    assert axs.shape==(3,5) and axs[0,0].images[0].get_array().shape[:2]==(4,4)
+    assert plot_similarity(learn, teacher, learn.dls).images[0].get_array().shape==(6,6)
+    learn.plot_terms()
+    plt.close('all')
+
+def test_layers_are_matched_on_each_models_inputs(teacher):
+    learn = taught(teacher)
+    assert match_feature_layers(learn, teacher, learn.dls)=={'student': ['1'], 'teacher': ['2']}
+    assert layer_similarity(learn, teacher, learn.dls).shape==(6,6)

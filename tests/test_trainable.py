@@ -541,7 +541,7 @@ def test_lr_find_before_any_fit(name, teachers):
     assert kept and same(kept, state(own(learn)))
 
 def test_adapted(teachers):
-    "A loss that needs equal shapes trains behind an adapter, which is trained too"
+    "A loss that needs equal shapes trains with an adapter, which is trained too"
     learn = learner(KnowledgeDistillationCallback(teachers[6], PADL2(), ['0','1'], weight=1., adapt='auto'))
     fit(learn)
     first = state(own(learn))
@@ -647,6 +647,61 @@ def test_simkd_student_from_the_input_of_the_classifier(layer, teachers):
         feature = learn.model.eval()[:5](x)
         expected = teachers[6][5](simkd.eval().transfer(feature[...,None,None]).flatten(1))
         torch.testing.assert_close(final(x), expected)
+
+# --- networks that average by a function
+
+class PoolsByFunction(nn.Module):
+    "A `small_net`, with the mean over positions in `forward`"
+    def __init__(self, net):
+        super().__init__()
+        self.body,self.head = nn.Sequential(*net[:-3]),net[-1]
+    def forward(self, x): return self.head(self.body(x).mean((2,3)))
+
+def both_nets(width=4, seed=0):
+    "A network with a pooling layer, and an equal one without"
+    set_seed(seed)
+    net = small_net(width)
+    return net,PoolsByFunction(deepcopy(net))
+
+def trained_with(loss, student, teacher, layers=None):
+    kd = KnowledgeDistillationCallback(teacher, loss, layers, weight=1.)
+    return fit(learner(kd, digits(40), student))
+
+@pytest.mark.parametrize('name', FINDS)
+def test_finds_the_input_of_the_classifier_after_a_pooling_function(name, teachers):
+    "The training equals that of the same network with a pooling layer"
+    a,b = (trained_with(LOSSES[name].make(), o, teachers[6]) for o in both_nets())
+    assert not torch.equal(weights_of(a.model), weights_of(both_nets()[0]))
+    torch.testing.assert_close(weights_of(b.model), weights_of(a.model))
+    b = trained_with(LOSSES[name].make(), both_nets()[0], PoolsByFunction(teachers[6]))
+    torch.testing.assert_close(weights_of(b.model), weights_of(a.model))
+
+def test_simkd_student_of_a_network_that_pools_by_a_function(teachers):
+    simkd = SimKD()
+    learn = trained_with(simkd, both_nets()[1], PoolsByFunction(teachers[6]))
+    final,x = simkd.student(learn.model).eval(),learn.dls.valid.one_batch()[0]
+    with torch.no_grad():
+        feature = learn.model.eval().body(x).mean((2,3))
+        expected = teachers[6][-1](simkd.eval().transfer(feature[...,None,None]).flatten(1))
+        torch.testing.assert_close(final(x), expected)
+
+def test_named_class_activation_maps(teachers):
+    (net,same),teacher = both_nets(),PoolsByFunction(teachers[6])
+    with pytest.raises(ValueError, match="Name the layer whose map is averaged for 'head', such as '>maps:body'"):
+        trained_with(CATKD, same, teachers[6])
+    a = trained_with(CATKD, net, teachers[6])
+    b = trained_with(CATKD, same, teacher, '>maps:body')
+    torch.testing.assert_close(weights_of(b.model), weights_of(a.model))
+    found = trained_with(CATKD, both_nets()[1], teachers[6], [('>maps:body','>maps')])
+    torch.testing.assert_close(weights_of(found.model), weights_of(a.model))
+
+def test_wrong_class_activation_maps(teachers):
+    student = both_nets()[1]
+    match = r"expected a map \(B, 16, \*size\), which the classifier reads, got \(20, 4, 8, 8\)"
+    with pytest.raises(ValueError, match=match):
+        trained_with(CATKD, student, teachers[6], [('>maps:body.0','>maps')])
+    with pytest.raises(ValueError, match="student: No layer 'bodi' in PoolsByFunction: did you mean 'body'"):
+        trained_with(CATKD, student, teachers[6], [('>maps:bodi','>maps')])
 
 # --- variances, and margins of the overhaul
 
@@ -819,7 +874,7 @@ def test_itrd_dead_channels():
     value,grads = run(loss, dead)
     assert value.isfinite() and all(g.isfinite().all() for g in grads)
     s,t = (x['fm_s']['s0'].mean((2,3)),dead['fm_t']['t0'].mean((2,3)))
-    # the unbiased deviation beside a mean
+    # the unbiased deviation together with a mean
     c = [0. if k==2 else np.corrcoef(loss.embed[0](s).detach()[:,k], t[:,k])[0,1]*3/4 for k in range(12)]
     assert math.isclose(value, 2*math.log2(sum(abs(o-1)**2.02 for o in c)), rel_tol=1e-9)
 

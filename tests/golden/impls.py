@@ -89,7 +89,7 @@ RELATION = dict(
 )
 
 class Owned:
-    "A loss with the case's weights. `names` are patterns of the names that its `state` gives them, and what they are called here; `given` is what `build` gets beside features"
+    "A loss with the case's weights. `names` are patterns of the names that its `state` gives them, and what they are called here; `given` is what `build` gets in addition to features"
     def __init__(self, make, names={}, given=lambda **case: {}): self.make,self.names,self.given = make,names,given
 
     def name(self, key):
