@@ -1,7 +1,7 @@
 """Signatures as a reader wants them: one short call, and a table of parameters.
 
 nbdev shows each parameter on a line with its full type and a comment, which wraps in the middle of words."""
-import json, re, textwrap
+import json, re
 from dataclasses import dataclass
 
 fence = re.compile(r'```python\n((?:def|class) [\w.]+\(.*?)\n```', re.S)
@@ -42,6 +42,7 @@ def parameter(line):
     name,*rest = split(code.rstrip(','), ':')
     if rest: annotation,*default = split(':'.join(rest), '=')
     else: annotation,(name,*default) = '',split(name, '=')
+    if annotation=='NoneType': annotation = ''   # only the type of the default
     return Parameter(name, short(annotation), short('='.join(default)), details.strip())
 
 def read(text):
@@ -68,7 +69,7 @@ def call(name, parameters, returns):
     "The signature without the types of parameters"
     args = ', '.join(p.name + (f'={p.default}' if p.default else '') for p in parameters)
     result = f' -> {returns.type}' if returns.type not in ('','None') else ''
-    return '\n'.join(textwrap.wrap(f'{name}({args}){result}', 80, subsequent_indent='    ', break_long_words=False))
+    return f'{name}({args}){result}'
 
 def tidy(markdown):
     "Shorten the signature in the output of `show_doc`, and add the table of its parameters at the end"
