@@ -105,7 +105,8 @@ def fast(pixels, rounds):
     times,rows = take_turns(ways, rounds),[]
     for n in ways:
         mid,low,high = ratio(times, n, 'by hand')
-        rows.append({'pixels': pixels, 'teacher': n, 'ms': ms(times[n]), 'to by hand': mid, 'quartile 1': low, 'quartile 3': high})
+        rows.append({'pixels': pixels, 'teacher': n, 'ms': ms(times[n]), 'to by hand': mid, 'quartile 1': low,
+                     'quartile 3': high})
     best = min(ratio(times, n, 'by hand')[0] for n in copies)
     return rows,[target('step with a fast copy to by hand', best, 0.62)]
 

@@ -114,7 +114,8 @@ def main(seconds=0.7, batch=(64,256), channels=(256,512), only=None):
     "Measure, write the table, and give the targets"
     rows = [measure(name, B, C, seconds) for name in only or LOSSES for B in batch
             for C in (channels if 'fm_s' in loss_args(LOSSES[name]).accepted else [CLASSES])]
-    write('losses', rows, "Every loss, forward and backward, compared with its peer's form. A ratio below 1: ours is quicker.")
+    write('losses', rows,
+          "Every loss, forward and backward, compared with its peer's form. A ratio below 1: ours is faster.")
     def targets(r):
         where = f"{r['loss']} B{r['B']} C{r['C']}"
         return [target(f'{where}: time to peer', r['time to peer'], limits(r)[0]),

@@ -666,9 +666,9 @@ def loss_layout(
 def rising(
     term:Term # A term
 )->Term:
-    "A copy whose weight rises from 0 over the training, if it is found ('auto') and the term has no schedule"
+    "A copy whose weight rises from 0 over the training: a loss on predictions with weight 'auto' and no schedule"
     res = copy(term)
-    if res.weight=='auto' and res.schedule is None: res.schedule = SchedCos(0, 1)
+    if res.weight=='auto' and res.schedule is None and not res.uses_features: res.schedule = SchedCos(0, 1)
     return res
 
 @patch
@@ -679,7 +679,7 @@ def distill(self:Learner,
     features:Callable=Attention,        # The loss that compares them, with weight='auto'
     weight:float|str='auto',            # Weight of bare losses
     task_weight:float=1.,               # Weight of the Learner's own loss
-    schedule:Callable|str|None='rising',# As in `KnowledgeDistillationCallback`; 'rising': weights that are found rise
+    schedule:Callable|str|None='rising',# As in `KnowledgeDistillationCallback`; 'rising': see `rising`
     **kwargs                            # For the callback: `teacher_tfm`, `adapt`, ...
 )->Learner:
     "Attach a `KnowledgeDistillationCallback`, and remove an earlier one. Trains nothing; returns the Learner"

@@ -493,7 +493,7 @@ def test_distill(teachers):
     assert repr(learn.knowledge_distillation)=='KnowledgeDistillationCallback: 1·task_loss + 0.9·SoftTarget(T=4)'
     learn.distill(teachers[0], Logits, layers='1', task_weight=0.5)
     assert repr(learn.knowledge_distillation).endswith(
-        ': 0.5·task_loss + auto·schedule·Logits + auto·schedule·Attention on 1')
+        ': 0.5·task_loss + auto·schedule·Logits + auto·Attention on 1')
     assert sum(isinstance(cb, KD) for cb in learn.cbs)==1
     assert [*history(fit(learn))][-2:]==['logits','attention']
 

@@ -573,7 +573,8 @@ def test_a_learner_trains_with_the_largest_loss_of_each_sample():
         want = nn.functional.cross_entropy(pred, y)+2*torch.maximum(a, 2*b).mean()
     assert loss==pytest.approx(want.item(), rel=1e-5)
 
-@pytest.mark.parametrize('given', [dict(balance=True), dict(weight='auto'), dict(schedule=lambda pos: pos)], ids=str)
+@pytest.mark.parametrize('given', [dict(balance=True), dict(weight='auto'), dict(schedule=lambda pos: pos)],
+                         ids=lambda o: next(iter(o)))
 def test_dropping_with_weights_that_change(given):
     terms = [Term(Logits, given.get('weight', 1.), teacher=k) for k in 'ab']
     learn = fit(mlp(1), dict(a=mlp(2), b=mlp(3)), terms, teacher_drop=0.5, **given)
