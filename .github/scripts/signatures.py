@@ -1,7 +1,7 @@
 """Signatures as a reader wants them: one short call, and a table of parameters.
 
 nbdev shows each parameter on a line with its full type and a comment, which wraps in the middle of words."""
-import json, re, textwrap
+import json, re
 from dataclasses import dataclass
 
 fence = re.compile(r'```python\n((?:def|class) [\w.]+\(.*?)\n```', re.S)
@@ -42,6 +42,7 @@ def parameter(line):
     name,*rest = split(code.rstrip(','), ':')
     if rest: annotation,*default = split(':'.join(rest), '=')
     else: annotation,(name,*default) = '',split(name, '=')
+    if annotation=='NoneType': annotation = ''   # only the type of the default
     return Parameter(name, short(annotation), short('='.join(default)), details.strip())
 
 def read(text):
@@ -60,15 +61,15 @@ def code(text): return f'`{cell(text)}`' if text else ''
 def table(parameters, returns):
     "A Markdown table with a row for each documented parameter, or an empty text"
     rows = [(code(p.name), code(p.type), cell(p.details)) for p in parameters if p.details]
-    if returns.type not in ('','None') or returns.details:
-        rows.append(('returns', code(returns.type), cell(returns.details)))
+    if returns.details: rows.append(('returns', code(returns.type), cell(returns.details)))
     if not rows: return ''
     return '\n'.join(f'| {" | ".join(r)} |' for r in [('parameter','type','details'), ('--',)*3, *rows])
 
-def call(name, parameters):
-    "The signature without types"
+def call(name, parameters, returns):
+    "The signature without the types of parameters"
     args = ', '.join(p.name + (f'={p.default}' if p.default else '') for p in parameters)
-    return '\n'.join(textwrap.wrap(f'{name}({args})', 80, subsequent_indent='    ', break_long_words=False))
+    result = f' -> {returns.type}' if returns.type not in ('','None') else ''
+    return f'{name}({args}){result}'
 
 def tidy(markdown):
     "Shorten the signature in the output of `show_doc`, and add the table of its parameters at the end"
@@ -76,7 +77,7 @@ def tidy(markdown):
     parts = read(m[1]) if m else None
     if parts is None: return markdown
     name,parameters,returns = parts
-    text = markdown.replace(m[0], f'```python\n{call(name, parameters)}\n```')
+    text = markdown.replace(m[0], f'```python\n{call(name, parameters, returns)}\n```')
     return '\n\n'.join(filter(None, [text, table(parameters, returns)]))
 
 def tidy_notebook(text):
