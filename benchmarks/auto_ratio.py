@@ -9,10 +9,9 @@ loss's, on the digits of `which_loss` (to choose) and on Fashion-MNIST (to check
 
 `kd_compare` writes the runs to `benchmarks/tables/auto_ratio_DATA.csv`, and a stopped sweep goes on from there. A way
 is named `LOSS RATIO`; its column `weight` is the weight that this ratio gave."""
-import argparse, gzip
+import argparse
 from functools import cache, partial
 from pathlib import Path
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
@@ -20,6 +19,7 @@ from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.compare import kd_compare
+from kd_fastai.demo import find_fashion, read_idx
 from kd_fastai.objective import auto_ratio
 from kd_fastai.signature import loss_args
 import which_loss
@@ -42,16 +42,11 @@ class BatchLoader(DataLoader):
     def create_batches(self, samps):
         for b in self.chunkify(samps): yield self.dataset[[*b]]
 
-def read_idx(file):
-    "An array of bytes in the format of MNIST"
-    data = gzip.open(file).read()
-    shape = np.frombuffer(data, '>i4', data[3], 4)
-    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4+4*len(shape)).reshape(shape).copy())
-
 @cache
 def fashion_part(folder, part):
     "Pictures of 14x14 pixels and classes: the first 10000 of a part"
-    x,y = (read_idx(Path(folder)/f'{part}-{o}-ubyte.gz')[:10000] for o in ('images-idx3','labels-idx1'))
+    files = find_fashion(folder)
+    x,y = (torch.tensor(read_idx(files[f'{part}-{o}-ubyte'])[:10000]) for o in ('images-idx3','labels-idx1'))
     return F.adaptive_avg_pool2d(x[:,None].float().div(128).sub(1), PIXELS),y.long()
 
 def fashion(folder, labels, seed, bs=50):
@@ -77,7 +72,7 @@ def fashion_teacher(folder):
 
 def make_learner(folder, seed):
     "A Learner with the thin student of `which_loss`"
-    dls = which_loss.digits(which_loss.LABELS, seed) if folder is None else fashion(folder, LABELS, seed)
+    dls = which_loss.student_data('digits', seed) if folder is None else fashion(folder, LABELS, seed)
     return Learner(dls, which_loss.net(True), lr=1e-2, loss_func=CrossEntropyLossFlat(),
                    metrics=[accuracy, which_loss.TermWeight()])
 

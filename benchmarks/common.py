@@ -3,10 +3,15 @@ import csv, datetime, os, platform, statistics, time, weakref
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
+from fastai.basics import Callback, CancelValidException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 TABLES = Path(__file__).parent/'tables'
+
+class NoValidation(Callback):
+    "Train without a look at the test images; their score is taken at the end"
+    def before_validate(self): raise CancelValidException
 
 def use_device(name):
     """Make new tensors and networks on this device, and keep its tables apart. Ends the program if there is no such

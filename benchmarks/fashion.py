@@ -24,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
-from fastai.basics import Callback, CancelValidException, CrossEntropyLossFlat, L, Learner, accuracy, set_seed
+from fastai.basics import CrossEntropyLossFlat, L, Learner, accuracy, set_seed
 import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
 from kd_fastai.cache import CachedTeacher, StoredTeacher
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
@@ -34,6 +34,7 @@ from kd_fastai.info import get_loss_info
 from kd_fastai.objective import AUTO_RATIO
 from kd_fastai.losses import Attention, DecoupledKD, FitNet, Logits, RKD, Similarity, SoftTarget
 import common
+from common import NoValidation
 
 # --- networks
 
@@ -206,10 +207,6 @@ def more(teacher, data):
 def alone(): return [Term(SoftTarget, weight=0.)],1.  # with a teacher of weight 0, for the same versions of the images
 
 # --- the benchmark
-
-class NoValidation(Callback):
-    "Train without a look at the test images; their score is taken at the end"
-    def before_validate(self): raise CancelValidException
 
 def fit(learn, epochs, cbs=None):
     learn.fit_one_cycle(getattr(learn, 'epochs', epochs), cbs=[*L(cbs), NoValidation()])

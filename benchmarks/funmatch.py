@@ -12,14 +12,14 @@ import argparse
 from functools import cache, partial
 from pathlib import Path
 import torch
-from fastai.basics import (Callback, CancelValidException, CrossEntropyLossFlat, ItemTransform, Learner, Pipeline,
-    accuracy, set_seed)
+from fastai.basics import CrossEntropyLossFlat, ItemTransform, Learner, Pipeline, accuracy, set_seed
 from fastai.callback.all import MixUp
 from kd_fastai.callback import KnowledgeDistillationCallback
 from kd_fastai.compare import kd_compare
 from kd_fastai.demo import digits, small_net
 from kd_fastai.losses import SoftTarget
 from kd_fastai.objective import Term
+from common import NoValidation
 
 LABELS,BATCH,PIXELS = 200,50,2
 
@@ -60,10 +60,6 @@ def funmatch(learn, patience, mixup=True, teacher_epochs=30):
     learn.patience = patience
     kd = KnowledgeDistillationCallback(teacher(teacher_epochs), Term(SoftTarget, 1., T=1), task_weight=0.)
     return [kd, MixUp(1.)] if mixup else [kd]
-
-class NoValidation(Callback):
-    "Skip the validation after each epoch, which would take longer than the training"
-    def before_validate(self): raise CancelValidException()
 
 def fit(learn, epochs, cbs):
     "Train as long as the way says"

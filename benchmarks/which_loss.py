@@ -4,11 +4,11 @@ the tutorial `which_loss`.
     python benchmarks/which_loss.py [--data digits] [--seeds 8] [--epochs 20] [--only SoftTarget RKD]
         [--weight-by paper auto] [--runs FILE] [--out FILE] [--folder FOLDER] [--quick]
 
-One row a run: seed, loss, where its weight comes from (`paper`, `auto`, or `rising`: 'auto' with
-a schedule from 0 to 1), the weight, accuracy in percent of the test
-images, seconds of processor time, and why not where a loss does not fit this task. Rows of `--out` for weights that
-are not measured are kept. `--runs` keeps the runs in a file of `kd_compare`, from which a stopped sweep goes on; delete
-rows to have them made again. `--quick` runs one seed for two epochs, to see that it works.
+One row a run: seed, loss, where its weight comes from (`paper`, `auto`, or `rising`, which is 'auto' with a schedule
+from 0 to 1), the weight, accuracy in percent of the test images, seconds of processor time, and why not where a loss
+does not fit this task. Rows of `--out` for weights that are not measured are kept. `--runs` keeps the runs in a file of
+`kd_compare`, from which a stopped sweep goes on; delete rows to have them made again. `--quick` runs one seed for two
+epochs, to see that it works.
 
 Each loss has the default weight of its page, or weight='auto', and the task a weight of 1: nothing is tuned. Teacher
 and student have the same channels, so that losses that compare features element by element take part without an
@@ -28,8 +28,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
-from fastai.basics import (Callback, CancelValidException, CrossEntropyLossFlat, Learner, Metric, accuracy, noop,
-                           set_seed)
+from fastai.basics import Callback, CrossEntropyLossFlat, Learner, Metric, accuracy, noop, set_seed
 from fastai.callback.schedule import SchedCos  # its module gives Learner its fit_one_cycle
 import kd_fastai.losses as losses
 from kd_fastai.compare import kd_compare
@@ -37,6 +36,7 @@ from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.info import get_loss_info
 from kd_fastai.signature import loss_args
 from kd_fastai.demo import digits, fashion
+from common import NoValidation
 
 ERRORS = TypeError,ValueError,RuntimeError,FloatingPointError,NotImplementedError
 FIELDS = ['seed','loss','weight_by','weight','accuracy','seconds','why_not']
@@ -117,10 +117,6 @@ class DeployedStudent(Callback):
     def __init__(self, loss): self.loss = loss
     def after_fit(self): self.learn.model = self.loss.student(self.learn.model)
 
-class NoValidation(Callback):
-    "Train without a look at the test images; their score is taken at the end"
-    def before_validate(self): raise CancelValidException
-
 def fit(learn, epochs, cbs): learn.fit_one_cycle(epochs, cbs=[*cbs, NoValidation()])
 
 def distillation(name, weight_by, get_teacher, learn):
@@ -155,7 +151,7 @@ def main():
     p.add_argument('--seeds', type=int, default=8)
     p.add_argument('--epochs', type=int, default=20)
     p.add_argument('--only', nargs='*', default=[])
-    p.add_argument('--weight-by', nargs='*', default=WEIGHT_BY, choices=WEIGHT_BY)
+    p.add_argument('--weight-by', nargs='*', default=['paper','auto'], choices=WEIGHT_BY)
     p.add_argument('--runs', type=Path)
     p.add_argument('--out', type=Path)
     p.add_argument('--quick', action='store_true')
