@@ -10,7 +10,8 @@
   parameters say what it reads. Write it from the paper, before the loss;
 - `HPS`: the parameters of each case; the first also for a batch of one, two classes, many classes and equal networks;
 - `SHAPES`, for a loss on features: shapes of the student's and the teacher's maps, without the batch;
-- `prepare(inputs, rng)`, if the inputs must be changed.
+- `prepare(inputs, rng)`, if the inputs must be changed, or to add the weights of the loss, as `'state/<name>'`. Then
+  `reference` takes `state`, a dict of them.
 
 A test computes the references again: the stored numbers are those of the loop in the repository."""
 import importlib.util, inspect, json, sys
@@ -41,14 +42,15 @@ def make_inputs(ref, B, C, seed, same=False):
     return ref.prepare(x, rng) if hasattr(ref, 'prepare') else x
 
 def run_reference(ref, inputs, hp):
-    "Value of the reference and gradients of the student's tensors by name"
+    "Value of the reference, and gradients of the student's tensors and of the loss's weights by their key in the file"
     x = {k: torch.tensor(v).double() if v.dtype.kind=='f' else torch.tensor(v) for k,v in inputs.items()}
-    student = {k: t.requires_grad_() for k,t in x.items() if k=='pred' or k.startswith('fm_s')}
+    leaves = {k: t.requires_grad_() for k,t in x.items() if k=='pred' or k.startswith(('fm_s/','state/'))}
     args = {k: t for k,t in x.items() if '/' not in k}
     for k,t in x.items():
         if '/' in k: args.setdefault(k.partition('/')[0], {})[k.partition('/')[2]] = t
     value = ref.reference(**args, **hp)
-    return value.item(),dict(zip(student, torch.autograd.grad(value, [*student.values()])))
+    grads = torch.autograd.grad(value, [*leaves.values()])
+    return value.item(),{f'grad_{k}' if k.startswith('state/') else f'grad/{k}': g for k,g in zip(leaves, grads)}
 
 def make(method):
     "Write the cases of a method and its entry in the index"
@@ -60,11 +62,11 @@ def make(method):
         inputs = make_inputs(ref, B, C, i, same)
         value,grads = run_reference(ref, inputs, hp)
         arrays |= {f'case{i}/{k}': v for k,v in inputs.items()} | {f'case{i}/expected': np.float64(value)}
-        arrays |= {f'case{i}/grad/{k}': g.float().numpy() for k,g in grads.items()}
+        arrays |= {f'case{i}/{k}': g.float().numpy() for k,g in grads.items()}
         cases.append(dict(key=f'case{i}', case=name, hp=hp, compare='value+grad', expected=value))
     np.savez_compressed(golden/f'{method}.npz', **arrays)
     about = dict(file=f'{method}.npz', reference=f'refs/{method}.py, a loop of our own', **ref.ABOUT)
-    entry = dict(about, parameterised=False, cases=cases)
+    entry = dict(about, parameterised=any('/state/' in k for k in arrays), cases=cases)
     (golden/'index'/f'{method}.json').write_text(json.dumps(entry, indent=1, ensure_ascii=False)+'\n')
 
 if __name__=='__main__':
