@@ -54,11 +54,9 @@ def trial_learner(
     return res.add_cbs([copy.copy(cb) for cb in learn.cbs if is_training(cb)])
 
 def _teacher_settings(
-    learn:Learner # A Learner, perhaps with a distillation callback
+    kd # A distillation callback
 )->dict: # Arguments of `Learner.distill`
-    "What the distillation callback of a Learner says about its teacher: its inputs and its classes"
-    kd = next(iter(kd_callbacks(learn)), None)
-    if kd is None: return {}
+    "What a callback says about its teacher: its inputs and its classes"
     res = dict(teacher_inputs=kd.teacher_inputs, teacher_tfm=kd.teacher.tfm, class_map=kd.objective.class_map)
     return {k: v for k,v in res.items() if v}
 
@@ -130,10 +128,10 @@ def kd_find(self:Learner,
 
     Raises `ValueError` without a teacher and for a budget of less than an epoch for each training; `TypeError` for a
     way that is none; and what the start of a fit would raise."""
-    own,settings,n_inputs = kd_callbacks(self),_teacher_settings(self),find_teacher_inputs(self)
+    own,n_inputs = kd_callbacks(self),find_teacher_inputs(self)
     if teacher is None and not own: raise ValueError("There is no teacher: give one, or attach it by distill(teacher)")
-    if teacher is None: teacher = own[0].teacher
-    else: settings = {'teacher_inputs': n_inputs} if n_inputs else {}
+    settings = {'teacher_inputs': n_inputs} if n_inputs else {}
+    if teacher is None: teacher,settings = own[0].teacher,_teacher_settings(own[0])
     ways = default_ways(layers) if ways is None else ways
     arguments = {n: {**settings, **distill_args(w)} for n,w in ways.items()}
     epochs = trial_epochs(budget, seeds*(len(arguments)+1))
