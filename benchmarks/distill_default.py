@@ -32,7 +32,7 @@ UNKNOWN,MORE = -100,3
 # labels (times those of the data) and epochs
 REGIMES = {'few labels': (1, 20), 'long': (1, 80), 'short': (1, 5), 'many labels': (4.5, 20),
            'many labels, short': (4.5, 5), 'other augmentation': (1, 20), 'other architecture': (1, 20),
-           'unlabeled too': (1, 20)}
+           'unlabeled too': (1, 20), 'unlabeled too, long': (1, 80)}
 
 def make_data(data, folder, labels, seed, other_augmentation=False):
     "Digits are shifted if the augmentation is the other one, Fashion-MNIST is not"
@@ -45,7 +45,7 @@ def make_learner(data, folder, regime, seed):
     dls = make_data(data, folder, labels, seed, regime=='other augmentation')
     net = small_net(8) if regime=='other architecture' else which_loss.net(True)
     learn = Learner(dls, net, lr=1e-2, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
-    learn.more = make_data(data, folder, (1+MORE)*labels, seed) if regime=='unlabeled too' else None
+    learn.more = make_data(data, folder, (1+MORE)*labels, seed) if 'unlabeled' in regime else None
     return learn
 
 def add_unlabeled(learn):

@@ -1,15 +1,14 @@
 """Losses on Fashion-MNIST: small students with few labels, alone and with a teacher, over paired seeds.
 
-    python benchmarks/fashion.py [--students thin mixer] [--labels 100 1000] [--seeds 8] [--only WAY ...]
-        [--folder FOLDER] [--download] [--cache FOLDER] [--hours 1] [--quick]
+    python benchmarks/fashion.py [--students thin mixer] [--labels 100 1000 10000] [--steps 2400] [--seeds 8]
+        [--only WAY ...] [--folder FOLDER] [--download] [--cache FOLDER] [--hours 1] [--picture FILE] [--quick]
 
 Every way of a seed has the same initial weights, labeled images, batches, shifts and flips; ways with 10,000 images
-have other batches, and as many. The score is the accuracy
-on the 10,000 test images at the end of training. Temperatures and weights are those of the papers (`paper`), or found
-by `weight='auto'` (`auto`). The learning rate is that of the digits (thin), or was chosen for the student alone on
-5,000 training images that it did not learn from (mixer, `--choose`). No weight, temperature, rate or length was chosen
-on the test images. The number of labels was: one seed with 1,000 showed that 600 steps do not use so many (with 10,000
-labels it gained 0.8 points), so that more seeds were spent on 100 labels.
+have other batches, and as many. The score is the accuracy on the 10,000 test images at the end of training.
+Temperatures and weights are those of the papers (`paper`), found by `weight='auto'` (`auto`), or those of
+`learn.distill(teacher)`. The learning rate is that of the digits (thin), or was chosen for the student alone on 5,000
+training images that it did not learn from (mixer, `--choose`). No weight, temperature, rate or length was chosen on
+the test images. A training takes 2,400 steps of 100 images, with fewer than 1,000 labels 600.
 
 The teacher is trained once, on all 60,000 images, and kept in `--cache` with the finished runs, from which a stopped
 benchmark goes on. It is asked once about each version of an image (`CachedTeacher` with a view for each epoch), for
@@ -27,7 +26,7 @@ from torch import nn
 from fastai.basics import CrossEntropyLossFlat, L, Learner, accuracy, set_seed
 import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
 from kd_fastai.cache import CachedTeacher, StoredTeacher
-from kd_fastai.callback import KnowledgeDistillationCallback, Term
+from kd_fastai.callback import KnowledgeDistillationCallback, Term, rising
 from kd_fastai.compare import comparison_table, kd_compare, paired_interval, size_kb
 from kd_fastai.demo import fashion
 from kd_fastai.info import get_loss_info
@@ -75,8 +74,12 @@ def mixer(channels):
 
 STUDENTS = {'thin': partial(resnet, 6), 'mixer': partial(mixer, 32)}
 LR = {'thin': 1e-2, 'mixer': 1e-2}  # thin: that of the digits; mixer: by --choose
-EPOCHS = {100: 600, 1000: 60, 10_000: 12}   # 600 steps, and 1,200 with 10,000 labels
 BS = 100
+LABELS = [100,1000,10_000]
+
+def default_steps(labels):
+    "Steps of a training with this number of labels"
+    return 600 if labels<1000 else 2400
 
 # --- the teacher
 
@@ -127,12 +130,14 @@ class Answers:
 def paper(loss, **params): return Term(loss, weight=get_loss_info(loss).weight, **params)
 def auto(loss, **params): return Term(loss, weight='auto', **params)
 
+ALONE,DEFAULT = 'student alone','learn.distill(teacher)'
 MAPS = {'thin': ['middle','late'], 'mixer': ['middle']}  # of the same sizes as the teacher's
 LATE,POOL,HINT = dict(layers=['late']),dict(layers=['pool']),dict(layers=['middle'], adapt='auto')
 
 def ours(maps):
     "Terms and task weight of each way"
     return {
+        DEFAULT:             lambda: ([rising(auto(SoftTarget, T=4))], 1.),
         'SoftTarget, auto':  lambda: ([auto(SoftTarget, T=4)], 1.),
         'SoftTarget, paper': lambda: ([Term(SoftTarget, weight=0.9, T=4)], 0.1),
         'DecoupledKD, auto': lambda: ([auto(DecoupledKD)], 1.),
@@ -179,8 +184,7 @@ def torchdistill_at(mid_level, maps):
         return loss({n: {'output': f} for n,f in fm_s.items()}, {n: {'output': f} for n,f in fm_t.items()})
     return at
 
-ALONE = 'student alone'
-FIRST = [ALONE, *[*ours([])][:8]]
+FIRST = [ALONE, *[*ours([])][:9]]
 
 def distilled(answers, make, epochs, learn):
     "The callback of a way"
@@ -189,20 +193,20 @@ def distilled(answers, make, epochs, learn):
 
 MORE = 10_000
 
-def more_images(learn, data):
-    "Train on ten times as many images, in as many steps"
-    learn.epochs = EPOCHS[1000]*1000//MORE
+def more_images(learn, data, steps):
+    "Train on 10,000 images, in as many steps"
+    learn.epochs = steps*BS//MORE
     learn.dls = fashion(MORE, learn.seed, bs=BS, **data)
 
-def imitating(teacher, data, learn):
+def imitating(teacher, data, steps, learn):
     "The callback of a student that learns from the teacher alone, on images whose labels are not used"
-    more_images(learn, data)
+    more_images(learn, data, steps)
     return KnowledgeDistillationCallback(teacher, [Term(SoftTarget, weight=1., T=4)], task_weight=0.)
 
-def more(teacher, data):
+def more(teacher, data, steps):
     "Ways with more images, by name"
-    return {'imitation, 10,000 images without labels': partial(imitating, teacher, data),
-            'alone, 10,000 labels': partial(more_images, data=data)}
+    return {'imitation, 10,000 images without labels': partial(imitating, teacher, data, steps),
+            'alone, 10,000 labels': partial(more_images, data=data, steps=steps)}
 
 def alone(): return [Term(SoftTarget, weight=0.)],1.  # with a teacher of weight 0, for the same versions of the images
 
@@ -232,31 +236,30 @@ def set_aside(file, names):
     for f,part in ((aside(file), runs[~runs.way.isin(names)]), (file, runs[runs.way.isin(names)])):
         part.to_csv(f, index=False) if len(part) else f.unlink(missing_ok=True)
 
-def compare(student, labels, names, seeds, epochs, teacher, data, file, deadline):
+def compare(student, labels, steps, names, seeds, teacher, data, file, deadline):
     "One comparison: a student, a number of labels. Seed by seed, until the deadline"
+    epochs = max(1, steps*BS//labels)
     answers,every = Answers(teacher),{ALONE: alone, **ours(MAPS[student]), **peers(MAPS[student])}
     set_aside(file, names)
     ways = {n: partial(distilled, answers, every[n], epochs) for n in every if n in names}
-    ways |= {n: way for n,way in more(teacher, data).items() if n in names}
-    seen,res = OncePerBatch(teacher),None
+    ways |= {n: way for n,way in more(teacher, data, steps).items() if n in names}
+    seen = OncePerBatch(teacher)
     for n in range(1, seeds+1):
-        res = kd_compare(partial(make_learner, student, labels, data), ways, n, epochs, csv=file, rounds=0,
-                         teacher=seen, fit=fit, progress=False)
+        kd_compare(partial(make_learner, student, labels, data), ways, n, epochs, csv=file, rounds=0, teacher=seen,
+                   fit=fit, progress=False)
         print(f"{datetime.now():%H:%M} {student}, {labels} labels: {n} of {seeds} seeds", flush=True)
         if time.time()>deadline: break
-    return res
 
-GROUP = ['student','labels','auto_ratio']
+GROUP = ['student','labels','steps','auto_ratio']
 
-def results(folder, students, labels):
+def results(folder, steps):
     "The runs of all comparisons in a folder, and their table"
     runs,tables = [],[]
-    for student in students:
-        for n in labels:
-            file = runs_file(folder, student, n)
-            one = read_runs(file)
+    for student in STUDENTS:
+        for n,k in steps.items():
+            one = read_runs(runs_file(folder, student, n, k))
             if not len(one): continue
-            group = dict(zip(GROUP, (student, n, ratios())))
+            group = dict(zip(GROUP, (student, n, k, ratios())))
             table = comparison_table(one, 'accuracy', ALONE).drop(columns=['epochs','seconds','valid_loss'])
             runs.append(one.assign(**group))
             tables.append(table.rename_axis('way').reset_index().assign(**group))
@@ -269,7 +272,7 @@ def teacher_row(teacher, score):
     return pd.DataFrame([dict(student='', labels=60_000, way='teacher', runs=1, mean=score, kb=size_kb(teacher),
                               parameters=sum(p.numel() for p in teacher.parameters()))])
 
-PICTURED = {ALONE: 'alone,\n100 labels', 'SoftTarget, auto': 'teacher,\nthe same images',
+PICTURED = {ALONE: 'alone,\n100 labels', DEFAULT: 'teacher,\nthe same images',
             'imitation, 10,000 images without labels': 'teacher, 10,000\nimages, no labels'}
 
 def picture(runs, teacher, file):
@@ -296,20 +299,20 @@ def ratios():
     "The constant of `weight='auto'` as text"
     return ', '.join(f'{k} {v:g}' for k,v in AUTO_RATIO.items())
 
-def runs_file(folder, student, labels):
+def runs_file(folder, student, labels, steps):
     "The file of one comparison. Another ratio is another comparison"
-    return folder/f"{student}_{labels}_{'_'.join(f'{v:g}' for v in AUTO_RATIO.values())}.csv"
+    return folder/f"{student}_{labels}_{steps}_{'_'.join(f'{v:g}' for v in AUTO_RATIO.values())}.csv"
 
-def choose(students, labels, data, seeds=1):
+def choose(students, steps, data, seeds=1):
     "Accuracy of the student alone for several learning rates, on 5,000 training images that it does not learn from"
     for student in students:
-        for n in labels:
+        for n,k in steps.items():
             for lr in (3e-3, 1e-2, 3e-2):
                 scores = []
                 for seed in range(seeds):
                     set_seed(seed, reproducible=True)
                     learn = make_learner(student, n, dict(data, holdout=5000), seed)
-                    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(EPOCHS[n], lr, cbs=NoValidation())
+                    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(k*BS//n, lr, cbs=NoValidation())
                     with learn.no_bar(): scores.append(learn.validate()[1])
                 print(f'{student}, {n} labels, lr {lr:g}: {100*sum(scores)/seeds:.2f}%', flush=True)
 
@@ -317,8 +320,9 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--students', nargs='*', default=[*STUDENTS], choices=[*STUDENTS])
     p.add_argument('--labels', nargs='*', type=int, default=[1000])
+    p.add_argument('--steps', type=int)
     p.add_argument('--seeds', type=int, default=8)
-    p.add_argument('--only', nargs='*', help='names of ways; the first nine, if not given')
+    p.add_argument('--only', nargs='*', help='names of ways; the first ten, if not given')
     p.add_argument('--folder', type=Path)
     p.add_argument('--download', action='store_true')
     p.add_argument('--cache', type=Path, default=Path.home()/'.cache/kd_fastai/fashion')
@@ -330,22 +334,23 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(1)
     teacher_epochs = 10
-    if a.quick: a.seeds,a.labels,a.cache,a.out,teacher_epochs = 2,[50],Path('fashion_quick'),Path('fashion_quick'),1
-    if a.quick: EPOCHS[50] = 2
+    if a.quick:
+        a.seeds,a.labels,a.steps,teacher_epochs = 2,[50],1,1
+        a.cache = a.out = Path('fashion_quick')
+    steps = {n: a.steps or default_steps(n) for n in a.labels}
     a.cache.mkdir(parents=True, exist_ok=True)
     a.out.mkdir(exist_ok=True)
     data = dict(folder=a.folder, download=a.download)
-    if a.choose: return choose(a.students, a.labels, data)
-    every = [ALONE, *ours([]), *peers([]), *more(None, {})]
+    if a.choose: return choose(a.students, steps, data)
+    every = [ALONE, *ours([]), *peers([]), *more(None, {}, 0)]
     names = [ALONE, *a.only] if a.only else FIRST
     if unknown := {*names}-{*every}: p.error(f"No such way: {', '.join(sorted(unknown))}. There are {every}")
     deadline = time.time()+3600*a.hours
     teacher,score = get_teacher(a.cache, data, teacher_epochs)
     for student in a.students:
-        for n in a.labels:
-            compare(student, n, names, a.seeds, EPOCHS.get(n, 10), teacher, data, runs_file(a.cache, student, n),
-                    deadline)
-    runs,table = results(a.cache, [*STUDENTS], [*EPOCHS])
+        for n,k in steps.items():
+            compare(student, n, k, names, a.seeds, teacher, data, runs_file(a.cache, student, n, k), deadline)
+    runs,table = results(a.cache, {**{n: default_steps(n) for n in LABELS}, **steps})
     table = pd.concat([teacher_row(teacher, score), table], ignore_index=True)[[*table]]
     runs.to_csv(a.out/'fashion_runs.csv', index=False)
     common.TABLES = a.out
