@@ -6,7 +6,7 @@ the tutorial `which_loss`.
 
 One row a run: seed, loss, where its weight comes from (`paper`, `auto`, or `rising`, which is 'auto' with a schedule
 from 0 to 1), the weight, accuracy in percent of the test images, seconds of processor time, and why not where a loss
-does not fit this task. Rows of `--out` for weights that are not measured are kept. `--runs` keeps the runs in a file of
+does not fit this task. Rows of `--out` for losses and weights that are not measured now are kept. `--runs` keeps the runs in a file of
 `kd_compare`, from which a stopped sweep goes on; delete rows to have them made again. `--quick` runs one seed for two
 epochs, to see that it works.
 
@@ -138,11 +138,11 @@ def rows(runs):
     res['accuracy'] = res.accuracy.mul(100).round(2)
     return res[FIELDS]
 
-def kept_rows(file, weight_by):
-    "The rows of an earlier file for weights that are not measured now"
+def kept_rows(file, made):
+    "The rows of an earlier file for losses and weights that are not among `made`"
     if not file.exists(): return pd.DataFrame(columns=FIELDS)
-    old = pd.read_csv(file, dtype={'weight': str})
-    return old[old.weight_by.notna() & ~old.weight_by.isin(weight_by)]
+    old,again = pd.read_csv(file, dtype={'weight': str}),{*zip(made.loss, made.weight_by)}
+    return old[[by==by and (loss, by) not in again for loss,by in zip(old.loss, old.weight_by)]]
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
@@ -171,7 +171,8 @@ def main():
     with get_teacher().no_bar(), get_teacher().no_logging(): score = get_teacher().validate()[1]
     first = pd.DataFrame([dict(seed=0, loss='teacher', accuracy=round(100*score, 2))])
     left_out = pd.DataFrame([dict(seed=s, loss=n, why_not=f'for {task[n]}') for s in range(a.seeds) for n in task])
-    parts = [first, rows(res.runs), kept_rows(a.out, a.weight_by), left_out]
+    made = rows(res.runs)
+    parts = [first, made, kept_rows(a.out, made), left_out]
     pd.concat(parts).reindex(columns=FIELDS).to_csv(a.out, index=False)
     print(res)
 

@@ -9,7 +9,7 @@ __all__ = ['split_xy', 'predicted_classes', 'size_kb', 'latency', 'comparison_ta
            'StudentInputs', 'run_way', 'kd_compare']
 
 # %% ../nbs/36_compare.ipynb #a1f34bf6
-import hashlib, io, os, pickle, sys, time
+import hashlib, io, os, pickle, re, sys, time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -262,6 +262,10 @@ def _with_student_inputs(learn, cbs, teacher_inputs, name):
         f"teacher_inputs={max(given)}) and this number in each way, so that all students get the same inputs")
     return cbs
 
+def _own_message(e):
+    "First line of an exception's message, without the callback and event that fastai puts before it"
+    return re.sub(r'^Exception occured in .*\n\t', '', str(e)).split('\n')[0]
+
 def run_way(
     make_learner:Callable, # Makes a Learner: `make_learner(seed)`
     name:str,              # Name of the way
@@ -285,7 +289,7 @@ def run_way(
             with learn.no_bar(), learn.no_logging(): fit(learn, epochs, cbs=cbs)
             row['seconds'] = round(time.process_time()-began, 3)
             with learn.added_cbs(cbs if teacher_inputs else []): return row | _scores(learn, teacher)
-        except catch as e: return row | dict(error=f'{type(e).__name__}: {e}'.split('\n')[0][:200])
+        except catch as e: return row | dict(error=f'{type(e).__name__}: {_own_message(e)}'[:200])
 
 def _scores(learn, teacher):
     "Metrics on the validation set, agreement with the teacher, calibration error, and sizes"

@@ -219,6 +219,12 @@ def test_caught_errors_are_rows(tmp_path):
     assert again.runs.error.notna().sum()==2
     with pytest.raises(ValueError, match='this way'): quick(make_learner, named(fails), 1)
 
+def test_errors_inside_a_training_are_rows_in_their_own_words(tmp_path):
+    class Fails(Callback):
+        def before_batch(self): raise ValueError("the batch has no teacher\ndetails")
+    res = quick(make_learner, named(lambda learn: Fails()), 1, csv=tmp_path/'r.csv', catch=(ValueError,))
+    assert [*res.runs.error.dropna()]==['ValueError: the batch has no teacher']
+
 # ---- what it refuses
 
 def test_a_start_that_is_not_the_same():
