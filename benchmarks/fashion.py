@@ -272,27 +272,32 @@ def teacher_row(teacher, score):
     return pd.DataFrame([dict(student='', labels=60_000, way='teacher', runs=1, mean=score, kb=size_kb(teacher),
                               parameters=sum(p.numel() for p in teacher.parameters()))])
 
-PICTURED = {ALONE: 'alone,\n100 labels', DEFAULT: 'teacher,\nthe same images',
-            'imitation, 10,000 images without labels': 'teacher, 10,000\nimages, no labels'}
+PICTURED = {ALONE: 'alone', DEFAULT: 'with a teacher,\nthe same images',
+            'imitation, 10,000 images without labels': 'with a teacher, 10,000\nimages, no labels'}
 
-def picture(runs, teacher, file):
-    "Draw the accuracy of the thin student in the ways of `PICTURED`: a dot for each seed, means with intervals"
-    import matplotlib; matplotlib.use('agg')
-    import matplotlib.pyplot as plt
-    runs = runs[(runs.student=='thin') & (runs.labels==100)]
+def draw(ax, runs, teacher, title):
+    "Draw the accuracy in the ways of `PICTURED`: a dot for each seed, means with intervals"
     scores = runs.pivot(index='seed', columns='way', values='accuracy').mul(100)[[*PICTURED]]
-    fig,ax = plt.subplots(figsize=(6.4, 3.2), layout='constrained')
     ax.axhline(100*teacher, color='k', ls='--', lw=1)
     ax.text(-.4, 100*teacher, 'teacher, 60,000 labels', va='bottom', size=8)
     for i,way in enumerate(PICTURED):
-        color = 'C7' if 'alone' in way else 'C2'
-        ax.plot([i]*len(scores), scores[way], 'o', color=color, alpha=.5)
+        ax.plot([i]*len(scores), scores[way], 'o', color='C7' if way==ALONE else 'C2', alpha=.5)
         ax.plot(i, scores[way].mean(), 'k_', ms=26, mew=2)
         d = paired_interval(scores[way]-scores[ALONE])
-        if way!=ALONE: ax.text(i+.12, scores[way].mean(),
+        if way!=ALONE: ax.text(i+.16, scores[way].mean(),
             f"{d['gain']:+.1f}\n({d['low']:.1f} to {d['high']:.1f})", va='center', size=8)
-    ax.set(xticks=range(len(PICTURED)), xticklabels=PICTURED.values(), xlim=(-.5, len(PICTURED)-.3),
-           ylim=(None, 100*teacher+1.5), ylabel='% of 10,000 test images right')
+    ax.set(xticks=range(len(PICTURED)), xlim=(-.5, len(PICTURED)-.2), title=title)
+    ax.set_xticklabels(PICTURED.values(), size=8)
+
+def picture(runs, teacher, file):
+    "Draw the thin student with 100 and with 1,000 labels"
+    import matplotlib; matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    fig,axs = plt.subplots(1, 2, sharey=True, figsize=(9, 3.6), layout='constrained')
+    for ax,labels in zip(axs, (100,1000)):
+        draw(ax, runs[(runs.student=='thin') & (runs.labels==labels)], teacher,
+             f'{labels:,} labels, {default_steps(labels):,} steps')
+    axs[0].set(ylim=(None, 100*teacher+1.5), ylabel='% of 10,000 test images right')
     fig.savefig(file, dpi=130)
 
 def ratios():
