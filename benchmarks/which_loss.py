@@ -6,9 +6,9 @@ the tutorial `which_loss`.
 
 One row a run: seed, loss, where its weight comes from (`paper`, `auto`, or `rising`, which is 'auto' with a schedule
 from 0 to 1), the weight, accuracy in percent of the test images, seconds of processor time, and why not where a loss
-does not fit this task. Rows of `--out` for losses and weights that are not measured now are kept. `--runs` keeps the runs in a file of
-`kd_compare`, from which a stopped sweep goes on; delete rows to have them made again. `--quick` runs one seed for two
-epochs, to see that it works.
+does not fit this task. Rows of `--out` for losses and weights that are not measured now are kept. `--runs` keeps the
+runs in a file of `kd_compare`, from which a stopped sweep goes on; delete rows to have them made again. `--quick` runs
+one seed for two epochs, to see that it works.
 
 Each loss has the default weight of its page, or weight='auto', and the task a weight of 1: nothing is tuned. Teacher
 and student have the same channels, so that losses that compare features element by element take part without an

@@ -22,8 +22,9 @@ def results(folder): return [pd.read_csv(folder/'fashion_quick'/f'{n}.csv') for 
 def test_every_way_runs_on_every_seed(done):
     runs,table = results(done)
     assert {*runs.groupby('way').seed.count()}=={2}
-    assert [*table.way]==['teacher','student alone','learn.distill(teacher)','SoftTarget, auto','SoftTarget, paper','DecoupledKD, auto',
-                          'Logits, auto','Attention, auto','FitNet, auto','RKD, auto','Similarity, auto']
+    assert [*table.way]==['teacher','student alone','learn.distill(teacher)','SoftTarget, auto','SoftTarget, paper',
+                          'DecoupledKD, auto','Logits, auto','Attention, auto','FitNet, auto','RKD, auto',
+                          'Similarity, auto']
 
 def test_ways_of_a_seed_are_paired(done):
     runs,_ = results(done)
