@@ -81,6 +81,10 @@ def default_steps(labels):
     "Steps of a training with this number of labels"
     return 600 if labels<1000 else 2400
 
+def epochs_of(steps, images):
+    "Epochs of this many images that take about this many steps, at least one"
+    return max(1, steps*BS//images)
+
 # --- the teacher
 
 def train_teacher(data, epochs):
@@ -195,7 +199,7 @@ MORE = 10_000
 
 def more_images(learn, data, steps):
     "Train on 10,000 images, in as many steps"
-    learn.epochs = steps*BS//MORE
+    learn.epochs = epochs_of(steps, MORE)
     learn.dls = fashion(MORE, learn.seed, bs=BS, **data)
 
 def imitating(teacher, data, steps, learn):
@@ -238,7 +242,7 @@ def set_aside(file, names):
 
 def compare(student, labels, steps, names, seeds, teacher, data, file, deadline):
     "One comparison: a student, a number of labels. Seed by seed, until the deadline"
-    epochs = max(1, steps*BS//labels)
+    epochs = epochs_of(steps, labels)
     answers,every = Answers(teacher),{ALONE: alone, **ours(MAPS[student]), **peers(MAPS[student])}
     set_aside(file, names)
     ways = {n: partial(distilled, answers, every[n], epochs) for n in every if n in names}
@@ -317,7 +321,8 @@ def choose(students, steps, data, seeds=1):
                 for seed in range(seeds):
                     set_seed(seed, reproducible=True)
                     learn = make_learner(student, n, dict(data, holdout=5000), seed)
-                    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(k*BS//n, lr, cbs=NoValidation())
+                    with learn.no_bar(), learn.no_logging():
+                        learn.fit_one_cycle(epochs_of(k, n), lr, cbs=NoValidation())
                     with learn.no_bar(): scores.append(learn.validate()[1])
                 print(f'{student}, {n} labels, lr {lr:g}: {100*sum(scores)/seeds:.2f}%', flush=True)
 
@@ -325,7 +330,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--students', nargs='*', default=[*STUDENTS], choices=[*STUDENTS])
     p.add_argument('--labels', nargs='*', type=int, default=[1000])
-    p.add_argument('--steps', type=int)
+    p.add_argument('--steps', type=int, help='2400, or 600 with fewer than 1000 labels, if not given')
     p.add_argument('--seeds', type=int, default=8)
     p.add_argument('--only', nargs='*', help='names of ways; the first ten, if not given')
     p.add_argument('--folder', type=Path)

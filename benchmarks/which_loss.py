@@ -141,8 +141,9 @@ def rows(runs):
 def kept_rows(file, made):
     "The rows of an earlier file for losses and weights that are not among `made`"
     if not file.exists(): return pd.DataFrame(columns=FIELDS)
-    old,again = pd.read_csv(file, dtype={'weight': str}),{*zip(made.loss, made.weight_by)}
-    return old[[by==by and (loss, by) not in again for loss,by in zip(old.loss, old.weight_by)]]
+    old = pd.read_csv(file, dtype={'weight': str}).dropna(subset='weight_by')
+    again = {*zip(made.loss, made.weight_by)}
+    return old[[o not in again for o in zip(old.loss, old.weight_by)]]
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
