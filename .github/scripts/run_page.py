@@ -1,10 +1,10 @@
 """Run pages and store their outputs: `python .github/scripts/run_page.py nbs/tutorials/lesson.ipynb ...`
 
-Pages contain no settings for this. fastai prints its progress table as text here, and the frames of its bars are removed."""
+Pages contain no settings for it. fastai prints its progress table as text; the frames of its bars are removed."""
 import json, os, re, subprocess, sys
 from pathlib import Path
 
-quiet = dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', TRANSFORMERS_VERBOSITY='error', HF_HUB_DISABLE_PROGRESS_BARS='1')
+quiet = dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', TRANSFORMERS_VERBOSITY='error')
 
 def last_frame(line):
     "What a terminal shows of a line that was overwritten after each carriage return"
