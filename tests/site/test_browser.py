@@ -197,8 +197,9 @@ def test_search(url, new_tab, size):
 
 # What people search for, and the page that the first result must be on
 queries = {
-    'weight': 'tutorials/weights', 'temperature': 'tutorials/weights|glossary', 'learning rate': 'tutorials/(faq|lesson)',
-    'mixup': 'tutorials/faq', 'cutmix': 'tutorials/faq', 'loss is nan': 'tutorials/faq', 'object detection': 'tutorials/faq',
+    'weight': 'tutorials/weights', 'temperature': 'tutorials/weights|glossary', 'loss is nan': 'tutorials/faq',
+    'learning rate': 'tutorials/(faq|lesson)', 'mixup': 'tutorials/faq', 'cutmix': 'tutorials/faq',
+    'object detection': 'tutorials/faq',
     'teacher normalization': 'tutorials/|hooks/inputs', 'colab': 'tutorials/install', 'install': 'tutorials/install',
     'timm': 'tutorials/any_learner', 'hugging face': 'tutorials/any_learner', 'onnx': 'tutorials/ship',
     'quantization': 'tutorials/ship', 'unlabelled': 'tutorials/unlabeled', 'segmentation': 'tutorials/segmentation',
