@@ -376,6 +376,7 @@ def _row(f):
 EXTREME = dict(logits60=lambda t: 60*t.sign(), zeros=torch.zeros_like, constant=torch.ones_like, dead_channel=_channel,
                zero_row=_row, equal_rows=lambda t: t[:1].expand_as(t).clone(),
                large=lambda t: 1e4*t, small=lambda t: 1e-12*t, relu=lambda t: (t-3).relu())
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize('how', EXTREME)
 def test_extreme(name, how):
@@ -402,6 +403,7 @@ def test_batch_of_one(name):
     value,grads = run(name, inputs(name, B=1))
     assert value.isfinite() and all(g.isfinite().all() for g in grads)
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half(name, dtype):
@@ -449,6 +451,7 @@ def test_dense(name):
     def wide(t): return t[...,None,None].expand(*t.shape, 2, 3).clone()
     close(ALL[name][0](**changed(x, wide, ('pred','teacher_pred','target'))), ALL[name][0](**x), 1e-6)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [n for n in ALL if n in LOSSES or '(' in n])
 def test_compile(name):
     "One graph, with the same number and the same gradients: of losses and wrappers. Generating its code takes long"
@@ -495,6 +498,7 @@ class _Largest(TorchDispatchMode):
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor): self.numel = max(self.numel, t.untyped_storage().nbytes()//t.element_size())
         return out
+@pytest.mark.slow
 @with_maps
 def test_lean(name):
     "No tensor much larger than a feature: nothing of B×B×D, B×C×C×HW or B×C×HW×HW"

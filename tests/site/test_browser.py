@@ -10,6 +10,7 @@ import pytest
 
 exe = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not find_spec('playwright'), reason='playwright, which drives the browser, is not installed'),
     pytest.mark.skipif(not exe, reason='no browser is installed: chromium, chromium-browser or google-chrome')]
 flags = '''--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
