@@ -211,7 +211,7 @@ def plot_terms(self:Learner,
     try: history = self.kd_history()
     except ValueError: history = pd.DataFrame()
     if 'task_loss' not in history: raise ValueError("There is nothing to draw: plot_terms comes after a fit with "
-        "KnowledgeDistillationCallback")
+        "KnowledgeDistillationCallback; validate clears the recorder of a fit whose callback has been removed")
     ax = _single_axes(ax, (5.5,2.6))
     for n in history.columns[history.columns.get_loc('task_loss'):]:
         ax.plot(range(len(history)), history[n]/history[n][0] if relative else history[n], label=n)
