@@ -18,8 +18,7 @@ from fastai.torch_core import no_random
 from ..callback import KnowledgeDistillationCallback, kd_callbacks
 from ..hooks.capture import preserving_modes
 from ..losses import Mutual, SoftTarget
-from ..losses.info import get_loss_info
-from ..losses.signature import unwrap_loss
+from ..losses.facts import get_loss_info, unwrap_loss
 from .scores import Scores, preserving_loader_rngs, score_models
 from .trial import attached, preserving_buffers, trial_learner
 from ..teacher.classes import TeacherConfusion
