@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from .shapes import channels_first
 from .info import get_loss_info
-from ..teacher.inputs import as_plain_tensor
+from ..hooks.inputs import as_plain_tensor
 from .signature import loss_args, loss_name, unwrap_chain
 
 # %% ../../nbs/losses/masks.ipynb #7c95b0bf

@@ -26,7 +26,7 @@ from fastprogress.fastprogress import progress_bar
 from fastai.basics import Callback, Learner, find_bs, no_random, set_seed
 from fastai.callback.progress import ProgressCallback  # gives Learner its no_bar  # noqa: F401
 from fastai.callback.schedule import ParamScheduler    # gives Learner its fit_one_cycle  # noqa: F401
-from ..teacher.inputs import split_inputs
+from ..hooks.inputs import split_inputs
 from .report import calibration_error
 from ..teacher.live import Teacher, find_teacher_inputs
 

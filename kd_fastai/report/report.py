@@ -19,10 +19,10 @@ from fastcore.basics import GetAttr, patch, store_attr
 from fastai.basics import AvgLoss, Callback, CancelFitException, L, Learner, noop
 from fastai.torch_core import no_random
 from ..callback import KnowledgeDistillationCallback, kd_callbacks
-from ..hooks.capture import preserving_modes
+from ..hooks.models import preserving_modes
 from ..teacher.classes import TeacherConfusion, in_student_order
 from ..losses.info import get_loss_info
-from ..teacher.inputs import split_inputs
+from ..hooks.inputs import split_inputs
 from ..losses import Mutual, SoftTarget
 from ..losses.signature import unwrap_loss
 from ..teacher.live import get_logits

@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from fastai.basics import Learner
 from .card import metric_values, resize_batch
 from ..report.compare import BatchReader, latency, split_xy
-from ..teacher.inputs import as_plain_tensor, split_inputs
+from ..hooks.inputs import as_plain_tensor, split_inputs
 from ..teacher.live import Teacher, find_teacher_inputs
 
 # %% ../../nbs/ship/parity.ipynb #ebb467ae
