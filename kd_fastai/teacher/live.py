@@ -21,10 +21,10 @@ from fastai.callback.rnn import ModelResetter
 from ..hooks.capture import Capture
 from ..hooks.inputs import auto_tfm
 from ..hooks.models import (as_plain_tensor, find_logits, float_dtype, get_logits, naming_errors, own_copy,
-                                    read_model, restore_modes, set_eval_mode, timm_teacher, unwrap_model)
+                                    read_model, restore_modes, set_eval_mode, unwrap_model)
 from .early_exit import Watch
 
-# %% ../../nbs/teacher/live.ipynb #1261889d
+# %% ../../nbs/teacher/live.ipynb #91ada1a3
 class BaseTeacher:
     "The interface of all teachers"
     model = nn.Module() # The model that predicts; an empty one for a teacher that has predictions only
@@ -82,7 +82,7 @@ class BaseTeacher:
         "Return predictions and features of one batch, without gradients"
         raise NotImplementedError
 
-# %% ../../nbs/teacher/live.ipynb #cfbf7704
+# %% ../../nbs/teacher/live.ipynb #73def9b2
 def to_logits(
     prob:Tensor,   # Probabilities
     eps:float=1e-7 # Smallest probability
@@ -239,7 +239,7 @@ def _result_dtype(xb, dtype):
     if not floats or floats[0]==dtype: return None
     return torch.promote_types(floats[0], torch.float32)
 
-# %% ../../nbs/teacher/live.ipynb #0427d7c4
+# %% ../../nbs/teacher/live.ipynb #971d397a
 read_teacher = read_model
 def find_teacher(learn):
     "Return the `Teacher` of the first distillation callback of a Learner; None if there is none"

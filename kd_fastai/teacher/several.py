@@ -11,7 +11,6 @@ __all__ = ['Teachers']
 import copy
 from contextlib import ExitStack, contextmanager
 from typing import Callable
-import torch
 from torch import nn, Tensor
 from .live import BaseTeacher, Teacher
 
