@@ -1,7 +1,6 @@
 "Teachers that are functions, and the faster copy of a teacher."
 from copy import deepcopy
 import pytest, torch
-from torch import nn
 from fastai.basics import *
 from fastai.callback.all import *
 from kd_fastai.all import *

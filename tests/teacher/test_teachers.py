@@ -719,7 +719,7 @@ def test_auto_conversion_needs_to_know_the_teacher():
 
 def test_name_of_a_timm_model_as_teacher(monkeypatch):
     timm = pytest.importorskip('timm')
-    from kd_fastai.teacher.live import timm_teacher
+    from kd_fastai.hooks.models import timm_teacher
     asked,create = [],timm.create_model
     def without_weights(name, pretrained, **kwargs):
         asked.append((name, pretrained))
