@@ -17,8 +17,8 @@ import torch
 from torch import nn, Tensor
 from fastai.basics import DataLoaders, Learner, tuplify
 from .inputs import auto_tfm, sample_inputs, split_inputs
-from .models import (as_plain_tensor, eval_no_grad, get_logits, naming_errors, read_model, tensor_version,
-                                    unwrap_model)
+from .models import as_plain_tensor, eval_no_grad, get_logits, naming_errors, read_model
+from .models import tensor_version, unwrap_model
 
 # %% ../../nbs/hooks/matching.ipynb #a3a3456c
 class LayerOutput(NamedTuple):

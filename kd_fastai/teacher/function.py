@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from fastai.basics import Learner
 from ..hooks.models import as_plain_tensor
-from .fast import FastTeacher
+from .fast import FastTeacher, check_dtype
 from .live import BaseTeacher, Teacher, to_logits
 from .several import Teachers
 
@@ -63,7 +63,7 @@ def onnx_teacher(
     def run(*xb): return session.run(None, dict(zip(names, xb)))[output]
     return FunctionTeacher(run)
 
-# %% ../../nbs/teacher/function.ipynb #7366e7c2
+# %% ../../nbs/teacher/function.ipynb #60add0d9
 def as_teacher(
     source:nn.Module|Learner|str|Path|BaseTeacher|dict, # A model, a `Learner`, its file, a teacher, or a dict of these
     dtype:torch.dtype|None=None # Type of a copy that predicts
@@ -74,4 +74,5 @@ def as_teacher(
     if isinstance(source, BaseTeacher) and type(source) is not Teacher: raise TypeError(
         f"teacher_dtype converts a copy of a model, but {type(source).__name__} predicts by itself: "
         "leave teacher_dtype out, or make it with fast_copy(model, *xb, dtype=...)")
+    check_dtype(dtype)
     return FastTeacher(source, form=dtype)

@@ -37,7 +37,8 @@ def test_imports_have_no_circle():
     assert {*order}==MODULES.keys()
 
 # A module imports its own room and rooms before it
-ROOMS = ['hooks', 'losses', 'teacher', 'term', 'objective', 'fit', 'callback', 'methods', 'report', 'ship', 'demo', 'all']
+ROOMS = ['hooks', 'losses', 'teacher', 'term', 'objective', 'fit', 'callback', 'methods', 'report', 'ship',
+         'demo', 'all']
 
 def room(module): return module.split('.')[1]
 
