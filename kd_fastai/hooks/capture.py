@@ -16,6 +16,7 @@ import torch
 from torch import nn, Tensor
 from .layers import get_module_by_name, layer_name, parse_layer
 from .models import tensor_version, unwrap_model
+from .models import RandomStream, eval_no_grad, naming_errors, preserving_modes # noqa: F401
 
 # %% ../../nbs/hooks/capture.ipynb #7d4c350e
 class Capture:
