@@ -13,12 +13,13 @@ root = Path(__file__).resolve().parents[2]
 def run(*command):
     print('$', *command, flush=True)
     fast = dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    if subprocess.run(command, cwd=root, env={**os.environ, **fast}).returncode: sys.exit(f"Failed: {' '.join(command)}")
+    r = subprocess.run(command, cwd=root, env={**os.environ, **fast})
+    if r.returncode: sys.exit(f"Failed: {' '.join(command)}")
 
 def notebook_of(name):
     "The notebook that defines a loss"
-    found = [p for p in sorted((root/'nbs').glob('1*_losses*.ipynb')) if f'"## {name}\\n"' in p.read_text()]
-    if not found: sys.exit(f"No notebook nbs/1*_losses*.ipynb has a section '## {name}'")
+    found = [p for p in sorted((root/'nbs'/'losses').glob('*.ipynb')) if f'"## {name}\\n"' in p.read_text()]
+    if not found: sys.exit(f"No notebook in nbs/losses has a section '## {name}'")
     return str(found[0].relative_to(root))
 
 def main(name, *methods):

@@ -1,0 +1,218 @@
+"The site in a real browser: pages load, fit the screen and show formulas and plots; search and menu work."
+import os, re, shutil
+from functools import cache, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+import pytest
+
+exe = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not find_spec('playwright'), reason='playwright, which drives the browser, is not installed'),
+    pytest.mark.skipif(not exe, reason='no browser is installed: chromium, chromium-browser or google-chrome')]
+flags = '''--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync'''.split()
+flags.append('--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1')   # a request to another host fails at once
+sizes = dict(desktop=(1280,800), phone=(390,844))
+schemes = 'dark','light'   # in this order, so that a page is loaded in light
+for_sizes = pytest.mark.parametrize('size', sizes)
+keep_shots = 'KD_SCREENSHOTS' in os.environ
+
+# KaTeX shows an unknown command in red. The site hides what is wider than `main`, so the page itself stays narrow.
+# Contrast is WCAG's: 1 for equal colors, 21 for black on white.
+contrast = '''() => {
+    const rgba = s => { const c = s.match(/[\\d.]+/g).map(Number); return c.length==3 ? [...c, 1] : c };
+    const linear = v => (v/=255)<=.04045 ? v/12.92 : ((v+.055)/1.055)**2.4;
+    const light = c => { const [r,g,b] = c.slice(0,3).map(linear); return .2126*r+.7152*g+.0722*b };
+    const ground = e => {
+        for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor); if (c[3]==1) return c }
+        return [255,255,255,1] };
+    const ratio = e => {
+        const [a,b] = [light(rgba(getComputedStyle(e).color)), light(ground(e))].sort((x,y) => y-x);
+        return (a+.05)/(b+.05) };
+    const seen = s => [...document.querySelectorAll(s)].filter(e => e.textContent.trim() && e.checkVisibility());
+    const kinds = {text: 'main p, main li, main td, main h1, main h2', code: 'main pre code, main pre span',
+                   link: 'main p a, main li a, #quarto-sidebar a', formula: '.katex'};
+    return Object.fromEntries(Object.entries(kinds).map(([k,s]) => [k, Math.min(99, ...seen(s).map(ratio))])) }'''
+
+facts = '''async () => {
+    await document.fonts.ready;
+    const all = s => [...document.querySelectorAll(s)];
+    const main = document.querySelector('main'), prose = main.cloneNode(true);
+    prose.querySelectorAll('pre, code, .katex').forEach(e => e.remove());
+    const right = main.getBoundingClientRect().right;
+    const wide = e => e.scrollWidth-e.clientWidth>2 || e.getBoundingClientRect().right>right+2;
+    const bad = '.katex-error, .katex [mathcolor="#cc0000"], .math:not(:has(.katex))';
+    return {wide: all('main pre, main table, main .katex-display').filter(wide).map(e => e.textContent.slice(0, 80)),
+            sideways: document.documentElement.scrollWidth - innerWidth, cut: main.scrollWidth - main.clientWidth,
+            bad: all(bad).map(e => e.textContent), formulas: all('.katex').length,
+            pictures: all('main img').map(e => e.naturalWidth), text: prose.textContent} }'''
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+@pytest.fixture(scope='module')
+def url(site):
+    "The URL of the site on a local server"
+    if not (site/'site_libs'/'katex').exists():
+        pytest.skip('KaTeX is not in node_modules and could not be downloaded from npm')
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=site)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}/'
+        server.shutdown()
+
+@pytest.fixture(scope='module')
+def new_tab():
+    "A function that opens a tab of a given size in a new profile"
+    from playwright.sync_api import sync_playwright
+    def f(size, **kwargs):
+        tab = browser.new_page(viewport=dict(zip(('width','height'), sizes[size])), **kwargs)
+        tab.set_default_timeout(10_000)
+        return tab
+    with sync_playwright() as p, p.chromium.launch(executable_path=exe, args=flags) as browser: yield f
+
+def listen(tab):
+    "Lists of the requests and of the errors of a tab, which grow as they happen"
+    requests,errors = [],[]
+    tab.on('request', lambda r: requests.append(r.url))
+    tab.on('requestfailed', lambda r: errors.append(f'{r.url}: {r.failure}'))
+    tab.on('response', lambda r: r.status<400 or errors.append(f'{r.url}: {r.status}'))
+    tab.on('console', lambda m: m.type!='error' or errors.append(m.text))
+    tab.on('pageerror', lambda e: errors.append(str(e)))
+    return requests,errors
+
+@pytest.fixture(scope='module')
+def look(url, new_tab):
+    "A function that opens a page, once for all tests, and returns facts about it"
+    @cache
+    def listened(size):   # one tab for all pages: a new one each time takes three times as long
+        tab = new_tab(size)
+        return tab, listen(tab)
+    @cache
+    def f(page, size):
+        tab,logs = listened(size)
+        for l in logs: l.clear()
+        tab.goto(url+page)
+        seen = tab.evaluate(facts)
+        seen['contrast'] = {}
+        for scheme in schemes if size=='desktop' or keep_shots else ():   # a phone has the same colors
+            tab.emulate_media(color_scheme=scheme, reduced_motion='reduce')
+            is_dark = 'document.documentElement.classList.contains("quarto-dark")'
+            tab.wait_for_function(f'dark => {is_dark}==dark', arg=scheme=='dark')
+            seen['contrast'][scheme] = tab.evaluate(contrast)
+            shot = f'{page.replace("/", "_")}.{size}.{scheme}.png'
+            if keep_shots: tab.screenshot(path=Path(__file__).parent/'screenshots'/shot, full_page=True)
+        return SimpleNamespace(**seen, **dict(zip(('requests','errors'), map(list, logs))))
+    return f
+
+@for_sizes
+def test_loads(look, page, size): assert not look(page, size).errors
+
+@for_sizes
+def test_stays_local(look, url, page, size):
+    "No request goes to another host"
+    assert not [r for r in look(page, size).requests if not r.startswith((url, 'data:'))]
+
+@for_sizes
+def test_fits(look, page, size):
+    "The page does not scroll sideways and nothing is cut off; a wide table or formula scrolls by itself"
+    seen = look(page, size)
+    assert seen.sideways <= 1 and seen.cut <= 8   # the end of an index may reach into the margin
+
+def test_nothing_to_scroll(look, page):
+    "On a desktop, lines of code, tables and formulas are visible without scrolling"
+    assert not look(page, 'desktop').wide
+
+@for_sizes
+def test_formulas(look, page, source, size):
+    "All formulas are rendered without an error"
+    seen = look(page, size)
+    assert not seen.bad and '$$' not in seen.text
+    assert seen.formulas or '$$' not in source
+
+def test_markdown(look, page):
+    "Links and callouts are rendered. A symbol in backticks would break the link around it: it becomes a link itself"
+    assert not re.findall(r'.{,60}\]\(.{,40}|:::.{,40}', look(page, 'desktop').text)
+
+@for_sizes
+def test_pictures(look, page, source, size):
+    "A plot stored in the notebook is a picture on the page"
+    pictures = look(page, size).pictures
+    assert all(pictures)
+    assert pictures or '"image/png"' not in source
+
+@pytest.mark.parametrize('scheme', schemes)
+def test_readable(look, page, scheme):
+    "Text, code, links and formulas have enough contrast in the light and the dark scheme"
+    seen = look(page, 'desktop').contrast[scheme]
+    assert seen['text'] >= 4.5 and min(seen.values()) >= 3, seen
+
+@pytest.mark.parametrize('scheme', schemes)
+def test_plots_have_a_ground(url, new_tab, scheme):
+    "Plots have black labels, so they need a white ground of their own in the dark scheme"
+    tab = new_tab('desktop', color_scheme=scheme)
+    tab.goto(url)
+    corner = tab.evaluate('''() => {
+        const im = document.querySelector('main img'), c = document.createElement('canvas').getContext('2d');
+        c.drawImage(im, 0, 0); return [...c.getImageData(0, 0, 1, 1).data] }''')
+    assert corner == [255]*4
+    tab.close()
+
+def test_keyboard(url, new_tab):
+    "Tab reaches the search, the menu and the text with a visible focus; Enter follows a link"
+    tab = new_tab('desktop')
+    tab.goto(url)
+    where = '''() => { const e = document.activeElement, s = getComputedStyle(e);
+        const part = e.closest('.smalldocs-search, #quarto-sidebar, main')?.className.split(' ')[0] ?? '';
+        return [part, e.matches(':focus-visible'), s.outlineStyle!='none' || s.boxShadow!='none'] }'''
+    seen = []
+    for _ in range(200):
+        tab.keyboard.press('Tab')
+        seen.append(tab.evaluate(where))
+        if seen[-1][0]=='content': break
+    assert {'smalldocs-search','sidebar','content'} <= {o[0] for o in seen}, seen
+    assert all(visible and ring for part,visible,ring in seen if part), seen
+    link = tab.locator('#quarto-sidebar a.sidebar-link[href$=".html"]').nth(1)
+    target = link.get_attribute('href')
+    link.focus()
+    tab.keyboard.press('Enter')
+    tab.wait_for_url(url+target.removeprefix('./'))
+    tab.close()
+
+@for_sizes
+def test_search(url, new_tab, size):
+    "The search finds a loss and links to its definition"
+    tab = new_tab(size)
+    tab.goto(url)
+    if size=='phone': tab.locator('.navbar-toggler').click()
+    tab.locator('.smalldocs-search input').press_sequentially('SoftTarget')
+    tab.locator('a.search-result[href$="#softtarget"]').click()
+    tab.wait_for_url('**/*.html#softtarget')
+    signature = 'SoftTarget(pred, teacher_pred, T=5, **kwargs) -> Tensor'
+    assert tab.locator('main pre').filter(has_text=signature).is_visible()
+    tab.close()
+
+@pytest.mark.parametrize('words,found', [('kubernetes', False), ('temperature schedule', True)])
+def test_search_is_exact(url, new_tab, words, found):
+    "The search says so if it finds nothing, and finds pages that contain all words"
+    tab = new_tab('desktop')
+    tab.goto(url)
+    tab.locator('.smalldocs-search input').press_sequentially(words)
+    tab.locator('.search-result' if found else '.search-none').first.wait_for()
+    tab.close()
+
+def test_menu(url, new_tab):
+    "On a phone the menu is hidden; it opens, and its links work"
+    tab = new_tab('phone')
+    tab.goto(url)
+    link = tab.locator('#quarto-sidebar a.sidebar-link[href$=".html"]').last
+    assert link.bounding_box()['x'] < 0
+    tab.locator('.quarto-btn-toggle').click()
+    target = link.get_attribute('href')
+    link.click()
+    tab.wait_for_url(url+target)
+    assert tab.locator('main h1').is_visible()
+    tab.close()
