@@ -7,19 +7,20 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/steps.html.md"""
 # %% auto #0
 __all__ = ['ITEM_TRANSFORMS', 'BATCH_TRANSFORMS', 'TABLE_PROCS', 'Ops', 'input_kind', 'image_ops', 'item_pixels',
            'item_transforms', 'Rescale', 'Standardize', 'Resample', 'batch_module', 'mask_ops', 'table_columns',
-           'table_ops', 'reads_in_chunks', 'text_ops']
+           'table_ops', 'reads_in_chunks', 'text_ops', 'class_names', 'library_versions']
 
-# %% ../../nbs/ship/steps.ipynb #259a7221
-import math
+# %% ../../nbs/ship/steps.ipynb #76572fd9
+import math, platform
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.basics import no_random
-from ..inputs import as_plain_tensor
+from ..teacher.inputs import as_plain_tensor
 
-# %% ../../nbs/ship/steps.ipynb #b4754709
+# %% ../../nbs/ship/steps.ipynb #ad18f715
 class Ops:
     "ONNX nodes, added by calls such as `op.Add(x, 1.)`; arrays and numbers become constants"
     def __init__(self,
@@ -52,7 +53,7 @@ class Ops:
 
 _FLOAT,_UINT8,_INT32,_INT64,_STRING,_DOUBLE = 1,2,6,7,8,11  # element types of ONNX
 
-# %% ../../nbs/ship/steps.ipynb #190c5d6f
+# %% ../../nbs/ship/steps.ipynb #70d734f8
 def _shape(op, x):
     "Height and width of pictures `(N, C, H, W)`, as int64 of shape (2,)"
     return op.Shape(x, start=2)
@@ -98,7 +99,7 @@ def _bilinear(tfm):
 
 def _hw(size): return np.array([size[1], size[0]], np.int64)  # fastai keeps width, height
 
-# %% ../../nbs/ship/steps.ipynb #fd31134b
+# %% ../../nbs/ship/steps.ipynb #3af6b92a
 def _resize_window(op, shape, tfm):
     "Start and size, both (2,), of the largest crop (or smallest padded rectangle) that has the final shape"
     final = _hw(tfm.size).astype(float)
@@ -184,7 +185,7 @@ def _cannot(tfm, what):
             f"(it can write {known}, and leaves out what is for training alone): "
             "remove it, or write the network alone with export_onnx and repeat the transform by hand")
 
-# %% ../../nbs/ship/steps.ipynb #aed8bda0
+# %% ../../nbs/ship/steps.ipynb #e00f6eb0
 class Rescale(nn.Module):
     "fastai's `IntToFloatTensor`"
     def __init__(self,
@@ -218,7 +219,8 @@ class Resample(nn.Module):
     def forward(self, x):
         if self.size is None: return x
         if hasattr(self, 'scale'): x = self._center_crop(x)
-        grid = F.affine_grid(torch.eye(2,3).expand(len(x),2,3), [*x.shape[:2], *self.size], align_corners=self.corners)
+        grid = F.affine_grid(torch.eye(2,3)[None], [1,1,*self.size], align_corners=self.corners)
+        grid = grid.expand(x.shape[0], -1, -1, -1)
         factor = min(x.shape[-2]/self.size[0], x.shape[-1]/self.size[1])/2
         widest = 1. if self.corners else 1/(1-1/max(self.size))
         if self.mode=='bilinear' and factor>max(1, widest):  # as fastai: the mean of pixels first
@@ -248,7 +250,7 @@ def batch_module(
         res.append(kind(f))
     return nn.Sequential(*res)
 
-# %% ../../nbs/ship/steps.ipynb #45dc0e67
+# %% ../../nbs/ship/steps.ipynb #6ac0ba14
 def mask_ops(
     op:Ops,   # Where the nodes are added
     logits:str, # Name of the logits, `(N, C, h, w)`
@@ -270,7 +272,7 @@ def mask_ops(
         mask = op.Sub(mask, np.int32(1))
     return op.Squeeze(mask, np.array([1]))
 
-# %% ../../nbs/ship/steps.ipynb #7104bfb6
+# %% ../../nbs/ship/steps.ipynb #cdc392b2
 TABLE_PROCS = ('Categorify','FillMissing','Normalize')
 _TARGET_PROCS = ('Categorize','MultiCategorize','EncodedMultiCategorize','RegressionSetup','OneHotEncode')
 
@@ -321,7 +323,7 @@ def table_ops(
         numbers = op.Div(op.Sub(numbers, mean), std)
     return op.Concat(*codes, axis=1) if codes else None, op.Cast(numbers, to=_FLOAT) if numbers else None
 
-# %% ../../nbs/ship/steps.ipynb #61d828c0
+# %% ../../nbs/ship/steps.ipynb #3e8704ff
 def reads_in_chunks(
     model:nn.Module # A model
 )->bool:
@@ -362,3 +364,22 @@ def text_ops(
     last = op.Gather(x, np.int64(-1), axis=0)
     largest,mean = (f(x, np.array([0]), keepdims=0) for f in (op.ReduceMax, op.ReduceMean))
     return op.Concat(last, largest, mean, axis=1)
+
+# %% ../../nbs/ship/steps.ipynb #ed05cb84
+def class_names(
+    dls # `DataLoaders`
+)->list|None: # None without names
+    "Return the names of the classes; a text's vocabulary comes before them"
+    names = getattr(dls, 'vocab', None)
+    if names is None: return None
+    names = [*names]
+    if names and not isinstance(names[-1], str) and hasattr(names[-1], '__iter__'): names = [*names[-1]]
+    return [str(o) for o in names]
+
+def library_versions()->dict:
+    "Return the versions of what a training run depends on"
+    res = dict(python=platform.python_version())
+    for n in ('torch','fastai','kd_fastai'):
+        try: res[n] = version(n)
+        except PackageNotFoundError: res[n] = 'unknown'
+    return res
