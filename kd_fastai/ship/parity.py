@@ -9,7 +9,6 @@ __all__ = ['KDParity']
 
 # %% ../../nbs/ship/parity.ipynb #1b2c1e62
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -18,11 +17,12 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import GetAttr, patch, store_attr
 from fastai.basics import Learner, no_random
-from ..report.compare import BatchReader, latency, split_xy
-from .card import metric_values
-from .export import OnnxModel, first_batch, loss_activation, resize_batch
+from ..report.measure import latency, resize_batch
+from ..report.scores import class_axis, first_batch, model_device, score_models, split_xy
+from .export import OnnxModel, loss_activation
 from ..teacher.inputs import as_plain_tensor
 from ..teacher.live import Teacher, find_teacher_inputs
+from ..callback import loss_layout
 
 # %% ../../nbs/ship/parity.ipynb #5a5fbf03
 class _Function(nn.Module):
@@ -46,44 +46,38 @@ class KDParity(GetAttr):
     def __repr__(self): return repr(self.table) if self.differ is None else f'{self.table}\n{self.differ}'
 
 def _batch_parity(learn, rounds, models):
-    models = {'student': learn.model, **{n: _Function(f) for n,f in models.items()}}
-    models = {n: BatchReader(m, find_teacher_inputs(learn)) for n,m in models.items()}
-    device = next((p.device for p in learn.model.parameters()), None)
-    with torch.no_grad(), ExitStack() as stack:
-        for m in models.values(): stack.enter_context(m.ready(device))
-        found = [_compare_batch(learn, models, b) for b in learn.dls.valid]
-        xb = split_xy(learn.dls, first_batch(learn.dls.valid))[0]
-        times = {n: latency(models, resize_batch(xb, n), rounds) for n in (1,64)}
-    rows = {n: _summary([o[n] for o in found])|metric_values(learn, m) for n,m in models.items()}
-    res = pd.DataFrame.from_dict(rows, orient='index')
-    for n,o in times.items(): res[f'ms_batch_{n}'] = pd.Series(o)
+    found = {n: [] for n in ['student', *models]}
+    models = {n: _Function(f) for n,f in models.items()}
+    def compare(b):
+        for n,p in b.preds.items():
+            if p.shape!=b.preds['student'].shape: raise ValueError(
+                f"{n} gives outputs of shape {(*p.shape,)}, expected the student's {(*b.preds['student'].shape,)}")
+            found[n].append(_differences(learn.loss_func, b.preds['student'].float(), p.float(), b.axis, b.yb))
+    scores = score_models(learn, models, each=compare)
+    res = pd.DataFrame.from_dict({n: _summary(o) for n,o in found.items()}, orient='index').join(scores.metrics)
+    xb = split_xy(learn.dls, first_batch(learn.dls.valid))[0][:_n_inputs(learn)]
+    models['student'] = learn.model
+    for n in (1,64): res[f'ms_batch_{n}'] = pd.Series(latency(models, resize_batch(xb, n), rounds))
     return KDParity(res, None)
 
-def _compare_batch(learn, models, b):
-    "`(differences, equal)` of each model by position, without ignored positions; NaN is never equal"
-    xb,yb = split_xy(learn.dls, b)
-    preds = {n: m(*xb)[0].float() for n,m in models.items()}
-    for n,p in preds.items():
-        if p.shape!=preds['student'].shape: raise ValueError(
-            f"{n} gives outputs of shape {(*p.shape,)}, expected the student's {(*preds['student'].shape,)}")
-    return {n: _differences(learn.loss_func, preds['student'], p, yb) for n,p in preds.items()}
+def _n_inputs(learn):
+    "Number of the student's inputs; those after it are the teacher's"
+    return -find_teacher_inputs(learn) or None
 
-def _differences(loss_func, student, other, yb=()):
-    "Largest difference of each position, and whether the classes are equal; no classes where a prediction is a number"
-    is_class = not getattr(loss_func, 'floatify', False) and student.ndim>1
-    axis = getattr(loss_func, 'axis', 1) if is_class else -1
-    student,other = (o.movedim(axis, -1) if o.ndim else o[None] for o in (student, other))
-    difference,finite = (student-other).abs().amax(-1),(student-student).eq(other-other).all(-1)
+def _differences(loss_func, student, other, axis, yb=()):
+    "Largest difference of each position, and whether the classes are equal (None for numbers); NaN is never equal"
+    is_class = not getattr(loss_func, 'floatify', False) and student.ndim>1 and student.shape[axis]>1
+    student,other = (o.movedim(axis, -1) if o.ndim>1 else o[:,None] for o in (student, other))
+    difference,finite = (student-other).abs().amax(-1),(student.isfinite()==other.isfinite()).all(-1)
     equal = (student.argmax(-1)==other.argmax(-1)) & finite
-    if not is_class or student.shape[-1]<2: equal = None
     known = _labeled(loss_func, yb, difference.shape)
-    return difference[known].flatten(),None if equal is None else equal[known].flatten()
+    return difference[known].flatten().cpu(),equal[known].flatten().cpu() if is_class else None
 
 def _labeled(loss_func, yb, shape):
     "Positions whose label is not the loss's `ignore_index`; all where labels are not classes of positions"
     target = as_plain_tensor(yb[0]) if len(yb)==1 and isinstance(yb[0], Tensor) else None
-    ignored = getattr(loss_func, 'ignore_index', getattr(getattr(loss_func, 'func', None), 'ignore_index', -100))
-    if target is None or target.is_floating_point() or target.shape!=shape: return torch.ones(shape, dtype=torch.bool)
+    ignored = loss_layout(loss_func)[1]
+    if target is None or ignored is None or target.shape!=shape: return torch.ones(shape, dtype=torch.bool)
     return target!=ignored
 
 def _summary(found):
@@ -93,11 +87,11 @@ def _summary(found):
     worst = differences.max().item() if len(differences) else 0.
     return dict(largest_difference=worst, agreement=torch.cat(equal).float().mean().item() if equal else None)
 
-# %% ../../nbs/ship/parity.ipynb #8fac5aa8
+# %% ../../nbs/ship/parity.ipynb #edb82fe7
 def _student_probabilities(learn, items):
     "Probabilities of the student for files or rows, as `learn.predict` has them"
     items = items.copy() if isinstance(items, pd.DataFrame) else [*items]
-    dl,device = learn.dls.test_dl(items),next((p.device for p in learn.model.parameters()), None)
+    dl,device = learn.dls.test_dl(items),model_device(learn.model)
     with torch.no_grad(), Teacher(learn.model).ready(device) as student:
         return torch.cat([_activated(learn, student(*split_xy(learn.dls, b)[0])[0]).cpu() for b in dl])
 
@@ -117,7 +111,8 @@ def _file_parity(learn, items, models, tol):
     rows,differ = {},[]
     for n,model in models.items():
         pred = _model_probabilities(model, items).reshape(student.shape)
-        each = [_differences(learn.loss_func, s[None], p[None]) for s,p in zip(student, pred)]
+        axis = class_axis(learn.loss_func, student)
+        each = [_differences(learn.loss_func, s[None], p[None], axis) for s,p in zip(student, pred)]
         rows[n] = dict(files=len(names), **_summary(each))
         for i,(d,e) in enumerate(each):
             if (d<=tol).all() and (e is None or e.all()): continue
@@ -135,7 +130,7 @@ def _likely_cause(learn, file, student, pred):
     best = min(rest, key=rest.get, default=None)
     return best if best is not None and rest[best]<0.2*(student-pred).abs().max() else 'unknown'
 
-# %% ../../nbs/ship/parity.ipynb #d3b5d715
+# %% ../../nbs/ship/parity.ipynb #88e7f963
 def _changed_inputs(dls, file):
     "Batches of one picture, each with one step of the preprocessing changed, by name"
     from PIL import Image, ImageOps
@@ -183,7 +178,7 @@ def _other_scales(dls, x):
     return res|{'normalization: none': pixels, 'normalization: values of -1 to 1': 2*pixels-1,
                 'normalization: before the division by 255': (255*pixels-mean)/std}
 
-# %% ../../nbs/ship/parity.ipynb #4b1249e9
+# %% ../../nbs/ship/parity.ipynb #84fb3c64
 @patch
 def kd_parity(self:Learner,
     files=None,          # Files of pictures, or a `DataFrame` of rows; batches of the validation set, if not given

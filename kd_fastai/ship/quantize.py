@@ -7,9 +7,8 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/quantize.html.md"""
 # %% auto #0
 __all__ = ['file_inputs', 'quantize_file', 'KDQuantized']
 
-# %% ../../nbs/ship/quantize.ipynb #d6886075
-import copy, tempfile
-from contextlib import ExitStack
+# %% ../../nbs/ship/quantize.ipynb #d0f4b2ce
+import tempfile
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -18,11 +17,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch, store_attr
 from fastai.basics import Learner, find_bs, no_random
-from ..report.compare import latency, split_xy
-from .card import metric_values
+from ..report.measure import latency
+from ..report.scores import preserving_loader_rngs, score_models, split_xy
 from .export import OnnxModel, read_image
 
-# %% ../../nbs/ship/quantize.ipynb #86f24c5d
+# %% ../../nbs/ship/quantize.ipynb #1c1155d8
 def file_inputs(
     learn:Learner,   # Its data
     model:OnnxModel, # A file of `kd_export` or `export_onnx`
@@ -46,14 +45,6 @@ def file_inputs(
         count += find_bs(b)
         if n is not None and count>=n: return
 
-def _unchanged(dl):
-    "A context in which a loader is read, and after which its order and the random state are as before"
-    rng = copy.deepcopy(getattr(dl, 'rng', None))
-    stack = ExitStack()
-    stack.enter_context(no_random())
-    if rng is not None: stack.callback(setattr, dl, 'rng', rng)
-    return stack
-
 def quantize_file(
     file:str|Path, # ONNX file with float weights
     out:str|Path,  # File to write
@@ -74,7 +65,7 @@ def quantize_file(
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=around)
     return Path(out)
 
-# %% ../../nbs/ship/quantize.ipynb #1e7f6075
+# %% ../../nbs/ship/quantize.ipynb #e9b35964
 class _Rows(nn.Module):
     "Predictions of the validation set, given out batch by batch"
     def __init__(self, rows):
@@ -107,7 +98,7 @@ def _decide(table, metric, max_loss, lower):
     if b.ms>a.ms: return f"Keep the float file unless size decides: int8 is slower ({gains}).",False
     return f"Ship the int8 file: {gains}.",True
 
-# %% ../../nbs/ship/quantize.ipynb #bc0c05df
+# %% ../../nbs/ship/quantize.ipynb #f8c9f123
 @patch
 def kd_quantize(self:Learner,
     file:str|Path,        # ONNX file of `kd_export` or `export_onnx`
@@ -121,19 +112,20 @@ def kd_quantize(self:Learner,
 
     Without metrics, `valid_loss` decides. Metadata are kept. Raises `ValueError` for tables."""
     model = OnnxModel(file, threads=1)
-    with _unchanged(self.dls.train): quantize_file(file, out, file_inputs(self, model, False, samples))
+    with no_random(), preserving_loader_rngs(*self.dls.loaders):
+        quantize_file(file, out, file_inputs(self, model, False, samples))
+        inputs = [*file_inputs(self, model, True)]
     models = {'float': model, 'int8': OnnxModel(out, threads=1)}
-    with _unchanged(self.dls.valid): inputs = [*file_inputs(self, model, True)]
     key = 'logits' if 'logits' in [o.name for o in model.session.get_outputs()] else model.session.get_outputs()[0].name
     preds = {n: torch.cat([torch.from_numpy(m.run(**o)[key]) for o in inputs]) for n,m in models.items()}
     one = {k: v[:1] for k,v in inputs[0].items()}
     times = latency({n: (lambda m: lambda _: m.run(**one))(m) for n,m in models.items()}, (torch.zeros(1),), rounds)
-    rows = {n: dict(kb=Path(f).stat().st_size/1000, ms=times[n], **metric_values(self, _Rows(preds[n])))
-            for n,f in (('float',file), ('int8',out))}
-    table = pd.DataFrame.from_dict(rows, orient='index')
-    table['largest_difference'] = [(preds[n]-preds['float']).abs().max().item() for n in rows]
-    if preds['float'].ndim>1 and preds['float'].shape[1]>1:
-        table['agreement'] = [(preds[n].argmax(1)==preds['float'].argmax(1)).float().mean().item() for n in rows]
+    scores = score_models(self, {n: _Rows(p) for n,p in preds.items()})
+    table = scores.metrics.loc[[*models]]
+    table.insert(0, 'kb', [Path(f).stat().st_size/1000 for f in (file, out)])
+    table.insert(1, 'ms', pd.Series(times))
+    table['agreement'] = [scores.agreement(n, 'float') for n in models]
+    table['largest_difference'] = [(p-preds['float']).abs().max().item() for p in preds.values()]
     metric = self.metrics[0].name if len(self.metrics) else 'valid_loss'
     decision,ship = _decide(table, metric, max_loss, lower or metric=='valid_loss')
     return KDQuantized(Path(out), table, decision, ship)
