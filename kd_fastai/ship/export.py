@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/export.html.md"""
 __all__ = ['LogitsOnly', 'deployable', 'export_onnx', 'loss_activation', 'TensorInput', 'ImageInput', 'TableInput', 'TokensInput',
            'ChunksInput', 'OnnxModel', 'read_image', 'table_inputs']
 
-# %% ../../nbs/ship/export.ipynb #d8a1c0be
+# %% ../../nbs/ship/export.ipynb #105ea393
 import copy, io, json, math
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from fastcore.basics import patch
-from fastai.basics import Learner
+from fastai.basics import Learner, no_random
 from ..report.measure import resize_batch
 from ..report.scores import first_batch, score_models, split_xy
 from ..teacher.inputs import as_plain_tensor, split_inputs
@@ -28,7 +28,7 @@ from .steps import library_versions, mask_ops, reads_in_chunks, table_columns, t
 from .steps import _DOUBLE, _INT32, _INT64, _STRING, _UINT8
 from ..teacher.live import Teacher, find_teacher_inputs
 
-# %% ../../nbs/ship/export.ipynb #e74ede4a
+# %% ../../nbs/ship/export.ipynb #fc26c38c
 class LogitsOnly(nn.Module):
     "A model that returns its logits as one tensor"
     def __init__(self,
@@ -81,7 +81,7 @@ def _traced(model, xb, shapes, inputs=None, outputs=None):
     program = torch.export.export(model, xb, dynamic_shapes=shapes)
     return torch.onnx.export(program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False).model_proto
 
-# %% ../../nbs/ship/export.ipynb #90231d6d
+# %% ../../nbs/ship/export.ipynb #85d2d78b
 class _Predicts(nn.Module):
     "A network and its activation"
     def __init__(self,
@@ -111,7 +111,7 @@ def _task(loss_func, activation, ndim):
     if activation(torch.zeros(1,2)).sum()!=1 or hasattr(loss_func, 'thresh'): return 'multi-label'
     return 'segmentation' if ndim==4 else 'classification'
 
-# %% ../../nbs/ship/export.ipynb #14463c3a
+# %% ../../nbs/ship/export.ipynb #85389d67
 class TensorInput:
     "Tensors, as the loader gives them"
     kind,names = 'tensors',None # names of the network's inputs; the exporter's, if None
@@ -165,7 +165,7 @@ def _input_of(learn):
     kinds = dict(image=ImageInput, table=TableInput, tokens=TokensInput, tensors=TensorInput)
     return (kind or kinds[input_kind(learn.dls)])(learn)
 
-# %% ../../nbs/ship/export.ipynb #1e79bcfd
+# %% ../../nbs/ship/export.ipynb #e733e533
 def _assemble(learn, source):
     "ONNX model of the operators before the network, the network with its activation, and the operators after it"
     from onnx import helper
@@ -204,7 +204,7 @@ def kd_export(self:Learner,
         "kd_export needs a sample of the validation set, and this Learner has none (load_learner drops the data): "
         "export from the Learner that was trained")
     source = _input_of(self)
-    model,task = _assemble(self, source)
+    with no_random(): model,task = _assemble(self, source)
     scores = score_models(self).metrics.loc['student'] if scores is None else scores
     _write_metadata(model, dict(task=task, input=source.kind, classes=class_names(self.dls), license=license,
         threshold=getattr(self.loss_func, 'thresh', None), versions=library_versions(),
@@ -223,7 +223,7 @@ def _write_metadata(model, values):
     texts = {k: v if isinstance(v, str) else json.dumps(_no_nan(v)) for k,v in values.items() if v not in (None,'')}
     helper.set_model_props(model, texts)
 
-# %% ../../nbs/ship/export.ipynb #e223d352
+# %% ../../nbs/ship/export.ipynb #c8bc4233
 class OnnxModel(nn.Module):
     "An ONNX file as a module, run by ONNX Runtime on the CPU"
     def __init__(self,

@@ -87,7 +87,7 @@ def _summary(found):
     worst = differences.max().item() if len(differences) else 0.
     return dict(largest_difference=worst, agreement=torch.cat(equal).float().mean().item() if equal else None)
 
-# %% ../../nbs/ship/parity.ipynb #edb82fe7
+# %% ../../nbs/ship/parity.ipynb #9dedbfa4
 def _student_probabilities(learn, items):
     "Probabilities of the student for files or rows, as `learn.predict` has them"
     items = items.copy() if isinstance(items, pd.DataFrame) else [*items]
@@ -123,14 +123,14 @@ def _file_parity(learn, items, models, tol):
 def _likely_cause(learn, file, student, pred):
     "The changed step that brings the student closest to the prediction, if it removes most of the difference"
     if not pred.isfinite().all(): return 'prediction is NaN or infinite'
-    with no_random(): changed = _changed_inputs(learn.dls, file)
+    changed = _changed_inputs(learn.dls, file)
     rest = {}
     with torch.no_grad(), Teacher(learn.model).ready() as model:
         for n,x in changed.items(): rest[n] = (_activated(learn, model(x)[0])[0].cpu()-pred).abs().max().item()
     best = min(rest, key=rest.get, default=None)
     return best if best is not None and rest[best]<0.2*(student-pred).abs().max() else 'unknown'
 
-# %% ../../nbs/ship/parity.ipynb #88e7f963
+# %% ../../nbs/ship/parity.ipynb #1fc7e318
 def _changed_inputs(dls, file):
     "Batches of one picture, each with one step of the preprocessing changed, by name"
     from PIL import Image, ImageOps
@@ -178,7 +178,7 @@ def _other_scales(dls, x):
     return res|{'normalization: none': pixels, 'normalization: values of -1 to 1': 2*pixels-1,
                 'normalization: before the division by 255': (255*pixels-mean)/std}
 
-# %% ../../nbs/ship/parity.ipynb #84fb3c64
+# %% ../../nbs/ship/parity.ipynb #d671b348
 @patch
 def kd_parity(self:Learner,
     files=None,          # Files of pictures, or a `DataFrame` of rows; batches of the validation set, if not given
@@ -195,4 +195,4 @@ def kd_parity(self:Learner,
     models = {n: OnnxModel(m) if isinstance(m, (str,Path)) else m for n,m in models.items()}
     if files is None: return _batch_parity(self, rounds, models)
     if not len(files): raise ValueError("Expected at least one file to compare, got none")
-    return _file_parity(self, files, models, tol)
+    with no_random(): return _file_parity(self, files, models, tol)

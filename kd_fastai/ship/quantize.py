@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/quantize.html.md"""
 # %% auto #0
 __all__ = ['file_inputs', 'quantize_file', 'KDQuantized']
 
-# %% ../../nbs/ship/quantize.ipynb #d0f4b2ce
+# %% ../../nbs/ship/quantize.ipynb #8040e76b
 import tempfile
 from pathlib import Path
 import numpy as np
@@ -21,7 +21,7 @@ from ..report.measure import latency
 from ..report.scores import preserving_loader_rngs, score_models, split_xy
 from .export import OnnxModel, read_image
 
-# %% ../../nbs/ship/quantize.ipynb #1c1155d8
+# %% ../../nbs/ship/quantize.ipynb #6e1054fe
 def file_inputs(
     learn:Learner,   # Its data
     model:OnnxModel, # A file of `kd_export` or `export_onnx`
@@ -65,7 +65,7 @@ def quantize_file(
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=around)
     return Path(out)
 
-# %% ../../nbs/ship/quantize.ipynb #e9b35964
+# %% ../../nbs/ship/quantize.ipynb #d2ab07c9
 class _Rows(nn.Module):
     "Predictions of the validation set, given out batch by batch"
     def __init__(self, rows):
@@ -98,7 +98,7 @@ def _decide(table, metric, max_loss, lower):
     if b.ms>a.ms: return f"Keep the float file unless size decides: int8 is slower ({gains}).",False
     return f"Ship the int8 file: {gains}.",True
 
-# %% ../../nbs/ship/quantize.ipynb #f8c9f123
+# %% ../../nbs/ship/quantize.ipynb #c6579d0c
 @patch
 def kd_quantize(self:Learner,
     file:str|Path,        # ONNX file of `kd_export` or `export_onnx`

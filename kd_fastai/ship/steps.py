@@ -9,7 +9,7 @@ __all__ = ['ITEM_TRANSFORMS', 'BATCH_TRANSFORMS', 'TABLE_PROCS', 'Ops', 'input_k
            'item_transforms', 'Rescale', 'Standardize', 'Resample', 'batch_module', 'mask_ops', 'table_columns',
            'table_ops', 'reads_in_chunks', 'text_ops', 'class_names', 'library_versions']
 
-# %% ../../nbs/ship/steps.ipynb #cd76e896
+# %% ../../nbs/ship/steps.ipynb #398e4306
 import math, platform
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +20,7 @@ from torch import nn
 from fastai.basics import no_random
 from ..teacher.inputs import as_plain_tensor
 
-# %% ../../nbs/ship/steps.ipynb #5be95caa
+# %% ../../nbs/ship/steps.ipynb #6a841bd4
 class Ops:
     "ONNX nodes, added by calls such as `op.Add(x, 1.)`; arrays and numbers become constants"
     def __init__(self,
@@ -53,7 +53,7 @@ class Ops:
 
 _FLOAT,_UINT8,_INT32,_INT64,_STRING,_DOUBLE = 1,2,6,7,8,11  # element types of ONNX
 
-# %% ../../nbs/ship/steps.ipynb #77bd4800
+# %% ../../nbs/ship/steps.ipynb #67811d22
 def _shape(op, x):
     "Height and width of pictures `(N, C, H, W)`, as int64 of shape (2,)"
     return op.Shape(x, start=2)
@@ -99,7 +99,7 @@ def _bilinear(tfm):
 
 def _hw(size): return np.array([size[1], size[0]], np.int64)  # fastai keeps width, height
 
-# %% ../../nbs/ship/steps.ipynb #bd2c141d
+# %% ../../nbs/ship/steps.ipynb #37949eb3
 def _resize_window(op, shape, tfm):
     "Start and size, both (2,), of the largest crop (or smallest padded rectangle) that has the final shape"
     final = _hw(tfm.size).astype(float)
@@ -180,12 +180,13 @@ def item_transforms(
     return tfms
 
 def _cannot(tfm, what):
-    known = ', '.join([*ITEM_TRANSFORMS, *BATCH_TRANSFORMS])
-    return (f"The transform {getattr(tfm, 'name', tfm)!r} {what}, and kd_export cannot write it into the file "
+    known,kind = ', '.join([*ITEM_TRANSFORMS, *BATCH_TRANSFORMS]),type(tfm).__name__
+    name = tfm.name.split('.')[-1] if kind=='Transform' else kind
+    return (f"The transform {name!r} {what}, and kd_export cannot write it into the file "
             f"(it can write {known}, and leaves out what is for training alone): "
             "remove it, or write the network alone with export_onnx and repeat the transform by hand")
 
-# %% ../../nbs/ship/steps.ipynb #71d6163e
+# %% ../../nbs/ship/steps.ipynb #442f29ae
 class Rescale(nn.Module):
     "fastai's `IntToFloatTensor`"
     def __init__(self,
@@ -250,7 +251,7 @@ def batch_module(
         res.append(kind(f))
     return nn.Sequential(*res)
 
-# %% ../../nbs/ship/steps.ipynb #9dde531d
+# %% ../../nbs/ship/steps.ipynb #34f9c4cd
 def mask_ops(
     op:Ops,   # Where the nodes are added
     logits:str, # Name of the logits, `(N, C, h, w)`
@@ -272,7 +273,7 @@ def mask_ops(
         mask = op.Sub(mask, np.int32(1))
     return op.Squeeze(mask, np.array([1]))
 
-# %% ../../nbs/ship/steps.ipynb #4639f474
+# %% ../../nbs/ship/steps.ipynb #7f885dbd
 TABLE_PROCS = ('Categorify','FillMissing','Normalize')
 _TARGET_PROCS = ('Categorize','MultiCategorize','EncodedMultiCategorize','RegressionSetup','OneHotEncode')
 
@@ -323,7 +324,7 @@ def table_ops(
         numbers = op.Div(op.Sub(numbers, mean), std)
     return op.Concat(*codes, axis=1) if codes else None, op.Cast(numbers, to=_FLOAT) if numbers else None
 
-# %% ../../nbs/ship/steps.ipynb #b5678800
+# %% ../../nbs/ship/steps.ipynb #580a76d5
 def reads_in_chunks(
     model:nn.Module # A model
 )->bool:
@@ -365,7 +366,7 @@ def text_ops(
     largest,mean = (f(x, np.array([0]), keepdims=0) for f in (op.ReduceMax, op.ReduceMean))
     return op.Concat(last, largest, mean, axis=1)
 
-# %% ../../nbs/ship/steps.ipynb #2daca8e1
+# %% ../../nbs/ship/steps.ipynb #c7521ddc
 def class_names(
     dls # `DataLoaders`
 )->list|None: # None without names

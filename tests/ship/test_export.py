@@ -118,7 +118,7 @@ def test_a_transform_that_cannot_be_written_is_named(folder, tmp_path):
     for item,batch,name in (([Resize(32), posterize],[],'posterize'), ([Resize(32)],[shift],'shift'),
                             ([RatioResize(32), CropPad(32)],[],'RatioResize')):
         learn = pictures(folder, item, batch)
-        with pytest.raises(ValueError, match=f"The transform '.*{name}.*' changes the"): learn.kd_export(tmp_path/'m.onnx')
+        with pytest.raises(ValueError, match=f"The transform '{name}' changes the"): learn.kd_export(tmp_path/'m.onnx')
     learn = pictures(folder, [Resize(32, resamples=(Image.NEAREST,Image.NEAREST))])
     with pytest.raises(ValueError, match='Resize has resamples'): learn.kd_export(tmp_path/'m.onnx')
     assert not (tmp_path/'m.onnx').exists()
