@@ -6,6 +6,11 @@ from kd_fastai.all import Cascade, OnnxModel
 from kd_fastai.ship.cascade import first_failure, lower_bound
 from support import learner
 
+for o in [*globals()]:
+    if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
 def model_of(rng, n, accuracy, classes=4):
     "Logits of `n` samples that are right with this probability, and more confident when right"
     y = torch.from_numpy(rng.integers(0, classes, n))

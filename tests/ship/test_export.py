@@ -1,12 +1,11 @@
 "Files of `kd_export`: each kind of data against `learn.predict`, from files on disk, and a process without PyTorch."
-import json, subprocess, sys
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
-from PIL import Image
+from PIL import Image, ImageOps
 from fastai.vision.all import *
 from kd_fastai.all import *
 from kd_fastai.ship.export import read_image
-from tests.support import quiet
+from support import quiet
 
 for o in [*globals()]:
     if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
@@ -244,7 +243,6 @@ def test_parity_names_a_missing_normalization(exported, folder):
         window = ImageOps.fit(Image.open(f).convert('RGB'), (24,24), Image.BILINEAR)
         x = torch.tensor(np.asarray(window)).permute(2,0,1)[None]/255
         with torch.no_grad(): return learn.model.eval()(x).softmax(1)[0]
-    from PIL import ImageOps
     square = [f for f in get_image_files(folder) if Image.open(f).size==(57,57)]
     res = learn.kd_parity(square, wrong=by_hand)
     assert len(res.differ) and {*res.differ['likely cause']}=={'normalization: none'}
