@@ -15,7 +15,7 @@ import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
-from ..hooks.capture import eval_no_grad
+from ..hooks.models import eval_no_grad
 
 # %% ../../nbs/report/measure.ipynb #ff9a61c4
 def size_kb(

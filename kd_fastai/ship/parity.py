@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import GetAttr, patch, store_attr
-from fastai.basics import Learner, no_random
+from fastai.basics import Learner
 from ..report.measure import latency, resize_batch
-from ..report.scores import class_axis, first_batch, model_device, score_models, split_xy
-from .export import OnnxModel, loss_activation
-from ..teacher.inputs import as_plain_tensor
-from ..teacher.live import Teacher, find_teacher_inputs
+from ..report.scores import class_axis, score_models, split_xy
+from .export import OnnxModel, loss_activation, student_batch
+from ..hooks.models import as_plain_tensor, isolated_rng, model_device
+from ..teacher.live import Teacher
 from ..callback import loss_layout
 
 # %% ../../nbs/ship/parity.ipynb #5a5fbf03
@@ -55,14 +55,10 @@ def _batch_parity(learn, rounds, models):
             found[n].append(_differences(learn.loss_func, b.preds['student'].float(), p.float(), b.axis, b.yb))
     scores = score_models(learn, models, each=compare)
     res = pd.DataFrame.from_dict({n: _summary(o) for n,o in found.items()}, orient='index').join(scores.metrics)
-    xb = split_xy(learn.dls, first_batch(learn.dls.valid))[0][:_n_inputs(learn)]
+    xb = student_batch(learn)
     models['student'] = learn.model
     for n in (1,64): res[f'ms_batch_{n}'] = pd.Series(latency(models, resize_batch(xb, n), rounds))
     return KDParity(res, None)
-
-def _n_inputs(learn):
-    "Number of the student's inputs; those after it are the teacher's"
-    return -find_teacher_inputs(learn) or None
 
 def _differences(loss_func, student, other, axis, yb=()):
     "Largest difference of each position, and whether the classes are equal (None for numbers); NaN is never equal"
@@ -87,7 +83,7 @@ def _summary(found):
     worst = differences.max().item() if len(differences) else 0.
     return dict(largest_difference=worst, agreement=torch.cat(equal).float().mean().item() if equal else None)
 
-# %% ../../nbs/ship/parity.ipynb #9dedbfa4
+# %% ../../nbs/ship/parity.ipynb #856f4ea2
 def _student_probabilities(learn, items):
     "Probabilities of the student for files or rows, as `learn.predict` has them"
     items = items.copy() if isinstance(items, pd.DataFrame) else [*items]
@@ -130,7 +126,7 @@ def _likely_cause(learn, file, student, pred):
     best = min(rest, key=rest.get, default=None)
     return best if best is not None and rest[best]<0.2*(student-pred).abs().max() else 'unknown'
 
-# %% ../../nbs/ship/parity.ipynb #1fc7e318
+# %% ../../nbs/ship/parity.ipynb #8f4c8fb3
 def _changed_inputs(dls, file):
     "Batches of one picture, each with one step of the preprocessing changed, by name"
     from PIL import Image, ImageOps
@@ -178,7 +174,7 @@ def _other_scales(dls, x):
     return res|{'normalization: none': pixels, 'normalization: values of -1 to 1': 2*pixels-1,
                 'normalization: before the division by 255': (255*pixels-mean)/std}
 
-# %% ../../nbs/ship/parity.ipynb #d671b348
+# %% ../../nbs/ship/parity.ipynb #687ad7f0
 @patch
 def kd_parity(self:Learner,
     files=None,          # Files of pictures, or a `DataFrame` of rows; batches of the validation set, if not given
@@ -195,4 +191,4 @@ def kd_parity(self:Learner,
     models = {n: OnnxModel(m) if isinstance(m, (str,Path)) else m for n,m in models.items()}
     if files is None: return _batch_parity(self, rounds, models)
     if not len(files): raise ValueError("Expected at least one file to compare, got none")
-    with no_random(): return _file_parity(self, files, models, tol)
+    with isolated_rng(): return _file_parity(self, files, models, tol)

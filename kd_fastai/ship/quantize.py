@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/quantize.html.md"""
 # %% auto #0
 __all__ = ['file_inputs', 'quantize_file', 'KDQuantized']
 
-# %% ../../nbs/ship/quantize.ipynb #8040e76b
+# %% ../../nbs/ship/quantize.ipynb #2ad82cf0
 import tempfile
 from pathlib import Path
 import numpy as np
@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch, store_attr
-from fastai.basics import Learner, find_bs, no_random
+from fastai.basics import Learner, find_bs
 from ..report.measure import latency
-from ..report.scores import preserving_loader_rngs, score_models, split_xy
+from ..report.scores import score_models, split_xy
+from ..hooks.models import isolated_rng
 from .export import OnnxModel, read_image
 
-# %% ../../nbs/ship/quantize.ipynb #6e1054fe
+# %% ../../nbs/ship/quantize.ipynb #4aba5cb7
 def file_inputs(
     learn:Learner,   # Its data
     model:OnnxModel, # A file of `kd_export` or `export_onnx`
@@ -65,7 +66,7 @@ def quantize_file(
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=around)
     return Path(out)
 
-# %% ../../nbs/ship/quantize.ipynb #d2ab07c9
+# %% ../../nbs/ship/quantize.ipynb #ff5c88e4
 class _Rows(nn.Module):
     "Predictions of the validation set, given out batch by batch"
     def __init__(self, rows):
@@ -98,7 +99,7 @@ def _decide(table, metric, max_loss, lower):
     if b.ms>a.ms: return f"Keep the float file unless size decides: int8 is slower ({gains}).",False
     return f"Ship the int8 file: {gains}.",True
 
-# %% ../../nbs/ship/quantize.ipynb #c6579d0c
+# %% ../../nbs/ship/quantize.ipynb #3dfa3d4b
 @patch
 def kd_quantize(self:Learner,
     file:str|Path,        # ONNX file of `kd_export` or `export_onnx`
@@ -112,7 +113,7 @@ def kd_quantize(self:Learner,
 
     Without metrics, `valid_loss` decides. Metadata are kept. Raises `ValueError` for tables."""
     model = OnnxModel(file, threads=1)
-    with no_random(), preserving_loader_rngs(*self.dls.loaders):
+    with isolated_rng(loaders=self.dls.loaders):
         quantize_file(file, out, file_inputs(self, model, False, samples))
         inputs = [*file_inputs(self, model, True)]
     models = {'float': model, 'int8': OnnxModel(out, threads=1)}

@@ -7,9 +7,9 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/steps.html.md"""
 # %% auto #0
 __all__ = ['ITEM_TRANSFORMS', 'BATCH_TRANSFORMS', 'TABLE_PROCS', 'Ops', 'input_kind', 'image_ops', 'item_pixels',
            'item_transforms', 'Rescale', 'Standardize', 'Resample', 'batch_module', 'mask_ops', 'table_columns',
-           'table_ops', 'reads_in_chunks', 'text_ops', 'class_names', 'library_versions']
+           'table_ops', 'reads_in_chunks', 'text_ops', 'class_names', 'run_versions']
 
-# %% ../../nbs/ship/steps.ipynb #398e4306
+# %% ../../nbs/ship/steps.ipynb #151fff22
 import math, platform
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -17,10 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from fastai.basics import no_random
-from ..teacher.inputs import as_plain_tensor
+from ..hooks.models import as_plain_tensor, isolated_rng, library_versions
 
-# %% ../../nbs/ship/steps.ipynb #6a841bd4
+# %% ../../nbs/ship/steps.ipynb #e7683572
 class Ops:
     "ONNX nodes, added by calls such as `op.Add(x, 1.)`; arrays and numbers become constants"
     def __init__(self,
@@ -53,7 +52,7 @@ class Ops:
 
 _FLOAT,_UINT8,_INT32,_INT64,_STRING,_DOUBLE = 1,2,6,7,8,11  # element types of ONNX
 
-# %% ../../nbs/ship/steps.ipynb #67811d22
+# %% ../../nbs/ship/steps.ipynb #d4d6086a
 def _shape(op, x):
     "Height and width of pictures `(N, C, H, W)`, as int64 of shape (2,)"
     return op.Shape(x, start=2)
@@ -99,7 +98,7 @@ def _bilinear(tfm):
 
 def _hw(size): return np.array([size[1], size[0]], np.int64)  # fastai keeps width, height
 
-# %% ../../nbs/ship/steps.ipynb #37949eb3
+# %% ../../nbs/ship/steps.ipynb #00486ac4
 def _resize_window(op, shape, tfm):
     "Start and size, both (2,), of the largest crop (or smallest padded rectangle) that has the final shape"
     final = _hw(tfm.size).astype(float)
@@ -164,7 +163,7 @@ def item_pixels(
     dls # `DataLoaders` of pictures
 )->torch.Tensor: # uint8 `(C, h, w)`
     "Return the first picture of the validation set after the item transforms"
-    with no_random(): return as_plain_tensor(dls.valid.do_item(0)[0])
+    with isolated_rng(): return as_plain_tensor(dls.valid.do_item(0)[0])
 
 def item_transforms(
     dls # `DataLoaders` of pictures
@@ -186,7 +185,7 @@ def _cannot(tfm, what):
             f"(it can write {known}, and leaves out what is for training alone): "
             "remove it, or write the network alone with export_onnx and repeat the transform by hand")
 
-# %% ../../nbs/ship/steps.ipynb #442f29ae
+# %% ../../nbs/ship/steps.ipynb #db36991b
 class Rescale(nn.Module):
     "fastai's `IntToFloatTensor`"
     def __init__(self,
@@ -251,7 +250,7 @@ def batch_module(
         res.append(kind(f))
     return nn.Sequential(*res)
 
-# %% ../../nbs/ship/steps.ipynb #34f9c4cd
+# %% ../../nbs/ship/steps.ipynb #385bd2a8
 def mask_ops(
     op:Ops,   # Where the nodes are added
     logits:str, # Name of the logits, `(N, C, h, w)`
@@ -273,7 +272,7 @@ def mask_ops(
         mask = op.Sub(mask, np.int32(1))
     return op.Squeeze(mask, np.array([1]))
 
-# %% ../../nbs/ship/steps.ipynb #7f885dbd
+# %% ../../nbs/ship/steps.ipynb #502d5604
 TABLE_PROCS = ('Categorify','FillMissing','Normalize')
 _TARGET_PROCS = ('Categorize','MultiCategorize','EncodedMultiCategorize','RegressionSetup','OneHotEncode')
 
@@ -324,7 +323,7 @@ def table_ops(
         numbers = op.Div(op.Sub(numbers, mean), std)
     return op.Concat(*codes, axis=1) if codes else None, op.Cast(numbers, to=_FLOAT) if numbers else None
 
-# %% ../../nbs/ship/steps.ipynb #580a76d5
+# %% ../../nbs/ship/steps.ipynb #ba012b3b
 def reads_in_chunks(
     model:nn.Module # A model
 )->bool:
@@ -366,7 +365,7 @@ def text_ops(
     largest,mean = (f(x, np.array([0]), keepdims=0) for f in (op.ReduceMax, op.ReduceMean))
     return op.Concat(last, largest, mean, axis=1)
 
-# %% ../../nbs/ship/steps.ipynb #c7521ddc
+# %% ../../nbs/ship/steps.ipynb #68b404ea
 def class_names(
     dls # `DataLoaders`
 )->list|None: # None without names
@@ -377,10 +376,8 @@ def class_names(
     if names and not isinstance(names[-1], str) and hasattr(names[-1], '__iter__'): names = [*names[-1]]
     return [str(o) for o in names]
 
-def library_versions()->dict:
-    "Return the versions of what a training run depends on"
-    res = dict(python=platform.python_version())
-    for n in ('torch','fastai','kd_fastai'):
-        try: res[n] = version(n)
-        except PackageNotFoundError: res[n] = 'unknown'
-    return res
+def run_versions()->dict:
+    "Return the versions of what a training run and its file depend on"
+    try: own = version('kd_fastai')
+    except PackageNotFoundError: own = 'unknown'
+    return dict(python=platform.python_version(), kd_fastai=own)|library_versions()

@@ -53,7 +53,8 @@ def differences(learn, model, files):
 IMAGENET = Normalize.from_stats(*imagenet_stats)
 ROOMS = dict(
     crop=([Resize(32)], [IMAGENET]), squish=([Resize((24,40), method='squish')], [IMAGENET]),
-    pad_mirrored=([Resize(32, method='pad')], [IMAGENET]), pad_edge=([Resize((32,20), method='pad', pad_mode='border')], []),
+    pad_mirrored=([Resize(32, method='pad')], [IMAGENET]),
+    pad_edge=([Resize((32,20), method='pad', pad_mode='border')], []),
     pad_black=([Resize((32,20), method='pad', pad_mode='zeros')], []), center=([CropPad(45)], []),
     random_crop=([RandomCrop(61)], []), random_resized=([RandomResizedCrop(32)], [IMAGENET]),
     presizing=([Resize(64)], [*aug_transforms(size=24, min_scale=0.75), IMAGENET]),
@@ -84,8 +85,8 @@ def test_several_labels_and_numbers(folder, tmp_path):
     model = OnnxModel(learn.kd_export(tmp_path/'m.onnx'))
     ours,theirs,worst = differences(learn, model, get_image_files(folder))
     assert [[*o] for o in ours]==theirs and worst<1e-3 and model.info['threshold']==0.45
-    learn = pictures(folder, [Resize(32)], (), (ImageBlock,RegressionBlock), lambda f: float(f.stem[2:]), net(outputs=1),
-                     loss_func=MSELossFlat(), metrics=rmse)
+    learn = pictures(folder, [Resize(32)], (), (ImageBlock,RegressionBlock), lambda f: float(f.stem[2:]),
+                     net(outputs=1), loss_func=MSELossFlat(), metrics=rmse)
     model = OnnxModel(learn.kd_export(tmp_path/'r.onnx'))
     file = get_image_files(folder)[0]
     with learn.no_bar(): assert model.predict(file)[0]==pytest.approx(learn.predict(file)[2].tolist(), abs=1e-3)
@@ -144,7 +145,8 @@ def test_metadata(folder, tmp_path):
 @pytest.mark.parametrize('cats,conts', [(['c','k'],['x','z']), ([],['x']), (['c'],[])])
 def test_a_table_by_names_and_raw_numbers(cats, conts, tmp_path):
     "missing numbers and unknown categories included"
-    from fastai.tabular.all import TabularDataLoaders, Categorify, FillMissing, Normalize, CategoryBlock, tabular_learner
+    from fastai.tabular.all import (TabularDataLoaders, Categorify, FillMissing, Normalize,
+                                     CategoryBlock, tabular_learner)
     z = np.where(np.arange(32)%5==0, np.nan, np.arange(32.))
     df = pd.DataFrame(dict(c=list('abcd')*8, k=[1,2,3,4]*8, x=np.arange(32.)*1000, z=z, y=list('nnyy')*8))
     dls = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,Normalize], cat_names=cats, cont_names=conts,
