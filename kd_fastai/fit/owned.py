@@ -6,16 +6,19 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/owned.html.md"""
 
 # %% auto #0
 __all__ = ['SIDECAR_FORMAT', 'tensors_of', 'OwnedWeights', 'sidecar_path', 'file_digest', 'read_sidecar', 'save_sidecar',
-           'load_sidecar']
+           'load_sidecar', 'OwningCallback']
 
 # %% ../../nbs/fit/owned.ipynb #daf56b4f
 import copy, hashlib, warnings
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from fastai.basics import Learner, join_path_file, norm_bias_params
+from fastai.basics import Learner, join_path_file, norm_bias_params, rank_distrib
 from fastai.callback.schedule import LRFinder
-from .internals import ExtraParams, all_reduce_grads, broadcast_from_rank0, extra_parameters, is_distributed
+from .internals import (ExtraParams, ScopedCallback, all_reduce_grads, broadcast_from_rank0,
+    extra_parameters, is_distributed)
+from ..hooks.layers import unique_names
 
 # %% ../../nbs/fit/owned.ipynb #edd868e2
 def tensors_of(
@@ -53,6 +56,7 @@ class OwnedWeights:
         scope          # An `ExitStack` that is closed at the end of the fit
     ):
         "Let the optimizer train the parameters until `scope` closes. `lr_find` leaves them as they were"
+        if not self.source.built: return
         if learn.opt is None: return  # learn.summary, for one, calls before_fit without an optimizer
         trial = any(isinstance(cb, LRFinder) for cb in learn.cbs)
         if trial: scope.callback(self.source.load_state_dict, copy.deepcopy(self.source.state_dict()))
@@ -72,6 +76,12 @@ class OwnedWeights:
         ours = {id(p) for p in self.params}
         for p in norm_bias_params(nn.ModuleList(self.source.modules)):
             if id(p) in ours: learn.opt.state[p]['do_wd'] = False
+
+    def absent_from(self,
+        opt # An optimizer, or None
+    ):
+        "Return a context in which the parameters are not in this optimizer"
+        return self.extra.removed_from(opt)
 
     def before_train(self,
         learn:Learner # The Learner that trains
@@ -158,3 +168,41 @@ def load_sidecar(
     if saved['student']==file_digest(student): return saved['parts']
     warnings.warn(f"{sidecar.name} was saved with another {student.name}: the weights of losses were not loaded")
     return {}
+
+# %% ../../nbs/fit/owned.ipynb #c049822d
+class OwningCallback(ScopedCallback):
+    "A callback with `owned` weights that are saved next to the student's file, in a sidecar"
+    def after_backward(self):
+        "Average the gradients of owned weights over processes"
+        self.owned.after_backward(self.learn)
+
+    def sidecar_state(self)->dict:
+        "Return what is saved next to the student"
+        return self.owned.state_dict()
+
+    def load_sidecar_state(self, state:dict):
+        "Load what `sidecar_state` returned; empty if nothing was saved"
+        if 'source' in state: self.owned.load_state_dict(state)
+
+    @property
+    def sidecar_parts(self)->dict:
+        "The callbacks that share the sidecar, by name; the first of them writes and reads it"
+        cbs = [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, OwningCallback)]
+        return dict(zip(unique_names([cb.name for cb in cbs]), cbs))
+
+    @contextmanager
+    def around_save(self, file, *args, **kwargs):
+        "Save the student without owned weights, and then the sidecar of all callbacks"
+        with self.owned.absent_from(self.learn.opt): yield
+        (student,sidecar),parts = sidecar_path(self.learn, file),self.sidecar_parts
+        if self is not next(iter(parts.values())) or rank_distrib() or student is None or not student.exists(): return
+        save_sidecar(student, sidecar, {k: cb.sidecar_state() for k,cb in parts.items()})
+
+    @contextmanager
+    def around_load(self, file, *args, **kwargs):
+        "Load the student, and then the sidecar, now or as soon as the losses are built"
+        with self.owned.absent_from(self.learn.opt): yield
+        (student,sidecar),parts = sidecar_path(self.learn, file),self.sidecar_parts
+        if self is not next(iter(parts.values())) or student is None: return
+        saved = load_sidecar(student, sidecar)
+        for k,cb in parts.items(): cb.load_sidecar_state(saved.get(k, {}))

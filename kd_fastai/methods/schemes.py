@@ -107,9 +107,9 @@ class MeanTeacher(KnowledgeDistillationCallback):
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         super().__init__(self.average.module, loss, *args, **kwargs)
 
-    def check_models(self):
+    def check_models(self, first):
         "Also raise `ValueError` if the average is that of another model"
-        super().check_models()
+        super().check_models(first)
         def shapes(m): return {k: v.shape for k,v in unwrap_model(m).state_dict().items()}
         if shapes(self.learn.model)!=shapes(self.average.module): raise ValueError(
             "The average is that of another model: "
@@ -185,7 +185,7 @@ class MutualLearning(KnowledgeDistillationCallback):
         loss:Callable|Term|list=Mutual, # As in `KnowledgeDistillationCallback`, on predictions
         weight:float|str=1.,       # Weight of bare losses
         task_weight:float=1.,      # Weight of the task loss, in each network
-        schedule:Callable|None=None# Multiplies the weights
+        schedule:Callable|str|None=None# Multiplies the weights
     ):
         super().__init__(PeerTeacher(Ensemble(peers)), loss, weight=weight, task_weight=task_weight, schedule=schedule)
         if any(o.uses_features or o.module is not None for o in self.terms): raise ValueError(
@@ -196,7 +196,7 @@ class MutualLearning(KnowledgeDistillationCallback):
         self.peers = [o for o in peers if isinstance(o, Learner)]
         self.owned = OwnedWeights(Peers(self.teacher.model))
 
-    def ask_teacher(self, *xb)->tuple:
+    def run_teacher(self, *xb)->tuple:
         "The peers draw random numbers like any network that trains"
         return self.teacher(*xb)
 
@@ -211,13 +211,10 @@ class MutualLearning(KnowledgeDistillationCallback):
 
     def peer_loss(self, pred:Tensor, others:Tensor)->Tensor:
         "The objective of one peer: `pred` learns from `others`"
-        idx = self.indices(pred.device).get('idx')
-        labels,mixed = self.labels(self.learn.yb),self.mixed_labels()
-        fields,masks = self.batch_fields(),self.fit_state.masks
-        batch = self.objective.prepare(pred, others, target=labels, idx=idx, mixed=mixed, fields=fields, masks=masks)
         task = as_plain_tensor(self.learn.loss_func(pred, *self.yb))
-        values = self.objective.values(batch, self.pct_train)
-        return self.objective.total(task, values, self.objective.weights(task, values, self.pct_train))
+        batch = self.objective.prepare(pred, others, task=task, **self.batch_inputs(pred.device))
+        values = self.objective.values(batch, self.progress)
+        return self.objective.total(batch, values, self.objective.weights(batch, values, self.progress))
 
     def make_columns(self):
         "Also a column for each metric of the peers, numbered from 2"
