@@ -33,7 +33,7 @@ from .hooks.layers import parse_layer_pairs, unique_names, unwrap_model
 from .losses import Attention, SoftTarget
 from .losses.adapters import check_adapt
 from .losses.masks import check_mask
-from .losses.signature import loss_name
+from .losses.facts import loss_name
 from .objective import Batch, Objective
 from .teacher.classes import TeacherConfusion
 from .teacher.function import as_teacher
@@ -67,7 +67,7 @@ def make_terms(
     terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
     return [o.with_defaults(pairs, schedule, adapt, mask) for o in terms]
 
-# %% ../nbs/callback.ipynb #4f762b00
+# %% ../nbs/callback.ipynb #174cee26
 class DistillationSettings(OwningCallback):
     "The settings of a `KnowledgeDistillationCallback`"
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
@@ -129,6 +129,11 @@ class DistillationSettings(OwningCallback):
         unknown = self.objective.unknown_weights
         return {o.name: None if o in unknown else self.objective.base_weight(o) for o in self.terms}
 
+    @property
+    def compares_with_labels(self)->bool:
+        "Whether the teacher should agree with the labels: not if the task loss is left out, as with placeholder labels"
+        return self.has_trained_teacher and self.task_weight!=0 and not self.objective.class_maps
+
     def reset_weights(self):
         "Forget the weights that 'auto' found: the next fit finds them again, on its first batch"
         self.objective.found_weights.clear()
@@ -179,7 +184,7 @@ def first_forward(
     finally:
         if handle: handle.remove()
 
-# %% ../nbs/callback.ipynb #a076f3ec
+# %% ../nbs/callback.ipynb #57939e9d
 class DistillationFit(DistillationSettings):
     "The events of a fit and of its epochs"
     def before_fit(self):
@@ -195,8 +200,7 @@ class DistillationFit(DistillationSettings):
         capture = Capture(self.learn.model, self.objective.layers[0], who='student')
         self.fit_state = FitState(capture, self.make_columns(), running[0])
         self.fit_state.uses_idx = uses_positions(self.objective, self.teacher)
-        compares = self.has_trained_teacher and self.task_weight!=0 and not self.objective.class_maps
-        if compares: self.fit_state.confusion = TeacherConfusion()
+        if self.compares_with_labels: self.fit_state.confusion = TeacherConfusion()
         self.scope.callback(self.end_fit)
         self.learn.metrics = [*self.learn.metrics, *self.fit_state.columns.metrics]
         self.owned.attach(self.learn, self.scope)
@@ -264,7 +268,7 @@ class DistillationFit(DistillationSettings):
         "Also remove the hooks if the epoch was cancelled during its training"
         if self.fit_state is not None and not in_validation_context(self.learn): self.fit_state.epoch.close()
 
-# %% ../nbs/callback.ipynb #5ac72487
+# %% ../nbs/callback.ipynb #120ac043
 class DistillationBatch(DistillationFit):
     "What is read of a batch"
     @property
@@ -327,7 +331,9 @@ class DistillationBatch(DistillationFit):
         return {**read_labels(self.learn), **self.fit_state.inputs, 'idx': None if idx is None else idx.to(device)}
 
     def task_loss(self, batch:Batch)->Tensor:
-        "Return the Learner's own loss, weighted if another callback does so. 0 if the batch has no labels, where it would be the mean of nothing"
+        """Return the Learner's own loss. 0 if the batch has no labels, where it would be the mean of nothing.
+
+        A second callback gets the weighted one of the first."""
         if self.fit_state.first is not self: return self.fit_state.first.loss_parts()[0]
         task,ignore = as_plain_tensor(self.learn.loss_grad),self.objective.ignore_index
         if ignore is None or not isinstance(batch.target, Tensor): return task
@@ -342,7 +348,7 @@ class DistillationBatch(DistillationFit):
         self.owned.created(self.learn)
         self.owned.attach(self.learn, self.scope)
 
-# %% ../nbs/callback.ipynb #f1d23acc
+# %% ../nbs/callback.ipynb #c9e270fc
 class KnowledgeDistillationCallback(DistillationBatch):
     """Train a student with a teacher.
 
@@ -357,13 +363,18 @@ class KnowledgeDistillationCallback(DistillationBatch):
     def after_loss(self):
         "Add the weighted terms to the loss"
         if not self.is_capturing: return
-        batch = self.read_batch()
-        values = self.objective.values(batch, self.progress)
-        if self.objective.unknown_weights: self.find_weights(batch, values)
-        weights = self.objective.weights(batch, values, self.progress)
-        self.check_first_batch(batch, values, weights)
+        batch,values,weights = self.compute()
         self.record(batch, values, weights)
         self.set_loss(batch, values, weights)
+
+    def compute(self)->tuple: # A `Batch`, and the values and weights of the terms by name
+        "Return everything about this batch that the objective computes. On the first one, 'auto' weights are found"
+        batch,objective,progress = self.read_batch(),self.objective,self.progress
+        values = objective.values(batch, progress)
+        if objective.unknown_weights: self.find_weights(batch, values)
+        weights = objective.weights(batch, values, progress)
+        self.check_first_batch(batch, values, weights)
+        return batch,values,weights
 
     def find_weights(self, batch, values):
         "Find the weights that are 'auto', equal in all processes, and print them"

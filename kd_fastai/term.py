@@ -9,7 +9,7 @@ __all__ = ['check_number', 'check_weight', 'check_schedule', 'sample_values', 'm
            'of_mixed_labels', 'of_weighted_samples', 'LossCall', 'BatchLoss', 'check_scalar', 'Term', 'check_term',
            'check_term_layers']
 
-# %% ../nbs/term.ipynb #dfe1465b
+# %% ../nbs/term.ipynb #cf954945
 import copy, math
 from functools import partial
 from typing import Callable
@@ -17,13 +17,11 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import camel2snake
 from .losses.adapters import LossWithAdapters, check_adapt
-from .losses.shapes import has_sample_values, per_sample
-from .losses.info import get_loss_info
+from .losses.facts import get_loss_info, has_sample_values, loss_args, loss_name, per_sample, unwrap_loss
 from .hooks.layers import layer_name, parse_layer_pairs, unique_names
 from .losses.masks import check_mask, check_maskable, masked_loss
-from .losses.signature import loss_args, loss_name, unwrap_loss
 
-# %% ../nbs/term.ipynb #f2a06301
+# %% ../nbs/term.ipynb #af18519f
 def check_number(
     x,        # A number
     what:str  # Its name in error messages
@@ -59,7 +57,7 @@ def check_schedule(
         f"got {schedule!r}")
     for pos in (0., 0.5, 1.): check_number(schedule(pos), f"A schedule's value at {pos}")
 
-# %% ../nbs/term.ipynb #a789d64c
+# %% ../nbs/term.ipynb #feaa8be9
 def sample_values(
     loss:Callable # A loss, or one that was made by `mean_of`
 )->Callable|None: # A function of the same arguments, by keyword, that returns `(B,)`
@@ -117,7 +115,7 @@ def of_weighted_samples(
         return weight.to(res)*res
     return mean_of(weighted)
 
-# %% ../nbs/term.ipynb #58f1f15a
+# %% ../nbs/term.ipynb #5c87ed74
 class LossCall:
     """A loss with its parameters, constant or scheduled, and what it reads.
 
@@ -161,7 +159,7 @@ class LossCall:
         params = {**unwrap_loss(self.loss)[1], **dict.fromkeys(self.params, 'schedule')}
         return loss_name(self.loss)+(f"({', '.join(f'{k}={v}' for k,v in params.items())})" if params else '')
 
-# %% ../nbs/term.ipynb #9d15da87
+# %% ../nbs/term.ipynb #85aca233
 class BatchLoss(LossCall):
     "A loss with layers, a mask and weights of samples, and its value for a batch"
     layers,teacher,mask,sample_weight,name = ([],[]),None,None,None,'loss'
@@ -183,7 +181,7 @@ class BatchLoss(LossCall):
         if self.name in batch.masks: batch = batch.masked(batch.masks[self.name])
         if self.sample_weight is not None: batch = batch.weighted(self.sample_weight, self.name)
         is_dense = batch.pred.ndim>2 and self.uses_predictions
-        return batch.labeled() if (is_dense or self.needs_labels) and not self.takes_mask else batch
+        return batch.labeled(self.reads_labels) if (is_dense or self.reads_labels) and not self.takes_mask else batch
 
     def arguments(self,
         batch # What `part_of` returned
@@ -218,7 +216,7 @@ def check_scalar(
     got = f"one of shape {tuple(value.shape)}: take its mean" if isinstance(value, Tensor) else type(value).__name__
     raise TypeError(f"{name} must return a scalar tensor, got {got}")
 
-# %% ../nbs/term.ipynb #59c02c31
+# %% ../nbs/term.ipynb #fc033b18
 class Term(BatchLoss):
     """One part of the objective: `weight * schedule(progress) * loss`.
 
@@ -287,7 +285,7 @@ class Term(BatchLoss):
         if pairs: res += f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in pairs)}"
         return res if self.adapt is None else res+', adapted'
 
-# %% ../nbs/term.ipynb #196fce62
+# %% ../nbs/term.ipynb #5bc2e2e9
 def check_term(
     term:Term # A new term
 ):

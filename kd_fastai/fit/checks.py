@@ -8,19 +8,18 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/checks.html.md"""
 __all__ = ['check_count', 'check_teacher_names', 'stateful_modules', 'check_models', 'is_elementwise', 'check_data',
            'check_terms', 'check_frozen', 'check_negligible']
 
-# %% ../../nbs/fit/checks.ipynb #1d120aa6
+# %% ../../nbs/fit/checks.ipynb #0ea37800
 from typing import Callable
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import nn
 from fastai.basics import Learner
-from ..losses.info import get_loss_info
-from ..losses.signature import loss_name
+from ..losses.facts import get_loss_info, loss_name
 from ..objective import Batch, Objective
 from ..teacher.classes import check_compatible_data
 from ..teacher.live import Teacher, shared_tensors
 from ..term import Term
 
-# %% ../../nbs/fit/checks.ipynb #62d4004a
+# %% ../../nbs/fit/checks.ipynb #99ef5e24
 def check_count(
     n,       # A whole number
     what:str # Its name in error messages
@@ -47,7 +46,7 @@ def check_teacher_names(
         f"got other names or none in {', '.join(unnamed)}")
     raise ValueError(f"No term learns from the teachers {sorted(known-named)}: give each a term, or leave them out")
 
-# %% ../../nbs/fit/checks.ipynb #cc75fec4
+# %% ../../nbs/fit/checks.ipynb #9e210ee5
 def stateful_modules(
     model:nn.Module # Any model
 )->set:
@@ -74,7 +73,7 @@ def check_models(
         f"The student's {shared[0][0]!r} and the teacher's {shared[0][1]!r} are the same tensor, "
         "so that training the student would change the teacher: give the teacher a copy (copy.deepcopy)")
 
-# %% ../../nbs/fit/checks.ipynb #8588298a
+# %% ../../nbs/fit/checks.ipynb #ce0c7877
 def is_elementwise(
     loss_func # A loss function, or its class or instance
 )->bool:
@@ -101,7 +100,7 @@ def check_data(
     if softmax and is_elementwise(task): warn('softmax', f"{', '.join(softmax)} expects logits of a softmax, "
         f"but the loss of the Learner is {loss_name(task)}: use Logits or MultiLabel")
 
-# %% ../../nbs/fit/checks.ipynb #82992833
+# %% ../../nbs/fit/checks.ipynb #4b96547a
 def check_terms(
     objective:Objective, # The objective
     batch:Batch,         # The first batch
@@ -113,8 +112,8 @@ def check_terms(
     "Raise or warn about terms that cannot have an effect"
     for o in objective.terms:
         if weights[o.name]!=0 and not values[o.name].requires_grad: check_frozen(o, modules, warn)
-        is_automatic = objective.balance or o.name in objective.found_weights
-        if not is_automatic: check_negligible(o, values[o.name].item(), objective.task_weight*batch.task.mean().item(), warn)
+        if objective.balance or o.name in objective.found_weights: continue
+        check_negligible(o, values[o.name].item(), objective.task_weight*batch.task.mean().item(), warn)
 
 def check_frozen(
     term:Term,    # A term without a gradient

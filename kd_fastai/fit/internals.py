@@ -176,6 +176,7 @@ class ExtraParams:
         opt.param_lists = type(opt.param_lists)([*rest, type(last)(params)])
 
     def _enter(self, opt):
+        if self.opt is not opt and self.is_in(self.opt): self._exit(self.opt)  # `create_opt` in a fit
         self._set_last(opt, [*opt.param_lists[-1], *self.params])
         if self.opt not in (None, opt) or len(self.states)!=len(self.params):  # None: loaded from a file
             self.states,self.slow = [[{} for _ in self._state_dicts(opt)] for _ in self.params],None
@@ -194,6 +195,10 @@ class ExtraParams:
         self._set_last(opt, [p for p in opt.param_lists[-1] if id(p) not in self._ids()])
         self.states = [[d.pop(p, {}) for d in self._state_dicts(opt)] for p in self.params]
 
+    def set_states(self, states:list, slow:list|None):
+        "Set what was loaded from a file: it goes to the optimizer that the parameters join next"
+        self.states,self.slow,self.opt = states,slow,None
+
     def is_in(self, opt:Optimizer|None)->bool:
         "Whether they are in this optimizer now"
         return opt is not None and any(id(p) in self._ids() for p in opt.param_lists[-1])
@@ -208,7 +213,7 @@ class ExtraParams:
         self._enter(opt)
         try: yield
         finally:
-            self._exit(opt)
+            if self.is_in(opt): self._exit(opt)
             if restore_state: self.states = before
 
     @contextmanager

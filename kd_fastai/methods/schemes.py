@@ -25,9 +25,10 @@ from ..fit.columns import TermColumn
 from ..fit.internals import in_validation_context
 from ..hooks.layers import unwrap_model
 from ..losses import HardTarget, Mutual, SoftTarget
-from ..objective import Term, as_float32
+from ..losses.shapes import at_least_float32
+from ..term import Term
 from ..fit.owned import OwnedWeights
-from ..losses.signature import loss_args, loss_name
+from ..losses.facts import loss_args, loss_name
 from ..teacher.inputs import as_plain_tensor
 from ..teacher.live import Teacher, get_logits, read_teacher
 
@@ -71,7 +72,7 @@ class Ensemble(nn.ModuleList):
         if len({*shapes})>1: raise ValueError(
             f"The teachers' predictions have different shapes: {shapes}. Do all models predict the same classes?")
         if len(preds)==1: return preds[0]
-        preds = list(map(as_float32, preds))
+        preds = list(map(at_least_float32, preds))
         if self.logits: return sum(w*p for w,p in zip(self.weights, preds))
         weighted = [w.log()+(p/self.T).log_softmax(self.axis) for w,p in zip(self.weights, preds)]
         return self.T*torch.stack(weighted).logsumexp(0)
@@ -169,7 +170,7 @@ class PeerTeacher(Teacher):
 
     def __call__(self, *xb, **kwargs)->tuple:
         "Their combined predictions, without a gradient; `preds` are the single ones"
-        self.preds = [as_float32(get_logits(m(*map(as_plain_tensor, xb)))) for m in self.model]
+        self.preds = [at_least_float32(get_logits(m(*map(as_plain_tensor, xb)))) for m in self.model]
         return self.model.combine([p.detach() for p in self.preds]),{}
 
 class MutualLearning(KnowledgeDistillationCallback):

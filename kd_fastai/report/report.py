@@ -19,12 +19,12 @@ from fastcore.basics import GetAttr, patch, store_attr
 from fastai.basics import AvgLoss, Callback, CancelFitException, L, Learner, noop
 from fastai.torch_core import no_random
 from ..callback import KnowledgeDistillationCallback, kd_callbacks
+from ..fit.batch import plain_labels
 from ..hooks.capture import preserving_modes
 from ..teacher.classes import TeacherConfusion, in_student_order
-from ..losses.info import get_loss_info
+from ..losses.facts import get_loss_info, unwrap_loss
 from ..teacher.inputs import split_inputs
 from ..losses import Mutual, SoftTarget
-from ..losses.signature import unwrap_loss
 from ..teacher.live import get_logits
 
 # %% ../../nbs/report/report.ipynb #422b74c4
@@ -51,8 +51,8 @@ class MeasureTerms(Callback):
     def after_loss(self):
         "Make the table of terms and the table of layers"
         objective = self.kd.objective
-        batch,task,values,weights = self.kd.compute()
-        values = {'task_loss': task.mean(), **values}
+        batch,values,weights = self.kd.compute()
+        values = {'task_loss': batch.task.mean(), **values}
         weights = {'task_loss': objective.task_weight, **{k: float(w) for k,w in weights.items()}}
         factors = [objective.task_weight or 1., *[*weights.values()][1:]]  # a task of weight 0 is still the reference
         grads = [w*self.gradient(v) for w,v in zip(factors, values.values())]
@@ -110,7 +110,7 @@ class ScoreTeacher(Callback):
         objective = self.kd.objective
         pred = self.teacher_pred()
         if pred is None: return
-        batch = objective.prepare(get_logits(self.pred), pred, target=self.kd.labels(self.yb))
+        batch = objective.prepare(get_logits(self.pred), pred, target=plain_labels(self.yb))
         self.compare(batch.pred, batch.teacher_pred, batch.target)
         if self.kd.compares_with_labels: self.confusion.add(batch.teacher_pred, batch.target, batch.mask)
         if objective.class_map is not None: pred = in_student_order(pred, objective.class_map)

@@ -12,8 +12,7 @@ from fastai.basics import (Adam, BCEWithLogitsLossFlat, Callback, CancelBatchExc
 from fastai.callback.all import GradientAccumulation, MixUp, SchedLin
 from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
-from kd_fastai.losses.info import get_loss_info
-from kd_fastai.losses.signature import loss_name
+from kd_fastai.losses.facts import get_loss_info, loss_name
 from kd_fastai import losses
 from kd_fastai.losses import output, feature, relation
 from support import (CPUMixedPrecision, KD, KeepBatches, KeepLosses, Never, fit, history, hooks, learner, quiet,

@@ -283,8 +283,8 @@ def test_a_nan_teacher_is_named():
         fit(learner(KD(broken, SoftTarget)))
 
 def test_balance_is_bounded_where_a_term_passes_zero():
-    objective,task = Objective([Term(Logits)], balance=True),torch.tensor(2.)
-    factors = [objective.weights(task, {'logits': torch.tensor(v)})['logits'].item() for v in (1., -1., 1e-9, 1.)]
+    objective,batch = Objective([Term(Logits, 1.)], balance=True),Batch(torch.zeros(1,2), task=torch.tensor(2.))
+    factors = [objective.weights(batch, {'logits': torch.tensor(v)})['logits'].item() for v in (1., -1., 1e-9, 1.)]
     assert max(factors)<40
 
 def test_a_callback_refuses_a_student_of_another_width(teacher):

@@ -3,7 +3,7 @@ import math
 from functools import partial
 import pytest, torch, torch.nn.functional as F
 from kd_fastai.losses import *
-from kd_fastai.losses.signature import LOSS_ARGS, loss_args
+from kd_fastai.losses.facts import LOSS_ARGS, loss_args
 from kd_fastai.losses import output, feature, relation
 
 pytestmark = pytest.mark.hostile

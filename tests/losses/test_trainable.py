@@ -12,10 +12,10 @@ from fastai.callback.all import *
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from kd_fastai.all import *
-from kd_fastai.losses.info import get_loss_info, loss_table
-from kd_fastai.losses.signature import loss_name, loss_args
+from kd_fastai.losses.facts import get_loss_info, loss_args, loss_name, loss_table
 from kd_fastai.demo import digits, small_net
-from kd_fastai.losses import trainable
+from kd_fastai import losses
+from kd_fastai.losses import classifier, connectors, embedding, temperature
 from kd_fastai.losses.base import TrainableLoss
 
 for o in [*globals()]:
@@ -205,9 +205,9 @@ def test_golden_margins():
 
 def test_table():
     "Every public loss of the module is in the menu, and appears in the tables"
-    public = {n for n in trainable.__all__ if hasattr(getattr(trainable, n), 'info')}
+    public = {n for m in (connectors, classifier, embedding, temperature) for n in m.__all__}
     assert public=={*LOSSES}
-    table = loss_table([getattr(trainable, n) for n in LOSSES])
+    table = loss_table([getattr(losses, n) for n in LOSSES])
     assert all(f'`{n}`' in table for n in LOSSES) and 'layers, equal batch; trains regressors' in table
 
 @every
@@ -221,7 +221,7 @@ def test_facts(name):
 
 @each
 def test_documented(name):
-    cls,a = getattr(trainable, name),get_loss_info(getattr(trainable, name))
+    cls,a = getattr(losses, name),get_loss_info(getattr(losses, name))
     assert len(cls.__doc__)>30
     assert cls.forward.__doc__
     arguments = docments(cls.forward) | (docments(cls) if '__init__' in vars(cls) else {})

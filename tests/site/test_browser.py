@@ -57,8 +57,8 @@ class Quiet(SimpleHTTPRequestHandler):
 @pytest.fixture(scope='module')
 def url(site):
     "The URL of the site on a local server"
-    if not (site/'site_libs'/'katex').exists():
-        pytest.skip('KaTeX is not in node_modules and could not be downloaded from npm')
+    missing = [o for o in ('katex','fonts') if not (site/'site_libs'/o).exists()]
+    if missing: pytest.skip(f"not in node_modules and could not be downloaded from npm: {', '.join(missing)}")
     with ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=site)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{server.server_port}/'
