@@ -8,6 +8,7 @@ from fastai.basics import Adam, Callback, DataLoaders, L, Learner, OptimWrapper,
 from kd_fastai.all import *
 from kd_fastai.callback import loss_layout
 from kd_fastai.demo import digits, small_net
+from kd_fastai.objective import Batch
 from support import KD, fit, history, hooks, learner, quiet, weights
 
 pytestmark = [pytest.mark.hostile, pytest.mark.filterwarnings('ignore::UserWarning')]
