@@ -67,7 +67,7 @@ def make_terms(
     terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
     return [o.with_defaults(pairs, schedule, adapt, mask) for o in terms]
 
-# %% ../nbs/callback.ipynb #174cee26
+# %% ../nbs/callback.ipynb #948fc156
 class DistillationSettings(OwningCallback):
     "The settings of a `KnowledgeDistillationCallback`"
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
@@ -184,7 +184,7 @@ def first_forward(
     finally:
         if handle: handle.remove()
 
-# %% ../nbs/callback.ipynb #57939e9d
+# %% ../nbs/callback.ipynb #bd01445b
 class DistillationFit(DistillationSettings):
     "The events of a fit and of its epochs"
     def before_fit(self):
@@ -268,7 +268,7 @@ class DistillationFit(DistillationSettings):
         "Also remove the hooks if the epoch was cancelled during its training"
         if self.fit_state is not None and not in_validation_context(self.learn): self.fit_state.epoch.close()
 
-# %% ../nbs/callback.ipynb #120ac043
+# %% ../nbs/callback.ipynb #5c7496e9
 class DistillationBatch(DistillationFit):
     "What is read of a batch"
     @property
@@ -348,7 +348,7 @@ class DistillationBatch(DistillationFit):
         self.owned.created(self.learn)
         self.owned.attach(self.learn, self.scope)
 
-# %% ../nbs/callback.ipynb #c9e270fc
+# %% ../nbs/callback.ipynb #02cf598b
 class KnowledgeDistillationCallback(DistillationBatch):
     """Train a student with a teacher.
 

@@ -8,8 +8,7 @@ from fastai.callback.core import Callback
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.hooks.capture import Capture
 from kd_fastai.hooks.layers import get_module_by_name, parse_layer
-from kd_fastai.losses import DecoupledKD, FitNet, Logits, RKD, SoftTarget
-from kd_fastai.objective import Objective
+from kd_fastai.losses import FitNet, Logits, SoftTarget
 from kd_fastai.teacher.live import Teacher, get_logits
 
 def mlp(seed, **kwargs):
