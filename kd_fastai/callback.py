@@ -28,8 +28,10 @@ from .fit.columns import Columns, TermColumn, recorder_table
 from kd_fastai.fit.internals import (all_reduce_sum, in_validation_context, is_distributed, without_extra_parameters,
     without_last_inputs)
 from .fit.owned import OwnedWeights, OwningCallback
-from .hooks.capture import Capture, LiveHook, RandomStream
-from .hooks.layers import parse_layer_pairs, unique_names, unwrap_model
+from .hooks.capture import Capture, LiveHook
+from .hooks.inputs import as_plain_tensor, split_inputs
+from .hooks.layers import parse_layer_pairs, unique_names
+from .hooks.models import RandomStream, get_logits, unwrap_model
 from .losses import Attention, SoftTarget
 from .losses.adapters import check_adapt
 from .losses.masks import check_mask
@@ -37,8 +39,7 @@ from .losses.facts import loss_name
 from .objective import Batch, Objective
 from .teacher.classes import TeacherConfusion
 from .teacher.function import as_teacher
-from .teacher.inputs import as_plain_tensor, split_inputs
-from .teacher.live import Teacher, get_logits
+from .teacher.live import BaseTeacher, Teacher
 from .term import Term, check_schedule, check_weight
 
 # %% ../nbs/callback.ipynb #c3515423
@@ -57,7 +58,7 @@ def make_terms(
 )->list:
     "Return the terms. Raises `TypeError` if teacher and loss are swapped, `ValueError` without a loss"
     is_swapped = isinstance(loss, (nn.Module,Learner)) and not isinstance(
-        teacher, (nn.Module,Learner,str,Path,Teacher,dict))
+        teacher, (nn.Module,Learner,str,Path,BaseTeacher,dict))
     if is_swapped: raise TypeError(
         "teacher and loss are swapped: expected (teacher, loss), "
         f"got ({loss_name(teacher)}, {type(loss).__name__})")
@@ -67,7 +68,7 @@ def make_terms(
     terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
     return [o.with_defaults(pairs, schedule, adapt, mask) for o in terms]
 
-# %% ../nbs/callback.ipynb #948fc156
+# %% ../nbs/callback.ipynb #814f51f9
 class DistillationSettings(OwningCallback):
     "The settings of a `KnowledgeDistillationCallback`"
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
@@ -184,7 +185,7 @@ def first_forward(
     finally:
         if handle: handle.remove()
 
-# %% ../nbs/callback.ipynb #bd01445b
+# %% ../nbs/callback.ipynb #cb61be9c
 class DistillationFit(DistillationSettings):
     "The events of a fit and of its epochs"
     def before_fit(self):
@@ -244,7 +245,7 @@ class DistillationFit(DistillationSettings):
         state.columns.reset()
         self.owned.before_train(learn)
         device = next((p.device for p in learn.model.parameters()), None)
-        contexts = (tracking(learn.dl, state.uses_idx), self.teacher.ready(device),
+        contexts = (tracking(learn.dl, state.uses_idx), self.teacher.ready(device, learn.epoch),
                     first_forward(learn.model, state.capture), state.capture)
         for o in contexts: state.epoch.enter_context(o)
         state.epoch.callback(setattr, state, 'is_capturing', False)
@@ -268,7 +269,7 @@ class DistillationFit(DistillationSettings):
         "Also remove the hooks if the epoch was cancelled during its training"
         if self.fit_state is not None and not in_validation_context(self.learn): self.fit_state.epoch.close()
 
-# %% ../nbs/callback.ipynb #5c7496e9
+# %% ../nbs/callback.ipynb #761345da
 class DistillationBatch(DistillationFit):
     "What is read of a batch"
     @property
@@ -348,7 +349,7 @@ class DistillationBatch(DistillationFit):
         self.owned.created(self.learn)
         self.owned.attach(self.learn, self.scope)
 
-# %% ../nbs/callback.ipynb #02cf598b
+# %% ../nbs/callback.ipynb #48a31091
 class KnowledgeDistillationCallback(DistillationBatch):
     """Train a student with a teacher.
 
