@@ -5,7 +5,7 @@ from .callback import KnowledgeDistillationCallback
 from .hooks.capture import Capture
 from .ship.card import KDCard
 from .teacher.classes import match_classes
-from .report.compare import KDComparison, StudentInputs, kd_compare
+from .report.compare import KDComparison, kd_compare
 from .methods.dot import DOT
 from .report.find import KDFind
 from .methods.gates import all_of, by_entropy, by_position, teacher_right, teacher_sure
@@ -18,6 +18,7 @@ from .ship.parity import OnnxModel, deployable, export_onnx, kd_parity
 from .methods.phi_s import fit_phi_s, phi_s
 from .report.plots import *
 from .report.report import KDReport
+from .report.runs import StudentInputs
 from .methods.schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation
 from .methods.schemes import on_exits, train_generations
 from .teacher.function import FunctionTeacher, fast_copy, onnx_teacher
