@@ -20,18 +20,18 @@ from fastai.basics import Learner, no_random
 from .measure import latency
 from .runs import RunTable, TrainRun, lower_is_better, make_student, run_all
 from .scores import first_batch, split_xy
-from ..teacher.inputs import split_inputs
-from ..teacher.live import Teacher
+from ..hooks.inputs import split_inputs
+from ..teacher.live import BaseTeacher, Teacher
 
 # %% ../../nbs/report/compare.ipynb #6652edd2
-class BatchReader(Teacher):
+class BatchReader(BaseTeacher):
     "A model that takes its own inputs out of those of a batch: the student's, or with `is_teacher` the teacher's"
     def __init__(self,
         source,           # A module, Learner, path or `Teacher`
         teacher_inputs:int, # How many of a batch's last inputs are the teacher's alone
         is_teacher:bool=False # Is it the teacher?
     ):
-        self.reader = source if isinstance(source, Teacher) else Teacher(source)
+        self.reader = source if isinstance(source, BaseTeacher) else Teacher(source)
         self.model,self.learner = self.reader.model,self.reader.learner
         self.teacher_inputs,self.is_teacher = teacher_inputs,is_teacher
 

@@ -18,9 +18,8 @@ from ..losses import SoftTarget
 from ..objective import Term
 from .compare import KDComparison, kd_compare
 from .runs import distill_args
-from .scores import preserving_loader_rngs
+from .scores import find_teacher_inputs, preserving_loader_rngs
 from .trial import trial_learner
-from ..teacher.live import find_teacher_inputs
 
 # %% ../../nbs/report/find.ipynb #ba8c6f5d
 def default_methods(

@@ -27,12 +27,12 @@ from fastprogress.fastprogress import progress_bar
 from fastai.basics import Callback, DataLoaders, Learner, Recorder, is_listy, no_random, noop, set_seed
 from fastai.callback.progress import ProgressCallback  # gives Learner its no_bar  # noqa: F401
 from fastai.callback.schedule import ParamScheduler    # gives Learner its fit_one_cycle  # noqa: F401
+from ..hooks.inputs import split_inputs
 from ..objective import Term
 from .measure import size_kb
 from .scores import score_models
 from ..teacher.cached import weights_digest
-from ..teacher.inputs import split_inputs
-from ..teacher.live import Teacher
+from ..teacher.live import BaseTeacher
 
 # %% ../../nbs/report/runs.ipynb #968ebfdb
 def is_loss(
@@ -51,7 +51,7 @@ def distill_args(
     if isinstance(method, Mapping): return dict(method)
     losses = [*method] if is_listy(method) else [method]
     if losses and all(map(is_loss, losses)): return dict(loss=method)
-    if isinstance(method, (nn.Module,Learner,Teacher)): return dict(teacher=method)
+    if isinstance(method, (nn.Module,Learner,BaseTeacher)): return dict(teacher=method)
 
 def apply_method(
     method,        # As above
@@ -102,7 +102,7 @@ class _Digest:
         if isinstance(o, nn.Module):
             self.hash.update(weights_digest(o).encode())
             return None if any(True for _ in o.parameters()) else self._add_attributes(o)
-        if isinstance(o, Teacher): return self._add_teacher(o)
+        if isinstance(o, BaseTeacher): return self._add_teacher(o)
         if isinstance(o, Learner): return self.add(*_learner_settings(o))
         if isinstance(o, partial): return self.add(o.func, *o.args, o.keywords)
         if isinstance(o, types.MethodType): return self.add(o.__func__, o.__self__)
