@@ -16,6 +16,7 @@ import torch
 from torch import nn, Tensor
 from ..teacher.inputs import tensor_version
 from .layers import get_module_by_name, layer_name, parse_layer, unwrap_model
+from .layout import known_widths, standard_layout
 
 # %% ../../nbs/hooks/capture.ipynb #7d4c350e
 class Capture:
@@ -46,6 +47,7 @@ class Capture:
         self._thread = threading.get_ident()
         # look the modules up now, since SyncBatchNorm may have replaced some
         self.modules = {o.spec: get_module_by_name(self.model, o.name) for o in self.specs}
+        self.widths = {o.spec: known_widths(self.model, self.modules[o.spec], o.is_input) for o in self.specs}
         if self.specs: self.handles.append(self.model.register_forward_pre_hook(LiveHook(self._on_forward_start)))
         for o in self.specs: self.handles.append(self._add_hook(o))
         return self
@@ -83,6 +85,7 @@ class Capture:
     def _record(self, spec, value):
         if not self._listens(): return
         t = self._select(spec, value)
+        if not callable(spec.item): t = standard_layout(t, self.widths[spec.spec])
         self.outputs.setdefault(spec.spec, []).append((t, tensor_version(t)))
         if self._stop_order and [*self.outputs]==self._stop_order: raise self.StopForward
 
