@@ -9,7 +9,7 @@ from .report.compare import KDComparison, StudentInputs, kd_compare
 from .methods.dot import DOT
 from .report.find import KDFind
 from .methods.gates import all_of, by_entropy, by_position, teacher_right, teacher_sure
-from .teacher.inputs import normalization_tfm
+from .hooks.inputs import normalization_tfm
 from .hooks.layers import get_model_layers, get_module_by_name
 from .losses import *
 from .hooks.matching import classifier_input, layer_similarity, linear_cka, match_feature_layers
@@ -20,6 +20,7 @@ from .report.plots import *
 from .report.report import KDReport
 from .methods.schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation
 from .methods.schemes import on_exits, train_generations
-from .teacher.function import FunctionTeacher, fast_copy, onnx_teacher
+from .teacher.fast import FastTeacher, fast_copy
+from .teacher.function import FunctionTeacher, onnx_teacher
 from .teacher.live import Teacher
 from .methods.two_views import TwoViews, across_views, by_view, on_two_views

@@ -64,8 +64,8 @@ def standard_layout(
 )->Tensor: # Maps `(B, C, *size)`, tokens `(B, N, D)`; embeddings and others unchanged
     "Return a feature in the layout that losses expect"
     if f.ndim<3: return f
-    dim = channel_dim(f, widths)
-    return f.movedim(dim, -1 if f.ndim==3 else 1)
+    dim,expected = channel_dim(f, widths),-1 if f.ndim==3 else 1
+    return f if dim==expected else f.movedim(dim, expected)
 
 # %% ../../nbs/hooks/layout.ipynb #95377d87
 def batch_first(
