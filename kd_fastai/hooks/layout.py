@@ -32,15 +32,14 @@ def known_widths(
     layer:nn.Module,   # One of its layers
     is_input:bool=False# Is the feature the input of the layer? Otherwise its output
 )->list: # Of (number of channels, channels first), the most relevant layer first
-    "Return the numbers of channels that the layers inside `layer` have, and the nearest layer next to it"
+    "Return the numbers of channels that layers inside `layer` have. If none has one, those of the layers before it"
     inside,before = [*layer.modules()],[]
     for m in model.modules():
         if m is layer: break
         before.append(m)
-    near = inside if is_input else [*reversed(inside)]
+    near = inside if is_input else inside[::-1]
     widths = [w for m in near if (w := _width(m, is_input))]
-    outside = next((w for m in reversed(before) if (w := _width(m, False))), None)
-    return widths + [outside]*(outside is not None)
+    return widths or [w for m in before[::-1] if (w := _width(m, False))][:1]
 
 def channel_dim(
     f:Tensor,   # A feature, batch first

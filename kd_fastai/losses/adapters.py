@@ -158,6 +158,7 @@ def check_adapt(
             "adapt is 'auto', a function of two features such as partial(make_adapter, kernel=3), an nn.Module, "
             f"or a list of these, got {o!r}")
 
+# %% ../../nbs/losses/adapters.ipynb #c1caae77
 class LossWithAdapters(nn.Module):
     "A loss on adapted features of the student. `build` creates the adapters from the shapes of a first batch"
     def __init__(self,
