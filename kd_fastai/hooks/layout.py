@@ -8,7 +8,6 @@ Docs: https://kd-fastai.github.io/kd_fastai/hooks/layout.html.md"""
 __all__ = ['known_widths', 'channel_dim', 'standard_layout', 'batch_first']
 
 # %% ../../nbs/hooks/layout.ipynb #4bd6cc36
-import torch
 from torch import nn, Tensor
 
 # %% ../../nbs/hooks/layout.ipynb #64e95df2

@@ -22,7 +22,9 @@ class Patches(nn.Module):
 
 class ConvNeXt(nn.Module):
     "A block with channels first that ends in linear layers on channels last"
-    def __init__(self, c): super().__init__(); self.dw,self.norm,self.fc = nn.Conv2d(c, c, 3, padding=1),nn.LayerNorm(c),nn.Linear(c, c)
+    def __init__(self, c):
+        super().__init__()
+        self.dw,self.norm,self.fc = nn.Conv2d(c, c, 3, padding=1),nn.LayerNorm(c),nn.Linear(c, c)
     def forward(self, x): return self.fc(self.norm(self.dw(x).movedim(1, -1))).movedim(-1, 1)
 
 @pytest.mark.parametrize('size', [5, 8, 12], ids=['fewer positions','as many','more'])
@@ -49,7 +51,8 @@ def test_a_function_says_the_layout_itself():
     model,x = nn.Sequential(nn.Conv1d(3, 8, 1)),torch.randn(2,3,24)
     torch.testing.assert_close(captured(model, ('0', lambda f: f), x), model(x).detach())
 
-@pytest.mark.parametrize('shape,expected', [((4,7,3), (4,7,3)), ((7,4,3), (4,7,3)), ((12,7,3), (12,7,3)), ((4,3,5,5), (4,3,5,5))])
+@pytest.mark.parametrize('shape,expected', [((4,7,3), (4,7,3)), ((7,4,3), (4,7,3)), ((12,7,3), (12,7,3)),
+                                            ((4,3,5,5), (4,3,5,5))])
 def test_batch_first(shape, expected): assert batch_first(torch.randn(shape), 4, 'a').shape==expected
 
 @pytest.mark.parametrize('shape', [(7,5,3), (8,4,3), (5,3,6,6)], ids=['no batch','two candidates','map'])
