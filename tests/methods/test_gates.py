@@ -20,7 +20,7 @@ def test_weights_of_samples_count_at_all_their_positions(size, order):
 
 def test_weights_of_other_shapes():
     batch = dense_batch(4, 5, 6)
-    with pytest.raises(ValueError, match=r'of samples \(4,\) or of positions \(4, 5, 6\), got \(4, 5, 6\), \(4, 1, 6\)'):
+    with pytest.raises(ValueError, match=r'samples \(4,\) or of positions \(4, 5, 6\), got \(4, 5, 6\), \(4, 1, 6\)'):
         all_of(teacher_right, lambda b: torch.ones(4,1,6))(batch)
     with pytest.raises(ValueError, match=r'got \(4,\), \(3,\)'):
         all_of(lambda b: torch.ones(4), lambda b: torch.ones(3))(batch)
