@@ -18,10 +18,10 @@ from torch.utils.data import TensorDataset
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, noop, set_seed
 import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
-from kd_fastai.compare import kd_compare
+from kd_fastai.report.compare import kd_compare
 from kd_fastai.demo import find_fashion, read_idx
 from kd_fastai.objective import auto_ratio
-from kd_fastai.signature import loss_args
+from kd_fastai.losses.signature import loss_args
 import which_loss
 
 TABLES = Path(__file__).parent/'tables'

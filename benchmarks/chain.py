@@ -19,7 +19,7 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.nn.utils import prune
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy
 from kd_fastai.callback import KnowledgeDistillationCallback
-from kd_fastai.compare import kd_compare
+from kd_fastai.report.compare import kd_compare
 from kd_fastai.demo import digits, small_net, train
 from kd_fastai.losses import SoftTarget
 

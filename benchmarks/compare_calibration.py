@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy
 from kd_fastai.callback import KnowledgeDistillationCallback
-from kd_fastai.compare import kd_compare, paired_interval
+from kd_fastai.report.compare import kd_compare, paired_interval
 from kd_fastai.demo import digits, small_net
 from kd_fastai.losses import SoftTarget
 

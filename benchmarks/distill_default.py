@@ -18,7 +18,7 @@ import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy
 from fastai.callback.schedule import SchedCos, SchedNo, SchedPoly
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
-from kd_fastai.compare import comparison_table, kd_compare
+from kd_fastai.report.compare import comparison_table, kd_compare
 from kd_fastai.demo import digits, small_net
 from kd_fastai.losses import SoftTarget
 import funmatch, which_loss

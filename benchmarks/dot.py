@@ -12,7 +12,7 @@ from fastai.callback.progress import ProgressCallback
 from common import ms, ratio, take_turns, write
 from kd_fastai.callback import KnowledgeDistillationCallback
 from kd_fastai.demo import digits, small_net
-from kd_fastai.dot import DOT
+from kd_fastai.methods.dot import DOT
 from kd_fastai.losses import SoftTarget
 
 def make_learner(width, bs, *cbs):

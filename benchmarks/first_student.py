@@ -10,7 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy
-from kd_fastai.compare import kd_compare
+from kd_fastai.report.compare import kd_compare
 from kd_fastai.demo import digits, recipes, score, small_net, train
 
 @cache

@@ -15,7 +15,7 @@ import torch
 from fastai.basics import CrossEntropyLossFlat, ItemTransform, Learner, Pipeline, accuracy, set_seed
 from fastai.callback.all import MixUp
 from kd_fastai.callback import KnowledgeDistillationCallback
-from kd_fastai.compare import kd_compare
+from kd_fastai.report.compare import kd_compare
 from kd_fastai.demo import digits, small_net
 from kd_fastai.losses import SoftTarget
 from kd_fastai.objective import Term

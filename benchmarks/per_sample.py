@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from common import ms, ratio, take_turns, write
 from losses import LOSSES, inputs, step, students
-from kd_fastai.features import has_sample_values, per_sample
-from kd_fastai.signature import loss_args
+from kd_fastai.losses.shapes import has_sample_values, per_sample
+from kd_fastai.losses.signature import loss_args
 
 def uses_features(name): return 'fm_s' in loss_args(LOSSES[name]).accepted
 

@@ -31,10 +31,10 @@ from torch import nn
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, Metric, accuracy, noop, set_seed
 from fastai.callback.schedule import SchedCos  # its module gives Learner its fit_one_cycle
 import kd_fastai.losses as losses
-from kd_fastai.compare import kd_compare
+from kd_fastai.report.compare import kd_compare
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
-from kd_fastai.info import get_loss_info
-from kd_fastai.signature import loss_args
+from kd_fastai.losses.info import get_loss_info
+from kd_fastai.losses.signature import loss_args
 from kd_fastai.demo import digits, fashion
 from common import NoValidation
 

@@ -1,25 +1,25 @@
 "Everything that a user needs, by name: `from kd_fastai.all import *`"
-from .adapters import make_adapter
-from .cache import CachedTeacher, StoredTeacher
+from .losses.adapters import make_adapter
+from .teacher.cached import CachedTeacher, StoredTeacher
 from .callback import KnowledgeDistillationCallback
-from .capture import Capture
-from .card import KDCard
-from .classes import match_classes
-from .compare import KDComparison, StudentInputs, kd_compare
-from .dot import DOT
-from .find import KDFind
-from .gates import all_of, by_entropy, by_position, teacher_right, teacher_sure
-from .inputs import normalization_tfm
-from .layers import get_model_layers, get_module_by_name
+from .hooks.capture import Capture
+from .ship.card import KDCard
+from .teacher.classes import match_classes
+from .report.compare import KDComparison, StudentInputs, kd_compare
+from .methods.dot import DOT
+from .report.find import KDFind
+from .methods.gates import all_of, by_entropy, by_position, teacher_right, teacher_sure
+from .teacher.inputs import normalization_tfm
+from .hooks.layers import get_model_layers, get_module_by_name
 from .losses import *
-from .matching import classifier_input, layer_similarity, linear_cka, match_feature_layers
+from .hooks.matching import classifier_input, layer_similarity, linear_cka, match_feature_layers
 from .objective import Objective, Term
-from .parity import OnnxModel, deployable, export_onnx, kd_parity
-from .phi_s import fit_phi_s, phi_s
-from .plots import *
-from .report import KDReport
-from .schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation
-from .schemes import on_exits, train_generations
-from .sources import FunctionTeacher, fast_copy, onnx_teacher
-from .teacher import Teacher
-from .two_views import TwoViews, across_views, by_view, on_two_views
+from .ship.parity import OnnxModel, deployable, export_onnx, kd_parity
+from .methods.phi_s import fit_phi_s, phi_s
+from .report.plots import *
+from .report.report import KDReport
+from .methods.schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation
+from .methods.schemes import on_exits, train_generations
+from .teacher.function import FunctionTeacher, fast_copy, onnx_teacher
+from .teacher.live import Teacher
+from .methods.two_views import TwoViews, across_views, by_view, on_two_views

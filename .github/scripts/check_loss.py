@@ -17,8 +17,8 @@ def run(*command):
 
 def notebook_of(name):
     "The notebook that defines a loss"
-    found = [p for p in sorted((root/'nbs').glob('1*_losses*.ipynb')) if f'"## {name}\\n"' in p.read_text()]
-    if not found: sys.exit(f"No notebook nbs/1*_losses*.ipynb has a section '## {name}'")
+    found = [p for p in sorted((root/'nbs'/'losses').glob('*.ipynb')) if f'"## {name}\\n"' in p.read_text()]
+    if not found: sys.exit(f"No notebook in nbs/losses has a section '## {name}'")
     return str(found[0].relative_to(root))
 
 def main(name, *methods):

@@ -3,7 +3,7 @@ import re
 from functools import partial
 from torch import nn
 import torch.nn.functional as F
-from kd_fastai.signature import loss_args
+from kd_fastai.losses.signature import loss_args
 from kd_fastai.losses import *
 
 def renamed(f, names): return lambda *args, **hp: f(*args, **{names.get(k, k): v for k,v in hp.items()})

@@ -1,0 +1,98 @@
+"The command, as a user types it."
+import subprocess, sys
+from pathlib import Path
+import pandas as pd
+import pytest
+from kd_fastai.report.compare import KDComparison, comparison_table
+from kd_fastai.demo import kd_demo
+
+def demo(*args, cwd=None):
+    return subprocess.run([str(Path(sys.executable).parent/'kd-demo'), *map(str, args)], text=True, capture_output=True,
+                          cwd=cwd)
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+    "What the command printed, and the folder in which it ran"
+    folder = tmp_path_factory.mktemp('demo')
+    r = demo('--seeds', 2, '--epochs', 3, cwd=folder)
+    assert r.returncode==0, r.stderr
+    return r.stdout,folder
+
+def test_prints_a_table_and_draws_a_plot(done):
+    stdout,folder = done
+    for o in ('teacher', 'student alone', 'with SoftTarget', 'with SoftTarget + Attention', '±', 'better in', '94186',
+              '6274', 'undecided'):
+        assert o in stdout
+    assert (folder/'kd_demo.png').stat().st_size>5000
+
+@pytest.mark.parametrize('args,says', [
+    (dict(labels=5),'--labels must be 10 to 990, got 5'), (dict(seeds=0),'--seeds must be at least 1'),
+    (dict(epochs=0),'--epochs must be'), (dict(data='cats'),'--data must be digits or fashion'),
+    (dict(temperature=0),'--temperature must be'), (dict(out='nowhere/x.png'),"no folder 'nowhere'"),
+    (dict(out='x.doc'),'--out must end in')])
+def test_bad_values_end_the_command_with_a_sentence(args, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=says): kd_demo(**args)
+
+def test_a_word_instead_of_a_number(tmp_path):
+    r = demo('--seeds', 'many', cwd=tmp_path)
+    assert r.returncode and 'invalid int value' in r.stderr and 'Traceback' not in r.stderr
+
+def test_help():
+    r = demo('--help')
+    options = '--seeds','--labels','--epochs','--temperature','--data','--out'
+    assert r.returncode==0 and all(o in r.stdout for o in options)
+
+def test_module_runs_too():
+    r = subprocess.run([sys.executable, '-m', 'kd_fastai.demo', '--labels', '5'], text=True, capture_output=True)
+    assert r.returncode and '10 to 990' in r.stderr
+
+def test_picture_shows_every_run_and_the_mean():
+    "Above the way, epoch by epoch, with the teacher's line; below the gain of each run, and its mean"
+    import matplotlib; matplotlib.use('agg')
+    from kd_fastai.demo import picture
+    curves = {'student alone': [[50.,80.],[60.,90.]], 'with X': [[40.,92.],[50.,94.]]}
+    top,bottom = picture(comparison({n: [o[-1] for o in v] for n,v in curves.items()}), 98., curves).axes
+    lines = {l.get_label(): [*l.get_ydata()] for l in top.lines}
+    assert (lines['teacher'], lines['student alone'], lines['with X']) == ([98.,98.], [55.,85.], [45.,93.])
+    drawn = [[*l.get_ydata()] for l in top.lines]
+    assert all(o in drawn for runs in curves.values() for o in runs)
+    assert [round(o, 4) for o in next(l for l in bottom.lines if l.get_marker()=='.').get_xdata()] == [.12,.04]
+
+def comparison(scores):
+    "What `kd_compare` returns, for accuracies in percent by way"
+    runs = pd.DataFrame([dict(seed=s, way=n, accuracy=a/100) for n,v in scores.items() for s,a in enumerate(v)])
+    first = next(iter(scores))
+    return KDComparison(runs, comparison_table(runs, 'accuracy', first), 'accuracy', first, 0.95)
+
+def test_verdict_counts_runs_and_takes_the_interval():
+    from kd_fastai.demo import verdict
+    assert verdict(comparison({'student alone': [90.,90.], 'with X': [91.,89.4]}))==(
+        'with X: +0.2 points against the student alone, better in 1 of 2 runs, worse in 1: undecided')
+    assert verdict(comparison({'student alone': [90.,90.1,90.2], 'with X': [95.,95.,95.3]})).endswith(
+        'better in 3 of 3 runs, worse in 0: better')
+
+def test_students_have_one_latency(done):
+    "Time and size belong to the architecture"
+    rows = [l.split() for l in done[0].splitlines() if l.startswith(('student alone','with SoftTarget'))]
+    ends = {tuple(o[-3:]) for o in rows if '6274' in o}
+    assert len(ends)==1, rows
+
+def test_fashion_runs_too(tmp_path, fashion_folder, monkeypatch):
+    "With images of noise in place of the real ones"
+    import matplotlib; matplotlib.use('agg')
+    from functools import partial
+    from kd_fastai import demo as module
+    data = partial(module.fashion, bs=20, size=14, augment=False, folder=fashion_folder)
+    monkeypatch.setitem(module.DEMO_TASKS, 'fashion', module.DemoTask(data, 6000, 'test images'))
+    res,teacher,curves = module.compare(2, 50, 2, data='fashion', say=lambda o: None)
+    assert [len(o) for o in curves.values()]==[2]*3
+    assert tuple(teacher.dls.one_batch()[0].shape[1:])==(1,14,14)
+    assert [*module.table(res, teacher).index]==['teacher', *res.table.index]
+
+def test_missing_fashion_gets_a_sentence(tmp_path, monkeypatch, capsys):
+    from kd_fastai import demo as module
+    monkeypatch.setattr(module, 'DEBIAN_FOLDER', tmp_path)
+    monkeypatch.setattr(Path, 'home', lambda: tmp_path)
+    with pytest.raises(SystemExit, match='kd-demo: Fashion-MNIST is not in .*dataset-fashion-mnist'):
+        module.kd_demo(data='fashion', out=str(tmp_path/'x.png'))

@@ -1,0 +1,56 @@
+"The benchmark on Fashion-MNIST, on a folder of noise: the real images need not be there."
+import subprocess, sys
+from pathlib import Path
+import pandas as pd
+import pytest
+
+script = Path(__file__).parents[2]/'benchmarks/fashion.py'
+
+def run(cwd, *args):
+    return subprocess.run([sys.executable, str(script), *map(str, args)], cwd=cwd, text=True, capture_output=True)
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory, fashion_folder):
+    "A folder in which the benchmark has run"
+    folder = tmp_path_factory.mktemp('run')
+    r = run(folder, '--quick', '--folder', fashion_folder, '--students', 'thin')
+    assert r.returncode==0, r.stderr[-2000:]
+    return folder
+
+def results(folder): return [pd.read_csv(folder/'fashion_quick'/f'{n}.csv') for n in ('fashion_runs','fashion')]
+
+def test_every_way_runs_on_every_seed(done):
+    runs,table = results(done)
+    assert {*runs.groupby('way').seed.count()}=={2}
+    assert [*table.way]==['teacher','student alone','learn.distill(teacher)','SoftTarget, auto','SoftTarget, paper',
+                          'DecoupledKD, auto','Logits, auto','Attention, auto','FitNet, auto','RKD, auto',
+                          'Similarity, auto']
+
+def test_ways_of_a_seed_are_paired(done):
+    runs,_ = results(done)
+    assert {*runs.groupby('seed').start.nunique()}=={1}
+
+def test_runs_name_the_ratios_of_auto(done):
+    from kd_fastai.objective import AUTO_RATIO
+    assert {*results(done)[0].auto_ratio}=={', '.join(f'{k} {v:g}' for k,v in AUTO_RATIO.items())}
+
+def test_table_names_its_machine(done):
+    assert 'torch' in (done/'fashion_quick/fashion.md').read_text()
+
+def test_another_way_is_added_to_the_finished_ones(done, fashion_folder):
+    before = results(done)[0]
+    r = run(done, '--quick', '--folder', fashion_folder, '--students', 'thin', '--only', 'Similarity, paper')
+    assert r.returncode==0, r.stderr[-2000:]
+    after = results(done)[0]
+    assert {*after.way}-{*before.way}=={'Similarity, paper'}
+    def in_order(runs): return runs.sort_values(['seed','way']).reset_index(drop=True)
+    kept = in_order(after[after.way!='Similarity, paper'])
+    pd.testing.assert_frame_equal(kept, in_order(before))   # seconds, too: they did not run again
+
+def test_missing_files_are_named(tmp_path):
+    r = run(tmp_path, '--quick', '--folder', tmp_path)
+    assert r.returncode and "Install Debian's package dataset-fashion-mnist" in r.stderr
+
+def test_unknown_ways_are_named(tmp_path):
+    r = run(tmp_path, '--quick', '--only', 'Nonsense')
+    assert r.returncode and 'No such way: Nonsense' in r.stderr

@@ -1,0 +1,147 @@
+"Cards: their numbers, what a wrong student shows, and files that other programs read."
+import re
+from functools import partial
+import pytest, torch, yaml
+from fastai.basics import *
+from fastai.callback.all import *
+from kd_fastai.all import *
+from kd_fastai.ship.card import data_fingerprint, recall_by_class, resize_batch
+from kd_fastai.demo import digits, small_net
+
+for o in [*globals()]:
+    if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+def learner(width=4, labels=100, epochs=6, cbs=None):
+    set_seed(0)
+    learn = Learner(digits(labels), small_net(width), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2, cbs=cbs)
+    return learn
+
+class Confuses(nn.Module):
+    "Predicts the class of a model, but 7 where it says 1"
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, x):
+        p = self.model(x)
+        wrong = torch.zeros_like(p); wrong[:,7] = 9.
+        return torch.where((p.argmax(1)==1)[:,None], wrong, p)
+
+@pytest.fixture(scope='module')
+def teacher(): return learner(16, None, 5)
+
+@pytest.fixture(scope='module')
+def trained(teacher):
+    kd = KnowledgeDistillationCallback(teacher, [Term(partial(SoftTarget, T=4), 0.9, schedule=SchedCos(0,1))],
+                                       task_weight=0.1)
+    return learner(cbs=kd),kd
+
+@pytest.fixture(scope='module')
+def card(trained, teacher):
+    return trained[0].kd_card(teacher, learner(), 'A | title', kd=trained[1], intended='For digits.',
+                              limits=['Only digits.'], license='apache-2.0')
+
+def test_scores_are_those_of_validate(card, trained, teacher):
+    for name,learn in (('student',trained[0]), ('teacher',teacher)):
+        with learn.no_bar(), learn.no_logging(): loss,acc = learn.validate(dl=trained[0].dls.valid)
+        assert tuple(card.scores.loc[name, ['valid_loss','accuracy']])==pytest.approx((loss, acc), abs=1e-6)
+    x,_ = trained[0].dls.valid.one_batch()
+    equal = trained[0].model.eval()(x).argmax(1)==teacher.model.eval()(x).argmax(1)
+    assert card.scores.agreement['student']==pytest.approx(equal.float().mean().item())
+    assert card.scores.agreement['teacher']==1
+
+def test_latency_is_measured_at_two_batch_sizes(card):
+    assert (card.scores[['ms_batch_1','ms_batch_64']]>0).all(axis=None)
+    assert {*card.scores.index}=={'student','teacher','alone'}
+
+def test_a_class_that_is_lost_comes_first(teacher):
+    "with its samples"
+    learn = Learner(teacher.dls, Confuses(teacher.model), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    card = learn.kd_card(deepcopy(teacher.model))
+    assert card.recall.index[0]==1 and card.recall.student[1]==0 and (card.recall.change[1:]>=0).all()
+    right = teacher.model.eval()(teacher.dls.valid.one_batch()[0]).argmax(1)==teacher.dls.valid.one_batch()[1]
+    assert len(card.lost)==(right & (teacher.dls.valid.one_batch()[1]==1)).sum()
+    assert {*card.lost.label}=={1} and {*card.lost.student}=={7}
+    assert 'wrong_now' in [p[0] for p in card.parts if isinstance(p, tuple)]
+
+def test_lost_samples_are_where_they_are_said_to_be(card, trained, teacher):
+    x,y = trained[0].dls.valid.one_batch()
+    s,t = (m.eval()(x).argmax(1) for m in (trained[0].model, teacher.model))
+    assert {*card.lost.index}=={*((t==y)&(s!=y)).nonzero()[:,0].tolist()}
+    for i,row in card.lost.iterrows(): assert (row.label, row.student)==(y[i], s[i])
+    assert card.lost.confidence.is_monotonic_decreasing
+
+def test_front_matter_and_tables_are_valid(card):
+    front = re.match(r'---\n(.*?)\n---\n\n# ', card.markdown, re.S)[1]
+    assert yaml.safe_load(front)==dict(library_name='fastai', tags=['knowledge-distillation','fastai','kd_fastai'],
+                                       metrics=['accuracy'], license='apache-2.0')
+    tables = re.findall(r'(?:^\|.*\|\n)+', card.markdown, re.M)
+    assert len(tables)==3
+    for t in tables: assert len({len(re.findall(r'(?<!\\)\|', l)) for l in t.splitlines()})==1
+
+def test_the_hub_reads_it(card):
+    hub = pytest.importorskip('huggingface_hub',
+                              reason='the Hub reads cards by huggingface_hub, which is not installed')
+    data = hub.ModelCard(card.markdown).data
+    assert (data.library_name, data.license, data.metrics)==('fastai','apache-2.0',['accuracy'])
+
+def test_says_how_it_was_trained(card, trained):
+    for o in (repr(trained[1]), 'epochs: 6', 'training samples: 100', data_fingerprint(trained[0].dls.valid),
+              f'torch {torch.__version__.split("+")[0]}',
+              'schedule of soft_target', 'For digits.', '- Only digits.',
+              'loss function: FlattenedLoss of CrossEntropyLoss()'):
+        assert o in card.markdown
+
+def test_files(card, tmp_path):
+    "Each picture that the Markdown names is there, and the page needs no file"
+    assert card.save(tmp_path/'new')==tmp_path/'new/README.md'
+    named = re.findall(r'!\[\w+\]\((.*?)\)', (tmp_path/'new/README.md').read_text())
+    assert {*named}=={'recall.png','history.png','wrong_now.png'}
+    assert {o.name for o in (tmp_path/'new').iterdir()}=={'README.md','card.html',*named}
+    page = (tmp_path/'new/card.html').read_text()
+    assert page.count('data:image/png;base64')==3 and '<title>A | title</title>' in page
+    assert '<table' in card._repr_html_()
+
+def test_html_is_escaped(teacher):
+    html = teacher.kd_card(small_net(2), title='<b>', intended='a < b & c').html
+    assert '<h1>&lt;b&gt;</h1>' in html and '<p>a &lt; b &amp; c</p>' in html
+
+def test_changes_nothing(teacher):
+    learn = learner(epochs=1)
+    learn.model.train(); other = small_net(8).train()
+    values,before = [*learn.recorder.values],deepcopy(learn.model.state_dict())
+    state = torch.get_rng_state()
+    learn.kd_card(other)
+    assert learn.recorder.values==values and learn.model.training and other.training
+    assert torch.equal(state, torch.get_rng_state())
+    for k,v in learn.model.state_dict().items(): assert torch.equal(v, before[k])
+    assert not any(m._forward_hooks for m in (*learn.model.modules(), *other.modules()))
+
+def test_regression_has_no_classes():
+    data = [*zip(torch.randn(8,3), torch.randn(8,1))]
+    dls = DataLoaders(DataLoader(data, bs=4), DataLoader(data, bs=4))
+    learn = Learner(dls, nn.Linear(3,1), loss_func=MSELossFlat(), metrics=rmse)
+    card = learn.kd_card(nn.Linear(3,1))
+    assert card.recall is None and card.lost is None and 'Recall' not in card.markdown
+    p,y = learn.model(torch.stack([o for o,_ in data])),torch.stack([o for _,o in data])
+    assert card.scores.loc['student','_rmse']==pytest.approx(((p-y)**2).mean().sqrt().item(), rel=1e-4)
+
+def test_vocabulary_names_the_classes(teacher):
+    learn = learner(epochs=1)
+    learn.dls.vocab = [f'digit {i}' for i in range(10)]
+    card = learn.kd_card(teacher)
+    assert {*card.recall.index}=={*learn.dls.vocab} and card.lost.label.str.startswith('digit').all()
+
+def test_recall_by_hand():
+    answers = pd.DataFrame(dict(target=[0,0,0,0,1], student=[0,0,0,1,0], teacher=[0,0,1,1,0]))
+    res = recall_by_class(answers, ['student','teacher'])
+    assert res.student.to_dict()=={1:0., 0:.75} and res.change.to_dict()=={1:0., 0:.25}
+    assert res.samples.to_dict()=={0:4, 1:1}
+
+def test_fingerprint():
+    a,b = [torch.tensor([1.,2.])],[torch.tensor([2.,1.])]
+    assert data_fingerprint([a])==data_fingerprint([a]) and data_fingerprint([a])!=data_fingerprint([b])
+
+def test_resized_batches():
+    assert [*resize_batch((torch.arange(3),), 7)[0]]==[0,1,2,0,1,2,0]
+    assert len(resize_batch((torch.zeros(5,2),), 1)[0])==1

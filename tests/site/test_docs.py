@@ -1,0 +1,226 @@
+"The site builds, its links and anchors exist, and it documents everything that the package exports."
+import ast, builtins, inspect, json, pkgutil, posixpath, re, subprocess, sys
+from functools import cache
+from html.parser import HTMLParser
+from importlib import import_module
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+import kd_fastai
+
+root = Path(__file__).resolve().parents[2]
+
+class Page(HTMLParser):
+    "The ids, links and words of a page"
+    def __init__(self, path):
+        super().__init__()
+        self.ids,self.links,self.words = set(),[],set()
+        self.feed(path.read_text(encoding='utf-8'))
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if attrs.get('id'): self.ids.add(attrs['id'])
+        self.links += [attrs[k] for k in ('href','src') if attrs.get(k)]
+    def handle_data(self, data): self.words.update(re.findall(r'\w+', data))
+
+parse = cache(Page)
+
+def exists(base, link):
+    "Whether `link`, on a page in the folder `base`, points to a file of the site and to an anchor in it"
+    file,anchor = map(unquote, urldefrag(link))
+    path = (base/file).resolve()
+    return path.is_file() and (not anchor or anchor in parse(path).ids)
+
+def broken(path):
+    "The links of a page, other than those to other sites, whose target does not exist"
+    inner = [l for l in parse(path).links if not re.match(r'[a-z]+:|//', l)]
+    return [l for l in inner if not exists(path.parent, path.name+l if l.startswith('#') else l)]
+
+def public():
+    "Pairs of a module of the package and a name that it exports"
+    mods = [import_module(m.name) for m in pkgutil.walk_packages(kd_fastai.__path__, 'kd_fastai.')]
+    return [(m,n) for m in mods for n in getattr(m, '__all__', [])]
+
+def shown(obj, name, pages):
+    "Whether a class or function has a heading of its own, or any other object is mentioned"
+    if inspect.isclass(obj) or inspect.isfunction(obj): return any(name.lower() in p.ids for p in pages)
+    return any(name in p.words for p in pages)
+
+def test_pages(site, pages):
+    "Each notebook has one page, with the name that nbdev's links use"
+    assert {p.relative_to(site).as_posix() for p in site.rglob('*.html')} == set(pages)
+
+def test_links(site, page): assert not broken(site/page)
+
+def test_own_links(site, page):
+    "Links to pages of the site are relative, so that `test_links` tests them"
+    from nbdev.config import get_config
+    assert not [l for l in parse(site/page).links if l.startswith(get_config(root).doc_url)]
+
+def test_search_index(site):
+    "Each entry of the search index points to a page and an anchor"
+    links = [o['href'] for o in json.loads((site/'search.json').read_text(encoding='utf-8'))]
+    assert links and not [l for l in links if not exists(site, l)]
+
+def test_public_names(site):
+    "Every name that a module exports is documented on a page"
+    pages = [parse(p) for p in site.rglob('*.html')]
+    names = public()
+    missing = [f'{m.__name__}.{n}' for m,n in names if not shown(getattr(m,n), n, pages)]
+    assert names and not missing
+
+def test_names_of_all(site):
+    "Every name of ours that `from kd_fastai.all import *` imports is documented on a page"
+    import kd_fastai.all as names
+    pages = [parse(p) for p in site.rglob('*.html')]
+    def is_ours(n, o):
+        return n[0]!='_' and not inspect.ismodule(o) and getattr(o, '__module__', '').startswith('kd_fastai')
+    ours = {n:o for n,o in vars(names).items() if is_ours(n, o)}
+    assert len(ours)>60
+    assert not [n for n,o in ours.items() if not shown(o, n, pages)]
+
+def test_sidebar(site, pages):
+    "The sidebar lists every page once, in the order of nbs/sidebar.yml, without pages that do not exist"
+    listed = re.findall(r'- (\S+\.ipynb)', (root/'nbs/sidebar.yml').read_text(encoding='utf-8'))
+    paths = {p.relative_to(root/'nbs').as_posix(): name for name,p in pages.items()}
+    assert len(listed)==len(set(listed))
+    assert not set(paths)-set(listed)
+    menu = re.search(r'id="quarto-sidebar".*?</nav>', (site/'index.html').read_text(encoding='utf-8'), re.S)[0]
+    links = [l.removeprefix('./') for l in re.findall(r'href="([^"#]+\.html)"', menu)]
+    assert list(dict.fromkeys(links))==[paths[p] for p in listed if p in paths]
+
+def linked_pages(html, page):
+    "The other pages of the site to which a part of a page links"
+    found = re.findall(r'href="(?!https?:)([^"#]+\.html)', html)
+    return {posixpath.normpath(posixpath.join(posixpath.dirname(page), l)) for l in found}-{page}
+
+def test_see_also(site, pages):
+    "Each page but the first ends in *See also*, and the pages listed there link back"
+    links,see = {},{}
+    for page in pages:
+        main = re.search(r'<main.*?</header>(.*?)(?:<nav class="page-navigation"|</main>)',
+                         (site/page).read_text(encoding='utf-8'), re.S)[1]
+        _,mark,end = main.rpartition('id="see-also"')
+        links[page],see[page] = linked_pages(main, page),linked_pages(end, page) if mark else set()
+    assert [page for page in pages if not see[page]]==['index.html']
+    assert not [(page,to) for page in pages for to in see[page]-{'index.html'} if page not in links[to]]
+
+def is_tutorial(page): return page.startswith('tutorials/')
+
+def sources(nb, kind):
+    "The sources of a notebook's cells of one kind"
+    cells = json.loads(nb.read_text(encoding='utf-8'))['cells']
+    return [''.join(c['source']) for c in cells if c['cell_type']==kind]
+
+def test_tutorials_say_how_long_they_take(pages):
+    "The text before the first section says how long the page takes to run"
+    for page in filter(is_tutorial, pages):
+        start = '\n'.join(sources(pages[page], 'markdown')).partition('\n## ')[0]
+        assert re.search(r'seconds|minute', start), page
+
+def test_tutorials_run_as_pasted(pages):
+    "A tutorial that uses the package imports it in a cell that the page shows"
+    for page in filter(is_tutorial, pages):
+        shown = '\n'.join(s for s in sources(pages[page], 'code') if not s.startswith('#| hide'))
+        assert 'kd_fastai' not in shown or re.search(r'^(from kd_fastai.* import|import kd_fastai)', shown, re.M), page
+        assert '../benchmarks' not in shown, f'{page}: find the file from kd_fastai.__file__'
+
+def test_previous_and_next(site, pages):
+    "Each page links to the next one of the sidebar, and back"
+    order = re.findall(r'- (\S+\.ipynb)', (root/'nbs/sidebar.yml').read_text(encoding='utf-8'))
+    name = {nb.relative_to(root/'nbs').as_posix(): page for page,nb in pages.items()}
+    order = [name[o] for o in order if o in name]
+    def nav(page): return (site/page).read_text(encoding='utf-8').partition('class="page-navigation"')[2]
+    for page,following in zip(order, order[1:]):
+        assert following in linked_pages(nav(page), page)
+        assert page in linked_pages(nav(following), following)
+
+def test_contents(site):
+    "The contents of a page list a symbol once"
+    html = (site/'losses/output.html').read_text(encoding='utf-8')
+    toc = re.search(r'<nav id="TOC".*?</nav>', html, re.S)[0]
+    names = re.findall(r'>([^<]+)</a>', toc)
+    assert names.count('SoftTarget')==1
+    assert len(names)==len(set(names))
+
+def test_alt_texts(site, pages):
+    "A picture on the front page or in a tutorial has a text for those who cannot see it"
+    for page in pages:
+        if page!='index.html' and not is_tutorial(page): continue
+        main = (site/page).read_text(encoding='utf-8').partition('<main')[2]
+        assert not [i[:60] for i in re.findall(r'<img[^>]*>', main) if not re.search(r'\balt="[^"]{20,}', i)], page
+
+def test_llms(site, pages):
+    "llms.txt lists a Markdown copy of each page"
+    from nbdev.config import get_config
+    links = re.findall(r'\]\((\S+)\)', (site/'llms.txt').read_text(encoding='utf-8'))
+    assert len(links)==len(pages)
+    for l in links:
+        copy = site/l.removeprefix(get_config(root).doc_url).lstrip('/')
+        assert len(copy.read_text(encoding='utf-8'))>300
+
+def shown_code(source):
+    "A syntax tree for each code cell that the site shows and that runs"
+    hidden = re.compile(r'^#\| *(hide|export|exports|exporti|default_exp|eval: false|echo: false)\b', re.M)
+    cells = [''.join(c['source']) for c in json.loads(source)['cells'] if c['cell_type']=='code']
+    return [ast.parse(re.sub(r'^[%!].*', '', c, flags=re.M)) for c in cells if not hidden.search(c)]
+
+def defined(node):
+    "The names that a node of a syntax tree defines; an import is executed"
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        exec(compile(ast.Module([node], []), 'import', 'exec'), names := {})
+        return set(names)
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)): return {node.name}
+    if isinstance(node, ast.arg): return {node.arg}
+    return {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
+
+def test_shown_code_has_its_imports(source):
+    "A reader can paste the code of a page, from top to bottom: each name in it is imported or defined there"
+    nodes = [n for tree in shown_code(source) for n in ast.walk(tree)]
+    known = {*dir(builtins), 'display', 'show_doc'}.union(*map(defined, nodes))
+    used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    assert not used-known
+
+def test_pictures_are_described(source):
+    "Each cell that draws a picture has a text for readers who cannot see it"
+    cells = [c for c in json.loads(source)['cells'] if c['cell_type']=='code']
+    def draws(c): return any('image/png' in o.get('data', {}) for o in c['outputs'])
+    assert all(re.search(r'^#\| *(fig-alt: ..{20}|hide)', ''.join(c['source']), re.M) for c in cells if draws(c))
+
+def test_signature():
+    "The output of `show_doc` becomes a short call and a table, without modules, addresses and comments"
+    sys.path.insert(0, str(root/'.github'/'scripts'))
+    try: from signatures import tidy
+    finally: sys.path.pop(0)
+    given = '''### f
+
+```python
+def f(
+    net:torch.nn.modules.module.Module, # A model, or `None`
+    loss:Union[Callable, NoneType]=functools.partial(<function SoftTarget at 0x7f>, T=4), # Two, of them
+    out:str='a.b=c', # A file | a folder
+    tfm:NoneType=None, # A function
+    lr, *args
+)->list: # The losses
+```
+
+*What it does*'''
+    assert tidy(given) == '''### f
+
+```python
+f(net, loss=partial(SoftTarget, T=4), out='a.b=c', tfm=None, lr, *args) -> list
+```
+
+*What it does*
+
+| parameter | type | details |
+| -- | -- | -- |
+| `net` | `Module` | A model, or `None` |
+| `loss` | `Callable \\| None` | Two, of them |
+| `out` | `str` | A file \\| a folder |
+| `tfm` |  | A function |
+| returns | `list` | The losses |'''
+
+def test_readme():
+    "README.md is up to date with index.ipynb"
+    command = [sys.executable, '.github/scripts/readme.py', '--check']
+    r = subprocess.run(command, cwd=root, text=True, capture_output=True)
+    assert not r.returncode, r.stdout+r.stderr

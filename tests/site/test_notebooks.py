@@ -1,0 +1,46 @@
+"Every notebook under nbs/ is one test, in a process of its own."
+import json, multiprocessing, sys
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parents[2]
+nbs = sorted((p for p in (root/'nbs').rglob('*.ipynb') if not any(s[0] in '._' for s in p.relative_to(root).parts)),
+             reverse=True)   # tutorials, which take longest, first: the workers then end at the same time
+
+def test_found(): assert len(nbs)>=11
+
+def runs(cell):
+    "Is this a cell that nbdev-test executes?"
+    src = ''.join(cell['source'])
+    return (cell['cell_type']=='code' and src.strip()
+            and not any(f'#| {o}' in src for o in ('eval: false', 'slow', 'notest')))
+
+# Processes are forked from one that has imported what notebooks import: that takes longer than most notebooks
+fresh = multiprocessing.get_context('forkserver')
+fresh.set_forkserver_preload(['fastai.vision.all', 'nbdev.test', 'nbdev.showdoc', 'sklearn.datasets'])
+
+def execute(nb, log):
+    "Run a notebook as `nbdev-test` does, and write its errors to `log`. Exits with 1 after an error"
+    import matplotlib
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    sys.stdout = sys.stderr = sys.__stderr__ = log.open('w')
+    matplotlib.use('agg')
+    multiprocessing.set_start_method('fork', force=True)   # of workers, as in a notebook on Linux
+    passed,_ = test_nb(nb, skip_flags=get_config(root).tst_flags.split(), basepath=root)
+    sys.exit(not passed)
+
+@pytest.mark.notebook
+@pytest.mark.parametrize('nb', nbs, ids=lambda p: p.relative_to(root/'nbs').as_posix())
+def test_notebook(nb, tmp_path):
+    "All its cells run without an error, and they are not all switched off"
+    cells = json.loads(nb.read_text())['cells']
+    code,run = sum(c['cell_type']=='code' for c in cells),sum(map(runs, map(dict, cells)))
+    if not code: return   # prose alone, as the glossary
+    assert run>=3 and run>=0.8*code, f'only {run} of {code} code cells are executed'
+    process = fresh.Process(target=execute, args=(nb, tmp_path/'log'))
+    process.start()
+    process.join(600)
+    process.kill()
+    process.join()
+    if process.exitcode: pytest.fail((tmp_path/'log').read_text(), pytrace=False)
