@@ -1,25 +1,25 @@
-"""Which terms and weights should `learn.distill(teacher)` have? Students alone and with a teacher, in several regimes of
-digits and of Fashion-MNIST (14x14 pixels), where the teacher has more labels than the student.
+"""Which terms and weights should `learn.distill(teacher)` have? Students alone and with a teacher, in several regimes
+of digits and of Fashion-MNIST (14x14 pixels), where the teacher has more labels than the student.
 
     python benchmarks/defaults.py [--regimes ...] [--seeds 5] [--ways ...] [--folder FOLDER]
 
 Runs go to `tables/defaults_runs.csv`, which is completed, and their comparison to `tables/defaults.csv`."""
 import argparse, time
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 import pandas as pd
 import torch
-from torch import nn
 from fastai.basics import *
-from fastai.callback.schedule import SchedCos
+from fastai.callback.schedule import ParamScheduler  # gives Learner its fit_one_cycle  # noqa: F401
 from kd_fastai.all import *
-from kd_fastai.compare import comparison_table
+from kd_fastai.report.compare import comparison_table
 from kd_fastai.demo import digits, fashion, small_net
 import common
-from pictures import Follow, feature, falling, rising, soft, times
+from pictures import Follow, feature, falling, rising, soft
 
 # data, labels, epochs, batch size
-REGIMES = {'digits short': ('digits', 200, 5, 20), 'digits': ('digits', 200, 20, 20), 'digits long': ('digits', 200, 80, 20),
+REGIMES = {'digits short': ('digits', 200, 5, 20), 'digits': ('digits', 200, 20, 20),
+           'digits long': ('digits', 200, 80, 20),
            'fashion 300, 24 steps': ('fashion', 300, 4, 50), 'fashion 300, 240 steps': ('fashion', 300, 40, 50),
            'fashion 300, 720 steps': ('fashion', 300, 120, 50),
            'fashion 3000, 240 steps': ('fashion', 3000, 4, 50), 'fashion 3000, 720 steps': ('fashion', 3000, 12, 50)}

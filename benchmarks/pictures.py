@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from torch.utils.data import TensorDataset
 from fastai.vision.all import *
 from kd_fastai.all import *
-from kd_fastai.compare import StudentInputs
+from kd_fastai.report.compare import StudentInputs
 from data import CACHE, emoji, emoji_split, lite0, normalized, plain, separable
 import common
 
@@ -68,7 +68,8 @@ def tune(views, y, valid, epochs=6):
     "Fine-tune EfficientNet-Lite0: its classifier for an epoch, then all of it"
     set_seed(0)
     dls = DataLoaders(batches(views, y, tfm=random_view), batches(*valid, bs=256, shuffle=False))
-    def split(m): return L(L(p for n,p in m.named_parameters() if 'classifier' not in n), L(m.classifier.parameters()))
+    def split(m): return [L(m.named_parameters()).filter(lambda o: ('classifier' in o[0])==head).itemgot(1)
+                          for head in (False,True)]
     net = lite0(9).to(memory_format=torch.channels_last)
     learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=split)
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(common.NoValidation()):
@@ -135,28 +136,33 @@ class Recorded(nn.Module):
         self.before(key); self.features(key)
         return self.predictions(key)
 
-def keyed_view(b):
-    "One view of each picture, normalized, and its key"
+def shrunk(x, pixels):
+    "Normalized pictures of this height and width, means of pixels"
+    return nn.functional.adaptive_avg_pool2d(normalized(x), pixels).contiguous(memory_format=torch.channels_last)
+
+def keyed_view(b, pixels):
+    "One view of each picture, and its key"
     x,i,y = b
     view = torch.randint(VIEWS, (len(x),))
-    return normalized(x[range(len(x)),view]).contiguous(memory_format=torch.channels_last),torch.stack([i,view], 1),y
+    return shrunk(x[range(len(x)),view], pixels),torch.stack([i,view], 1),y
 
-def whole(b): return (normalized(b[0]).contiguous(memory_format=torch.channels_last),*b[1:])
+def whole(b, pixels): return (shrunk(b[0], pixels),*b[1:])
 
-def data(o, seed, bs=32):
+def data(o, seed, pixels, bs=32):
     "Loaders of pictures, keys (for the teacher alone) and classes"
     n,(x,y) = len(o['y']),o['valid']
     dls = DataLoaders(WholeBatches(Pictures(o['views'], torch.arange(n), o['y']), bs=bs, shuffle=True, drop_last=True,
-                                   after_batch=keyed_view),
-                      WholeBatches(Pictures(x, torch.zeros(len(y), 2), y), bs=256, after_batch=whole))
+                                   after_batch=partial(keyed_view, pixels=pixels)),
+                      WholeBatches(Pictures(x, torch.zeros(len(y), 2), y), bs=256,
+                                   after_batch=partial(whole, pixels=pixels)))
     dls.train.rng.seed(seed)
     return dls
 
-def make_learner(o, student, seed):
+def make_learner(o, student, pixels, seed):
     "A Learner with an untrained student"
     set_seed(seed, reproducible=True)
     net = STUDENTS[student]().to(memory_format=torch.channels_last)
-    return Learner(data(o, seed), net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2)
+    return Learner(data(o, seed, pixels), net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2)
 
 # --- ways to train
 
@@ -220,15 +226,16 @@ WAYS = {
     'soft adapt': kd(lambda: [soft(None)], Follow()),
     'soft adapt rising': kd(lambda: [soft(rising())], Follow()),
     'soft .9/.1': kd(lambda: [Term(SoftTarget, .9, T=4)], task_weight=.1),
+    'F tuned x3 falling, soft adapt rising': kd(lambda: [feature(falling(3), 'features'), soft(rising())], Follow()),
     'F before x3 falling, soft adapt rising': kd(lambda: [feature(falling(3)), soft(rising())], Follow()),
 }
 
 # --- the study
 
-def run(half, student, labels, steps, way, seed):
+def run(half, student, pixels, labels, steps, way, seed):
     "Train one student. Returns its row"
     o = recorded(half, labels)
-    learn = make_learner(o, student, seed)
+    learn = make_learner(o, student, pixels, seed)
     epochs = max(1, round(steps/len(learn.dls.train)))
     cbs = WAYS[way](Recorded(o))
     set_seed(seed, reproducible=True)
@@ -237,16 +244,18 @@ def run(half, student, labels, steps, way, seed):
     took = time.process_time()-began
     with learn.no_bar(), learn.no_logging(), learn.added_cbs([StudentInputs(1)]):
         p,y = learn.get_preds()
-    return dict(half=half, student=student, labels=labels, steps=epochs*len(learn.dls.train), way=way, seed=seed,
-                accuracy=(p.argmax(1)==y).float().mean().item(), valid_loss=nn.functional.nll_loss(p.log(), y).item(),
-                confidence=p.amax(1).mean().item(), seconds=round(took, 1))
+    return dict(half=half, student=student, pixels=pixels, labels=labels, steps=epochs*len(learn.dls.train), way=way,
+                seed=seed, accuracy=(p.argmax(1)==y).float().mean().item(),
+                valid_loss=nn.functional.nll_loss(p.log(), y).item(), confidence=p.amax(1).mean().item(),
+                seconds=round(took, 1))
 
-GROUP = ['half','student','labels','steps']
+GROUP = ['half','student','pixels','labels','steps']
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--half', default='report', choices=['choose','report'])
     p.add_argument('--student', default='separable', choices=[*STUDENTS])
+    p.add_argument('--pixels', type=int, default=64, help='height and width of the student\'s pictures')
     p.add_argument('--labels', type=int, default=1142)
     p.add_argument('--steps', type=int, default=1400)
     p.add_argument('--seeds', type=int, default=5)
@@ -257,9 +266,10 @@ def main():
     for seed in range(a.seeds):
         for way in a.ways:
             runs = pd.read_csv(a.file) if a.file.exists() else pd.DataFrame(columns=[*GROUP,'way','seed'])
-            same = (runs[['half','student','labels','way','seed']]==[a.half,a.student,a.labels,way,seed]).all(1)
+            case = dict(half=a.half, student=a.student, pixels=a.pixels, labels=a.labels, way=way, seed=seed)
+            same = (runs[[*case]]==[*case.values()]).all(1)
             if len(runs) and (same & ((runs.steps-a.steps).abs()<.05*a.steps)).any(): continue
-            row = run(a.half, a.student, a.labels, a.steps, way, seed)
+            row = run(a.half, a.student, a.pixels, a.labels, a.steps, way, seed)
             runs = pd.read_csv(a.file) if a.file.exists() else None
             pd.concat([o for o in (runs, pd.DataFrame([row])) if o is not None]).to_csv(a.file, index=False)
             print({k: round(v, 4) if isinstance(v, float) else v for k,v in row.items()}, flush=True)

@@ -9,6 +9,7 @@ from .report.compare import KDComparison, StudentInputs, kd_compare
 from .methods.dot import DOT
 from .report.find import KDFind
 from .methods.gates import all_of, by_entropy, by_position, teacher_right, teacher_sure
+from .methods import pretrain as _pretrain  # gives Learner its kd_pretrain
 from .teacher.inputs import normalization_tfm
 from .hooks.layers import get_model_layers, get_module_by_name
 from .losses import *
