@@ -21,7 +21,7 @@ from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.report.compare import kd_compare
 from kd_fastai.demo import find_fashion, read_idx
 from kd_fastai.objective import auto_ratio
-from kd_fastai.losses.signature import loss_args
+from kd_fastai.losses.facts import loss_args
 import which_loss
 
 TABLES = Path(__file__).parent/'tables'

@@ -29,7 +29,7 @@ from kd_fastai.teacher.cached import CachedTeacher, StoredTeacher
 from kd_fastai.callback import KnowledgeDistillationCallback, Term, rising
 from kd_fastai.report.compare import comparison_table, kd_compare, paired_interval, size_kb
 from kd_fastai.demo import fashion
-from kd_fastai.losses.info import get_loss_info
+from kd_fastai.losses.facts import get_loss_info
 from kd_fastai.objective import AUTO_RATIO
 from kd_fastai.losses import Attention, DecoupledKD, FitNet, Logits, RKD, Similarity, SoftTarget
 import common

@@ -11,7 +11,7 @@ from functools import partial
 import torch, torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 from common import ms, peak_mib, ratio, take_turns, target, write
-from kd_fastai.losses.signature import loss_args
+from kd_fastai.losses.facts import loss_args
 from kd_fastai.losses import output, feature, relation
 try: from torchdistill.losses import mid_level as td
 except ImportError: td = None

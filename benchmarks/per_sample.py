@@ -4,14 +4,13 @@
 
 For each loss that is a mean over samples: the loss, and the mean of its `per_sample` values, weighted sample by
 sample. Both take turns on the same inputs, those of `losses.py`; ratios are medians over rounds, with quartiles. Losses
-on predictions are written by `mean_over_samples`; the others are vectorized by `torch.func.vmap`."""
+on predictions are written by `mean_of_samples`; the others are vectorized by `torch.func.vmap`."""
 import argparse
 from functools import partial
 import torch
 from common import ms, ratio, take_turns, write
 from losses import LOSSES, inputs, step, students
-from kd_fastai.losses.shapes import has_sample_values, per_sample
-from kd_fastai.losses.signature import loss_args
+from kd_fastai.losses.facts import has_sample_values, loss_args, per_sample
 
 def uses_features(name): return 'fm_s' in loss_args(LOSSES[name]).accepted
 

@@ -33,8 +33,7 @@ from fastai.callback.schedule import SchedCos  # its module gives Learner its fi
 import kd_fastai.losses as losses
 from kd_fastai.report.compare import kd_compare
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
-from kd_fastai.losses.info import get_loss_info
-from kd_fastai.losses.signature import loss_args
+from kd_fastai.losses.facts import get_loss_info, loss_args
 from kd_fastai.demo import digits, fashion
 from common import NoValidation
 

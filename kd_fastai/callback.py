@@ -31,13 +31,12 @@ from .teacher.classes import TeacherConfusion, check_compatible_data
 from .fit.columns import Columns, TermColumn
 from .fit.internals import (ScopedCallback, all_reduce_sum, in_validation_context, is_distributed,
     without_extra_parameters, without_last_inputs)
-from .losses.info import get_loss_info
+from .losses.facts import get_loss_info, loss_name
 from .hooks.layers import parse_layer_pairs, unique_names, unwrap_model
 from .losses import Attention, SoftTarget
 from .losses.masks import check_mask
 from .objective import Objective, Term, check_count, check_number, check_schedule, check_weight
 from .fit.owned import OwnedWeights, load_sidecar, save_sidecar, sidecar_path
-from .losses.signature import loss_name
 from .teacher.function import as_teacher
 from .teacher.inputs import as_plain_tensor, split_inputs
 from .teacher.live import Teacher, get_logits, shared_tensors

@@ -13,7 +13,8 @@ root = Path(__file__).resolve().parents[2]
 def run(*command):
     print('$', *command, flush=True)
     fast = dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    if subprocess.run(command, cwd=root, env={**os.environ, **fast}).returncode: sys.exit(f"Failed: {' '.join(command)}")
+    r = subprocess.run(command, cwd=root, env={**os.environ, **fast})
+    if r.returncode: sys.exit(f"Failed: {' '.join(command)}")
 
 def notebook_of(name):
     "The notebook that defines a loss"

@@ -1,4 +1,4 @@
-"Print the requirements of settings.ini with each lower bound as an exact version: the oldest that we claim to work with."
+"Print the requirements of settings.ini with each lower bound as an exact version: the oldest that should work."
 from configparser import ConfigParser
 from pathlib import Path
 

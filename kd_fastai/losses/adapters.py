@@ -12,9 +12,8 @@ import math
 from typing import Callable
 import torch
 from torch import nn, Tensor
-from .shapes import channels_first, per_sample, resize_to, shape_to_match
-from .info import get_loss_info
-from .signature import accepted_kwargs
+from .shapes import channels_first, resize_to, shape_to_match
+from .facts import accepted_kwargs, get_loss_info, has_sample_values, per_sample
 
 # %% ../../nbs/losses/adapters.ipynb #6b580c6b
 def _token_layout(n, class_tokens=None):
@@ -143,7 +142,6 @@ def check_adapt(
 
 class LossWithAdapters(nn.Module):
     "A loss on adapted features of the student. `build` creates the adapters from the shapes of a first batch"
-    takes_reduction = True  # for `per_sample`
     def __init__(self,
         loss:Callable,            # A loss on features
         adapt:str|Callable|list='auto' # 'auto', a function such as `make_adapter`, a module, or a list, one per pair
@@ -180,15 +178,23 @@ class LossWithAdapters(nn.Module):
             given = {**given, 'fm_s': self._adapted(fm_s), 'fm_t': fm_t}
             self.loss.build(**accepted_kwargs(self.loss.build, given))
 
-    def _adapted(self, fm_s): return {k: m(f) for m,(k,f) in zip(self.adapters, fm_s.items())}
+    def _adapted(self, fm_s):
+        "The adapted features. Raises `RuntimeError` before `build`"
+        if self.adapters is None: raise RuntimeError(
+            "The adapters are made by build(fm_s, fm_t), which the callback calls with the first batch")
+        return {k: m(f) for m,(k,f) in zip(self.adapters, fm_s.items())}
 
     def forward(self,
         around:Callable|None=None, # Applied to the loss before it is called, such as `masked_loss`
-        reduction:str='mean',      # 'none': the value of each sample, see `per_sample`
         **given                    # Arguments of the loss, by name
     ):
-        if self.adapters is None: raise RuntimeError(
-            "The adapters are made by build(fm_s, fm_t), which the callback calls with the first batch")
         loss = self.loss if around is None else around(self.loss)
-        if reduction!='mean': loss = per_sample(loss)
-        return loss(**{**given, 'fm_s':self._adapted(given['fm_s'])})
+        return loss(**{**given, 'fm_s': self._adapted(given['fm_s'])})
+
+    @property
+    def sample_values(self):
+        "The function of the values of samples; None for a loss that is not a mean over samples"
+        return self._sample_values if has_sample_values(self.loss) else None
+
+    def _sample_values(self, **given):
+        return per_sample(self.loss)(**{**given, 'fm_s': self._adapted(given['fm_s'])})

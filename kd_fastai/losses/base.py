@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from .shapes import pair_features
 from ..hooks.layers import get_module_by_name, last_linear
-from .signature import loss_name
+from .facts import loss_name
 
 # %% ../../nbs/losses/base.ipynb #66871036
 def close_enough(

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from fastcore.basics import store_attr
 from torch import nn
 from .shapes import check_predictions
-from .info import loss_info
+from .facts import loss_info, loss_name
 from ..hooks.layers import get_module_by_name, last_linear, unwrap_model
 from .base import RobustBatchNorm2d, TrainableLoss, apply_per_layer, close_enough, conv_bn
 from ._ops import pool_to_smaller_pair
-from .signature import loss_name
 
 # %% ../../nbs/losses/classifier.ipynb #dbe5b38a
 class _Frozen(nn.Sequential):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import store_attr
 from torch import nn
-from .info import loss_info
+from .facts import loss_info
 from ..hooks.layers import get_module_by_name, parse_layer, unwrap_model
 from .base import RobustBatchNorm2d, StochasticLoss, TrainableLoss, apply_per_layer, conv_bn
 from .feature import FitNet, HCL, PartialL2

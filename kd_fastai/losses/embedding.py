@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import store_attr
 from torch import nn
 from .shapes import pair_features
-from .info import loss_info
+from .facts import loss_info
 from .base import StochasticLoss, TrainableLoss, conv_bn
 from ._ops import kl, pool_to_smaller_pair, unit
 

@@ -17,10 +17,9 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from .shapes import channels_first, interpolate_to, pair_features, pool_to
-from .info import loss_info
+from .facts import loss_info, map_inputs
 from ._ops import gram, kl_terms, pool_to_smaller_pair, unit, z_scores
 from .output import SoftTarget
-from .signature import map_inputs
 
 # %% ../../nbs/losses/feature.ipynb #378a2cbf
 def _attention_map(f, p, over=torch.mean):
@@ -48,7 +47,7 @@ def Attention(
 # %% ../../nbs/losses/feature.ipynb #732ad618
 @loss_info('Heo et al., Knowledge Transfer via Distillation of Activation Boundaries, AAAI 2019',
            'https://arxiv.org/abs/1811.03233',
-           'activation boundaries before a ReLU', 'low', 'BCHW', at_equality='elsewhere', per_sample=True,
+           'activation boundaries before a ReLU', 'low', 'BCHW', per_sample=True,
            masking='select')
 def ActivationBoundaries(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, before the ReLU
@@ -577,8 +576,7 @@ def PartialL2(
 # %% ../../nbs/losses/feature.ipynb #49da50e4
 @loss_info('Miles & Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024',
            'https://arxiv.org/abs/2303.11098',
-           'projected embeddings (log-sum distance) and predictions', 'low', 'BD', softmax=True,
-           at_equality='unbounded', masking='zero')
+           'projected embeddings (log-sum distance) and predictions', 'low', 'BD', softmax=True, masking='zero')
 def SRD(
     pred:torch.Tensor,            # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor,    # Logits of the teacher, the same shape

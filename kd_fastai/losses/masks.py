@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .shapes import channels_first
-from .info import get_loss_info
+from .facts import get_loss_info, loss_args, loss_name, own_sample_values, unwrap_chain
 from ..teacher.inputs import as_plain_tensor
-from .signature import loss_args, loss_name, unwrap_chain
 
 # %% ../../nbs/losses/masks.ipynb #7c95b0bf
 def find_mask(
@@ -84,7 +83,7 @@ def how_masked(
     "How a loss leaves out positions, by its facts. A function around a loss may change what they mean"
     def is_function_around(o):
         if isinstance(o, nn.Module) or hasattr(o, '_torchdynamo_orig_callable'): return False
-        return hasattr(o, '__wrapped__') and getattr(o, 'mean_of', None) is not o.__wrapped__
+        return hasattr(o, '__wrapped__') and own_sample_values(o) is None
     if any(map(is_function_around, unwrap_chain(loss))): return ''
     return getattr(get_loss_info(loss), 'masking', '')
 

@@ -8,34 +8,31 @@ Docs: https://kd-fastai.github.io/kd_fastai/losses/output.html.md"""
 __all__ = ['SoftTarget', 'Logits', 'Mutual', 'DecoupledKD', 'NormalizedKD', 'DIST', 'standardize', 'entropy_weighted',
            'scale_decoupled', 'MultiLevel', 'WSLD', 'TTM', 'MFT', 'StreamlinedKD', 'HardTarget', 'JSD', 'SkewKL',
            'AlphaBeta', 'MultiLabel', 'BoundedRegression', 'RefinedLogits', 'SwappedLogits', 'DTKD', 'LDRLD',
-           'TotalVariation', 'WassersteinKD', 'HingeRanking', 'LogisticRanking', 'TfKD', 'CrossView', 'MLKDAsPublished']
+           'TotalVariation', 'WassersteinKD', 'HingeRanking', 'LogisticRanking', 'TfKD']
 
 # %% ../../nbs/losses/output.ipynb #583fc88f
 import inspect, math
 from functools import wraps
-from types import SimpleNamespace
 from typing import Callable
 import torch
 import torch.nn.functional as F
-from kd_fastai.losses.shapes import (at_least_float32, check_predictions, mean_over_samples, pair_features,
-    per_sample, pool_to)
-from .info import get_loss_info, loss_info
+from .shapes import at_least_float32, check_predictions, pair_features, pool_to
+from .facts import get_loss_info, loss_info, loss_name, map_inputs, mean_of_samples, per_sample
 from ._ops import (batch_per_position, check_between_0_and_1, gram, gram_error, kl_per_row, kl_terms,
     labels_per_row,
     masked_z_scores, rows, soften, unit)
-from .signature import loss_name, map_inputs
 
 # %% ../../nbs/losses/output.ipynb #171e1f02
 @loss_info('Hinton et al., Distilling the Knowledge in a Neural Network, NIPS workshop 2014',
            'https://arxiv.org/abs/1503.02531',
-           'general distillation, matching logits', 'low', 'BC', softmax=True, per_sample=True)
-@mean_over_samples
+           'general distillation, matching logits', 'low', 'BC', softmax=True)
+@mean_of_samples
 def SoftTarget(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     T:float=5,                 # Temperature that softens both distributions, above 0
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the Kullback-Leibler divergence of softened class probabilities (Hinton et al., 2014).
 
     Raises `ValueError` for unequal shapes, fewer than two classes or a temperature that is not positive."""
@@ -46,29 +43,29 @@ def SoftTarget(
 
 # %% ../../nbs/losses/output.ipynb #acbfa0c6
 @loss_info('Ba & Caruana, Do Deep Nets Really Need to be Deep?, NeurIPS 2014', 'https://arxiv.org/abs/1312.6184',
-           'regression and multi-label heads; any prediction', 'low', 'BC', per_sample=True)
-@mean_over_samples
+           'regression and multi-label heads; any prediction', 'low', 'BC')
+@mean_of_samples
 def Logits(
     pred:torch.Tensor,         # Predictions of the student, any shape
     teacher_pred:torch.Tensor, # Predictions of the teacher, the same shape
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     "Return the mean squared difference of predictions (Ba & Caruana, 2014). Raises `ValueError` for unequal shapes"
     return F.mse_loss(pred, check_predictions(pred, teacher_pred), reduction='none')
 
 # %% ../../nbs/losses/output.ipynb #0213d9f3
 @loss_info('Zhang et al., Deep Mutual Learning, CVPR 2018', 'https://arxiv.org/abs/1706.00384',
-           'mutual learning: networks that train together', 'low', 'BC', softmax=True, per_sample=True)
-@mean_over_samples
+           'mutual learning: networks that train together', 'low', 'BC', softmax=True)
+@mean_of_samples
 def Mutual(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the other network, the same shape
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the Kullback-Leibler divergence of class probabilities (Zhang et al., 2018).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
-    return SoftTarget(pred, teacher_pred, T=1, reduction='none')
+    return SoftTarget.sample_values(pred, teacher_pred, T=1)
 
 # %% ../../nbs/losses/output.ipynb #262903c3
 def _label_mask(x, y): return F.one_hot(y, x.shape[1]).bool()
@@ -92,8 +89,8 @@ def _logit_rows(pred, teacher_pred, T=1.):
     return [rows(soften(x, T)) for x in (pred,t)]
 
 @loss_info('Zhao et al., Decoupled Knowledge Distillation, CVPR 2022', 'https://arxiv.org/abs/2203.08679',
-           'accurate, confident teachers', 'low', 'BC', softmax=True, per_sample=True)
-@mean_over_samples
+           'accurate, confident teachers', 'low', 'BC', softmax=True)
+@mean_of_samples
 def DecoupledKD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -102,7 +99,7 @@ def DecoupledKD(
     alpha:float=1.,            # Weight of the label's probability
     beta:float=8.,             # Weight of the other classes
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the divergence of the label's probability plus the one of all other classes (Zhao et al., 2022).
 
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
@@ -115,9 +112,8 @@ def DecoupledKD(
 # %% ../../nbs/losses/output.ipynb #6550edb7
 @loss_info('Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023',
            'https://arxiv.org/abs/2303.13005',
-           'label and non-label knowledge in one cross-entropy', 'low', 'BC', softmax=True, at_equality='elsewhere',
-           per_sample=True)
-@mean_over_samples
+           'label and non-label knowledge in one cross-entropy', 'low', 'BC', softmax=True)
+@mean_of_samples
 def NormalizedKD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -125,7 +121,7 @@ def NormalizedKD(
     T:float=1.,                # Temperature of the other classes
     gamma:float=1.5,           # Weight of the other classes
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the cross-entropy of the label plus the one of all other classes, normalized (Yang et al., 2023).
 
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
@@ -186,7 +182,7 @@ def _weight_rows(loss, prepare):
     `prepare` gets the predictions of both networks, `(N, C)`, and returns their new values and the weights `(N,)`"""
     values,softmax = _loss_of_rows(loss),get_loss_info(loss).softmax
     reads_labels = 'target' in inspect.signature(loss).parameters
-    @mean_over_samples
+    @mean_of_samples
     @wraps(loss)
     def _(pred, teacher_pred, target=None, **kwargs):
         t = check_predictions(pred, teacher_pred, softmax)
@@ -266,12 +262,11 @@ def scale_decoupled(
         right = t.argmax(1)==y
         s,t,right = s[...,1:],t[...,1:],right[:,1:]!=right[:,:1]
         return (values(s, t, y[:,1:], **kwargs)*torch.where(right, weight, 1.).flatten()).mean()
-    def _(fm_s, fm_t, target, **kwargs):
+    def _(fm_s, fm_t, target, pred=None, teacher_pred=None, **kwargs):  # in place of predictions, the scores of regions
         pairs = pair_features(fm_s, fm_t, must_match='channels', min_ndim=3)
         return sum(of_pair(s, t, target, kwargs) for s,t in pairs)
     _.__signature__,_.__name__ = _class_map_signature(loss),loss_name(loss)
-    _.info = SimpleNamespace(**{**vars(get_loss_info(loss)), 'must_match': 'channels'})
-    return _
+    return loss_info(**{**vars(get_loss_info(loss)), 'must_match': 'channels'}, per_sample=True)(_)
 
 # %% ../../nbs/losses/output.ipynb #81b2e2b5
 def _valid_per_position(x, valid):
@@ -319,16 +314,15 @@ def MultiLevel(
 # %% ../../nbs/losses/output.ipynb #d1d8a1f8
 @loss_info('Zhou et al., Rethinking Soft Labels for Knowledge Distillation, ICLR 2021',
            'https://arxiv.org/abs/2102.00650',
-           'soft labels weighted per sample (bias-variance tradeoff)', 'low', 'BC', weight=2.5, softmax=True,
-           at_equality='stationary', per_sample=True)
-@mean_over_samples
+           'soft labels weighted per sample (bias-variance tradeoff)', 'low', 'BC', weight=2.5, softmax=True)
+@mean_of_samples
 def WSLD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     target:torch.Tensor,       # Labels, `(B)` or `(B, *spatial)`
     T:float=2.,                # Temperature
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the cross-entropy with softened teacher probabilities, weighted per sample (Zhou et al., 2021).
 
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
@@ -342,16 +336,15 @@ def WSLD(
 # %% ../../nbs/losses/output.ipynb #86315086
 @loss_info('Zheng & Yang, Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024',
            'https://arxiv.org/abs/2402.11148',
-           "temperature for the teacher only; regularizes the student's confidence", 'low', 'BC', softmax=True,
-           at_equality='elsewhere', per_sample=True)
-@mean_over_samples
+           "temperature for the teacher only; regularizes the student's confidence", 'low', 'BC', softmax=True)
+@mean_of_samples
 def TTM(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     T:float=4.,                # Temperature of the teacher
     weighted:bool=False,       # Weight samples by the smoothness of the teacher's distribution (WTTM)?
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the divergence of the student from the softened teacher (Zheng & Yang, 2024).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
@@ -370,9 +363,8 @@ def _correct_teacher(p, y, threshold):
     return (1-m)*p + m*label
 
 @loss_info('Belcak et al., Minifinetuning, 2025', 'https://arxiv.org/abs/2506.15702',
-           'teachers that are often wrong on the new domain (corrected by labels)', 'low', 'BC', softmax=True,
-           at_equality='elsewhere', per_sample=True)
-@mean_over_samples
+           'teachers that are often wrong on the new domain (corrected by labels)', 'low', 'BC', softmax=True)
+@mean_of_samples
 def MFT(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -380,7 +372,7 @@ def MFT(
     T:float=1.,                # Temperature
     threshold:float=0.2,       # Lead of the label over the other classes, 0 to 1
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the divergence from the teacher's probabilities, corrected by the labels (Belcak et al., 2025).
 
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
@@ -429,14 +421,13 @@ def StreamlinedKD(
 
 # %% ../../nbs/losses/output.ipynb #dffc4833
 @loss_info('Touvron et al., Training data-efficient image transformers, ICML 2021', 'https://arxiv.org/abs/2012.12877',
-           "the teacher's class as label; no temperature", 'low', 'BC', softmax=True, at_equality='elsewhere',
-           per_sample=True)
-@mean_over_samples
+           "the teacher's class as label; no temperature", 'low', 'BC', softmax=True)
+@mean_of_samples
 def HardTarget(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the cross-entropy with the teacher's most probable class (Touvron et al., 2021).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
@@ -455,16 +446,15 @@ def _log_probabilities(pred, teacher_pred, T):
     return [x.log_softmax(1) for x in _logit_rows(pred, teacher_pred, T)]
 
 @loss_info('Agarwal et al., On-Policy Distillation of Language Models, ICLR 2024', 'https://arxiv.org/abs/2306.13649',
-           'interpolates forward and reverse KL (mode covering to mode seeking)', 'low', 'BC', softmax=True,
-           per_sample=True)
-@mean_over_samples
+           'interpolates forward and reverse KL (mode covering to mode seeking)', 'low', 'BC', softmax=True)
+@mean_of_samples
 def JSD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     T:float=1.,                # Temperature
     beta:float=0.5,            # Share of the teacher in the mixture: 0 is the forward divergence, 1 the reverse
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the generalized Jensen-Shannon divergence (Agarwal et al., 2024).
 
     Raises `ValueError` for unequal shapes, fewer than two classes, or `beta` outside 0 to 1."""
@@ -478,8 +468,8 @@ def JSD(
 # %% ../../nbs/losses/output.ipynb #c76c1267
 @loss_info('Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models, ICML 2024',
            'https://arxiv.org/abs/2402.03898',
-           'language models and large vocabularies; bounded gradients', 'low', 'BC', softmax=True, per_sample=True)
-@mean_over_samples
+           'language models and large vocabularies; bounded gradients', 'low', 'BC', softmax=True)
+@mean_of_samples
 def SkewKL(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -487,7 +477,7 @@ def SkewKL(
     alpha:float=0.1,           # Skew, 0 to 1
     reverse:bool=False,        # Use the divergence of the student instead?
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the divergence of the teacher from a mixture of teacher and student (Ko et al., 2024).
 
     Raises `ValueError` for unequal shapes, fewer than two classes, or `alpha` outside 0 to 1."""
@@ -506,8 +496,8 @@ def _alpha_beta(p, q, a, b):
     return -((a*p+b*q).exp() - mean_power)/(a*b)
 
 @loss_info('Wang et al., ABKD: Distillation via α-β-Divergence, ICML 2025', 'https://arxiv.org/abs/2505.04560',
-           'tunable α-β divergence', 'low', 'BC', softmax=True, per_sample=True)
-@mean_over_samples
+           'tunable α-β divergence', 'low', 'BC', softmax=True)
+@mean_of_samples
 def AlphaBeta(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -515,7 +505,7 @@ def AlphaBeta(
     alpha:float=0.5,           # Power of the teacher's probabilities, 0 or more
     beta:float=0.5,            # Power of the student's probabilities, 0 or more
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the alpha-beta divergence (Wang et al., 2025).
 
     Raises `ValueError` for unequal shapes, fewer than two classes, or a negative power."""
@@ -529,14 +519,14 @@ def _binary_kl(s, t):
     return kl_terms(F.logsigmoid(s), F.logsigmoid(t)) + kl_terms(F.logsigmoid(-s), F.logsigmoid(-t))
 
 @loss_info('Yang et al., Multi-Label Knowledge Distillation, ICCV 2023', 'https://arxiv.org/abs/2308.06453',
-           'multi-label and binary classification (sigmoid)', 'low', 'BC', per_sample=True)
-@mean_over_samples
+           'multi-label and binary classification (sigmoid)', 'low', 'BC')
+@mean_of_samples
 def MultiLabel(
     pred:torch.Tensor,         # Logits of the student, any shape
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     T:float=1.,                # Temperature
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the divergence of binary probabilities, class by class (Yang et al., 2023).
 
     Raises `ValueError` for unequal shapes."""
@@ -545,15 +535,15 @@ def MultiLabel(
 # %% ../../nbs/losses/output.ipynb #324e22ab
 @loss_info('Chen et al., Learning Efficient Object Detection Models with Knowledge Distillation, NIPS 2017',
            'https://papers.nips.cc/paper/2017/hash/e1e32e235eee1f970470a3a6658dfdd5-Abstract.html',
-           'regression, with the teacher as an upper bound', 'low', 'BC', weight=0.5, per_sample=True)
-@mean_over_samples
+           'regression, with the teacher as an upper bound', 'low', 'BC', weight=0.5)
+@mean_of_samples
 def BoundedRegression(
     pred:torch.Tensor,         # Outputs of the student, `(B)`, `(B, D)` or `(B, D, *spatial)`
     teacher_pred:torch.Tensor, # Outputs of the teacher, the same shape
     target:torch.Tensor,       # Labels, the same number of elements
     m:float=0.,                # Margin by which the student should be better
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the squared error of the samples on which the student is worse than the teacher (Chen et al., 2017).
 
     Raises `ValueError` for unequal shapes."""
@@ -571,9 +561,8 @@ def _log_softmax_of(x, kept):
     return x.masked_fill(~kept, -1e30).log_softmax(1).masked_fill(~kept, 0)
 
 @loss_info('Sun et al., Knowledge Distillation with Refined Logits, 2024', 'https://arxiv.org/abs/2408.07703',
-           'teachers that are sometimes wrong (refined by labels)', 'low', 'BC', softmax=True, at_equality='elsewhere',
-           per_sample=True)
-@mean_over_samples
+           'teachers that are sometimes wrong (refined by labels)', 'low', 'BC', softmax=True)
+@mean_of_samples
 def RefinedLogits(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -583,7 +572,7 @@ def RefinedLogits(
     beta:float=8.,             # Weight of the classes below the label
     alpha_T:float=1.,          # Temperature of the label's probability
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the divergence of the label's probability plus the one of the classes below it (Sun et al., 2024).
 
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
@@ -603,9 +592,8 @@ def _swap_label_with_top(x, y):
 
 @loss_info('Limantoro et al., Swapped Logit Distillation via Bi-level Teacher Alignment, Multimedia Systems 2025',
            'https://arxiv.org/abs/2504.20108',
-           'teachers that are sometimes wrong (label and largest logit swapped)', 'low', 'BC', weight=9., softmax=True,
-           at_equality='elsewhere', per_sample=True)
-@mean_over_samples
+           'teachers that are sometimes wrong (label and largest logit swapped)', 'low', 'BC', weight=9., softmax=True)
+@mean_of_samples
 def SwappedLogits(
     pred:torch.Tensor,           # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor,   # Logits of the teacher, the same shape
@@ -613,7 +601,7 @@ def SwappedLogits(
     T:tuple=(1.,2.,3.,4.,5.,6.), # Temperatures; their values are summed
     student:bool=True,           # Compare with the student's own swapped logits, too?
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the divergence from logits in which the label has the largest one (Limantoro et al., 2025).
 
     Raises `ValueError` for unequal shapes, fewer than two classes or labels that do not fit."""
@@ -625,8 +613,8 @@ def SwappedLogits(
 
 # %% ../../nbs/losses/output.ipynb #ff4b923b
 @loss_info('Wei & Bai, Dynamic Temperature Knowledge Distillation, 2024', 'https://arxiv.org/abs/2404.12711',
-           'temperatures per sample, by the largest logits', 'low', 'BC', softmax=True, per_sample=True)
-@mean_over_samples
+           'temperatures per sample, by the largest logits', 'low', 'BC', softmax=True)
+@mean_of_samples
 def DTKD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -634,7 +622,7 @@ def DTKD(
     alpha:float=3.,            # Weight of the divergence with a temperature per sample
     beta:float=1.,             # Weight of the divergence with the same temperature for all
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the divergence of probabilities with a temperature per sample and network (Wei & Bai, 2024).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
@@ -647,8 +635,8 @@ def DTKD(
 # %% ../../nbs/losses/output.ipynb #1ef71a70
 @loss_info('Xu et al., Local Dense Logit Relations for Enhanced Knowledge Distillation, ICCV 2025',
            'https://arxiv.org/abs/2507.15911',
-           "pairs of the student's most likely classes", 'medium', 'B(C + k²)', softmax=True, per_sample=True)
-@mean_over_samples
+           "pairs of the student's most likely classes", 'medium', 'B(C + k²)', softmax=True)
+@mean_of_samples
 def LDRLD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -657,7 +645,7 @@ def LDRLD(
     alpha:float=10.5,          # Weight of these classes
     beta:float=7.,             # Weight of the other classes
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the divergence of pairs of the most likely classes plus the one of the others (Xu et al., 2025).
 
     Raises `ValueError` for unequal shapes, fewer than two classes, or `k` below 2."""
@@ -682,14 +670,14 @@ def _total_variation(p, q):
 
 @loss_info('Wen et al., f-Divergence Minimization for Sequence-Level Knowledge Distillation, ACL 2023',
            'https://arxiv.org/abs/2307.15190',
-           'language models; a symmetric, bounded difference', 'low', 'BC', softmax=True, per_sample=True)
-@mean_over_samples
+           'language models; a symmetric, bounded difference', 'low', 'BC', softmax=True)
+@mean_of_samples
 def TotalVariation(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     T:float=1.,                # Temperature
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return half the sum of absolute differences of probabilities (Wen et al., 2023).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
@@ -709,9 +697,8 @@ def _sinkhorn_cost(p, q, cost, kept, lam, n):
 
 @loss_info('Lv et al., Wasserstein Distance Rivals Kullback-Leibler Divergence, NeurIPS 2024',
            'https://arxiv.org/abs/2412.08139',
-           'classes that are related to each other (a cost for each pair)', 'medium', 'BC²', softmax=True,
-           at_equality='elsewhere', per_sample=True)
-@mean_over_samples
+           'classes that are related to each other (a cost for each pair)', 'medium', 'BC²', softmax=True)
+@mean_of_samples
 def WassersteinKD(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -723,7 +710,7 @@ def WassersteinKD(
     lam:float=.05,             # Smoothness of the flow, above 0
     n:int=10,                  # Sinkhorn iterations
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the cross-entropy of the label plus the cost of the transport between the other classes (Lv et al., 2024).
 
     Raises `ValueError` for unequal shapes, fewer than two classes, labels or a cost that do not fit."""
@@ -775,7 +762,7 @@ def HingeRanking(
 # %% ../../nbs/losses/output.ipynb #08b10c23
 @loss_info('Burges et al., Learning to Rank Using Gradient Descent, ICML 2005',
            'https://doi.org/10.1145/1102351.1102363',
-           'the order of classes, by logits', 'medium', 'BC + Bk²', softmax=True, at_equality='elsewhere')
+           'the order of classes, by logits', 'medium', 'BC + Bk²', softmax=True)
 def LogisticRanking(
     pred:torch.Tensor,         # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
@@ -792,16 +779,15 @@ def LogisticRanking(
 # %% ../../nbs/losses/output.ipynb #0c90557f
 @loss_info('Yuan et al., Revisiting Knowledge Distillation via Label Smoothing Regularization, CVPR 2020',
            'https://arxiv.org/abs/1909.11723',
-           'no teacher: a virtual one that is always right', 'low', 'BC', weight=10., softmax=True,
-           at_equality='elsewhere', per_sample=True)
-@mean_over_samples
+           'no teacher: a virtual one that is always right', 'low', 'BC', weight=10., softmax=True)
+@mean_of_samples
 def TfKD(
     pred:torch.Tensor,   # Logits of the student, `(B, C)` or `(B, C, *spatial)`
     target:torch.Tensor, # Labels, `(B)` or `(B, *spatial)`
     T:float=20.,         # Temperature of the virtual teacher
     a:float=.99,         # Probability of the label, before the temperature
     **kwargs
-)->torch.Tensor: # Scalar
+)->torch.Tensor: # Scalar, the mean of the values below
     """Return the divergence from a virtual teacher that is always right, mean over classes (Yuan et al., 2020).
 
     Raises `ValueError` for fewer than two classes or labels that do not fit."""
@@ -812,58 +798,3 @@ def TfKD(
     u = torch.where(label, a, (1-a)/(n-1).clamp_min(1)).to(s)
     t = (u/T).masked_fill(~possible, -1e30).log_softmax(1)
     return kl_per_row(s, t)/n[:,0]
-
-# %% ../../nbs/losses/output.ipynb #4e7d1736
-def _softened_kl(s, t, T):
-    "`SoftTarget` of rows of logits `(N, C)`, for each row"
-    return T**2*kl_per_row((s/T).log_softmax(1), (t/T).log_softmax(1))
-
-@mean_over_samples
-def CrossView(
-    pred:torch.Tensor,           # Logits of the student for the weak view, `(B, C)` or `(B, C, *spatial)`
-    teacher_pred:torch.Tensor,   # Logits of the teacher for the weak view, the same shape
-    pred_strong:torch.Tensor,    # Logits of the student for the strong view, the same shape
-    teacher_strong:torch.Tensor, # Logits of the teacher for the strong view, the same shape
-    T:float=4.,                  # Temperature
-    within:float=2.,             # Weight of the comparison within views
-    across:float=.5,             # Weight of the comparison across views
-    tau_w:float=.9,              # Confidence that the teacher must have for the weak view, within views
-    tau_s:float=.2,              # Confidence that the teacher must have for the strong view, across views
-    **kwargs
-)->torch.Tensor: # Scalar
-    """Return the divergence within and across two views of the samples of which the teacher is sure (Zhang et al., 2024).
-
-    Raises `ValueError` for unequal shapes or fewer than two classes."""
-    check_predictions(pred, pred_strong, softmax=True)
-    t_w,t_s = check_predictions(pred, teacher_pred),check_predictions(pred_strong, teacher_strong)
-    s_w,s_s = (rows(soften(x)) for x in (pred,pred_strong))
-    t_w,t_s = (rows(soften(x)) for x in (t_w,t_s))
-    sure_w,sure_s = (t.softmax(1).amax(1)>=tau for t,tau in ((t_w,tau_w),(t_s,tau_s)))
-    return (within*sure_w*(_softened_kl(s_w, t_w, T)+_softened_kl(s_s, t_s, T))
-            + across*sure_s*(_softened_kl(s_s, t_w, T)+_softened_kl(s_w, t_s, T)))
-
-# %% ../../nbs/losses/output.ipynb #da9ef377
-def _share_up_to_median(x):
-    "Share of the numbers that are not above their median"
-    return (x<=x.quantile(.5)).to(x).mean()
-
-def MLKDAsPublished(
-    pred:torch.Tensor,           # Logits of the student for the weak view, `(B, C)`
-    teacher_pred:torch.Tensor,   # Logits of the teacher for the weak view, the same shape
-    pred_strong:torch.Tensor,    # Logits of the student for the strong view, the same shape
-    teacher_strong:torch.Tensor, # Logits of the teacher for the strong view, the same shape
-    T:float=4.,                  # First temperature; the others are 3, 5, 2 and 6
-    standardized:bool=False,     # Compare z-scores of logits, in the terms of samples?
-    **kwargs
-)->torch.Tensor: # Scalar
-    """Return the distillation part of the published training step of MultiLevel (Jin et al., 2023).
-
-    Raises `ValueError` for unequal shapes or fewer than two classes."""
-    p = at_least_float32(check_predictions(pred, teacher_pred, softmax=True)).softmax(1)
-    of_samples,of_classes = _share_up_to_median(p.amax(1)),_share_up_to_median(p.sum(0))
-    instance = standardize(SoftTarget) if standardized else SoftTarget
-    def at(temperatures, s, t): return sum(instance(s, t, T=tau) for tau in temperatures)
-    all_T,strong_T,weak_T = (T,3.,5.,2.,6.),(T,3.,5.),(2.,6.)
-    return (of_samples*(at(all_T, pred, teacher_pred) + MultiLevel(pred, teacher_pred, T=all_T, levels=('batch',)))
-            + of_classes*MultiLevel(pred, teacher_pred, T=all_T, levels=('class',))
-            + at(strong_T, pred_strong, teacher_strong) + at(weak_T, pred, teacher_pred))

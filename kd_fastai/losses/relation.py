@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from .shapes import check_predictions, pair_features
-from .info import loss_info
+from .facts import loss_info, map_inputs
 from ._ops import centered_rows, gram, pairwise_distances, pool_to_smaller_pair, unit
-from .signature import map_inputs
 
 # %% ../../nbs/losses/relation.ipynb #c3904046
 @loss_info('Passalis & Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018',
@@ -177,7 +176,7 @@ def _ranking_loss(s, order, alpha, beta):
     return (remaining.logsumexp(2)-z).sum(1).mean()
 
 @loss_info('Chen et al., DarkRank: Accelerating Deep Metric Learning, AAAI 2018', 'https://arxiv.org/abs/1707.01220',
-           'retrieval: ranking of the nearest neighbors', 'medium', 'B²D', must_match='batch', at_equality='elsewhere',
+           'retrieval: ranking of the nearest neighbors', 'medium', 'B²D', must_match='batch',
            masking='zero')
 def DarkRank(
     fm_s:dict[str, torch.Tensor], # Student's features by layer, any shape

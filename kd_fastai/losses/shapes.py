@@ -6,16 +6,12 @@ Docs: https://kd-fastai.github.io/kd_fastai/losses/shapes.html.md"""
 
 # %% auto #0
 __all__ = ['shape_to_match', 'channels_first', 'at_least_float32', 'pair_features', 'check_predictions', 'pool_to',
-           'interpolate_to', 'resize_to', 'mean_over_samples', 'per_sample', 'has_sample_values']
+           'interpolate_to', 'resize_to']
 
 # %% ../../nbs/losses/shapes.ipynb #e7211dd3
 import torch
 import torch.nn.functional as F
-from functools import partial, wraps
-from typing import Callable
 from torch import Tensor
-from .info import get_loss_info
-from .signature import LOSS_ARGS, is_mean_over_samples, loss_name
 
 # %% ../../nbs/losses/shapes.ipynb #f236dda0
 def _shape(t): return '('+', '.join(map(str, t.shape))+')'
@@ -44,10 +40,10 @@ def channels_first(
     return f.transpose(1,2) if f.ndim==3 else f
 
 def at_least_float32(
-    t:Tensor # Any tensor
-)->Tensor: # float32 if `t` is float16 or bfloat16, otherwise `t`
+    t # A tensor, or anything else
+): # float32 if `t` is a tensor of float16 or bfloat16, otherwise `t`
     "Convert half precision to float32: squares and products of half precision overflow"
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    return t.float() if isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) else t
 
 _EQUAL_PARTS = {'batch': 'batch sizes', 'channels': 'batch sizes and channels', 'size': 'batch and spatial sizes',
                 'shape': 'shapes'}
@@ -128,48 +124,3 @@ def resize_to(
     "Change the size of a map: average-pool if every dimension shrinks or stays, interpolate otherwise"
     shrinks = all(a>=b for a,b in zip(f.shape[2:], size))
     return pool_to(f, size) if shrinks else interpolate_to(f, size)
-
-# %% ../../nbs/losses/shapes.ipynb #c524590e
-def mean_over_samples(
-    values:Callable # Computes the values of samples, positions or elements: `(B, ...)`, or rows in the order of samples
-)->Callable: # The loss: their mean
-    """Make a loss of a function of the values that the loss is the mean of.
-
-    The first argument of the function must be a tensor of the batch, such as the predictions. With `reduction='none'`
-    the loss returns one value per sample, `(B,)`."""
-    @wraps(values)
-    def loss(pred, *args, reduction='mean', **kwargs):
-        res = values(pred, *args, **kwargs)
-        if reduction=='mean': return res.mean()
-        if len(res)!=len(pred): res = res.unflatten(0, (len(pred), -1))
-        if res.ndim==1: return res
-        # cheaper than a mean, whose gradient divides every element
-        return at_least_float32(res).flatten(1).sum(1)/res.shape[1:].numel()
-    loss.mean_of = values
-    return loss
-
-def _takes_reduction(loss):
-    "Whether a loss, possibly in partials, takes `reduction='none'`"
-    while isinstance(loss, partial): loss = loss.func
-    return is_mean_over_samples(loss) or getattr(loss, 'takes_reduction', False)
-
-def per_sample(
-    loss:Callable # A loss that is a mean over samples: with the fact `per_sample`
-)->Callable: # A function of the same arguments, by keyword, that returns a tensor `(B,)`
-    "Return a function of the loss of each sample. Raises `ValueError` if the loss is not a mean over samples"
-    if not has_sample_values(loss): raise ValueError(
-        f"{loss_name(loss)} is not a mean over samples: per_sample needs a loss with loss_info(..., per_sample=True)")
-    if _takes_reduction(loss): return partial(loss, reduction='none')
-    def unsqueeze(x): return {k: unsqueeze(v) for k,v in x.items()} if isinstance(x, dict) else x[None]
-    @wraps(loss)
-    def _(**inputs):
-        tensors = {k: v for k,v in inputs.items() if v is not None and k in LOSS_ARGS}
-        parameters = {k: v for k,v in inputs.items() if k not in LOSS_ARGS}
-        return torch.func.vmap(lambda one: loss(**unsqueeze(one), **parameters))(tensors)
-    return _
-
-def has_sample_values(
-    loss:Callable # A loss, possibly wrapped
-)->bool:
-    "Whether the loss is a mean over samples, so that `per_sample` takes it"
-    return getattr(get_loss_info(loss), 'per_sample', False)

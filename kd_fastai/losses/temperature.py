@@ -11,7 +11,7 @@ __all__ = ['CTKD']
 import math
 import torch
 from torch import nn
-from .info import loss_info
+from .facts import loss_info
 from .base import TrainableLoss
 from .output import SoftTarget
 

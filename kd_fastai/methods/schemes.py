@@ -27,7 +27,7 @@ from ..hooks.layers import unwrap_model
 from ..losses import HardTarget, Mutual, SoftTarget
 from ..objective import Term, as_float32
 from ..fit.owned import OwnedWeights
-from ..losses.signature import loss_args, loss_name
+from ..losses.facts import loss_args, loss_name
 from ..teacher.inputs import as_plain_tensor
 from ..teacher.live import Teacher, get_logits, read_teacher
 

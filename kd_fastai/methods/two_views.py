@@ -14,9 +14,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 from fastai.basics import ItemTransform, L, Pipeline
-from ..losses.shapes import has_sample_values, mean_over_samples, per_sample
-from ..losses.info import get_loss_info
-from ..losses.signature import loss_name
+from ..losses.facts import get_loss_info, has_sample_values, loss_name, mean_of_samples, per_sample
 
 # %% ../../nbs/methods/two_views.ipynb #3c0c5939
 class TwoViews(ItemTransform):
@@ -58,7 +56,7 @@ def across_views(
         inputs['teacher_pred'] = torch.cat(split_views(inputs['teacher_pred'])[::-1])
         return compare(**inputs)
     if not by_sample: return of_views
-    res = mean_over_samples(of_views)
+    res = mean_of_samples(of_views)
     res.info,res.__name__ = get_loss_info(loss),loss_name(loss)
     return res
 

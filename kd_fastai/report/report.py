@@ -21,10 +21,9 @@ from fastai.torch_core import no_random
 from ..callback import KnowledgeDistillationCallback, kd_callbacks
 from ..hooks.capture import preserving_modes
 from ..teacher.classes import TeacherConfusion, in_student_order
-from ..losses.info import get_loss_info
+from ..losses.facts import get_loss_info, unwrap_loss
 from ..teacher.inputs import split_inputs
 from ..losses import Mutual, SoftTarget
-from ..losses.signature import unwrap_loss
 from ..teacher.live import get_logits
 
 # %% ../../nbs/report/report.ipynb #422b74c4

@@ -21,7 +21,7 @@ from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
 from support import CPUMixedPrecision, KD, Never, history, hooks, quiet, weights
 
-pytestmark = pytest.mark.filterwarnings('ignore')
+pytestmark = [pytest.mark.slow, pytest.mark.hostile, pytest.mark.filterwarnings('ignore')]
 
 class Spy:
     "A loss on predictions that keeps its arguments and its values"

@@ -12,8 +12,7 @@ from fastai.basics import (Adam, BCEWithLogitsLossFlat, Callback, CancelBatchExc
 from fastai.callback.all import GradientAccumulation, MixUp, SchedLin
 from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
-from kd_fastai.losses.info import get_loss_info
-from kd_fastai.losses.signature import loss_name
+from kd_fastai.losses.facts import get_loss_info, loss_name
 from kd_fastai import losses
 from kd_fastai.losses import output, feature, relation
 from support import (CPUMixedPrecision, KD, KeepBatches, KeepLosses, Never, fit, history, hooks, learner, quiet,
@@ -105,6 +104,7 @@ def test_crosswise_pairs_keep_their_order(teacher):
     assert not torch.allclose(t_['0'], t_['1'])
     assert (t_['1']==t_['1#2']).all()
 
+@pytest.mark.slow
 @pytest.mark.parametrize('loss', [SoftTarget, Logits, Mutual, *FEATURE], ids=lambda f: f.__name__)
 def test_a_loss_falls_at_its_default_weight(teacher, loss):
     "After training the loss is lower than in the same training with weight 0."
@@ -118,6 +118,7 @@ def functions(*modules): return [n for m in modules for n in m.__all__ if hasatt
 OTHER_LAYERS = {'FSP': ['0','1'], 'IRG': ['0','1','4'], 'SRD': '4', 'DarkRank': '4'}
 
 # BoundedRegression needs numbers as labels, IFVD labels of positions: they have their own tests
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [n for n in functions(output, feature, relation)
                                   if n not in ('BoundedRegression','IFVD')])
 def test_every_loss_trains_a_learner(teacher, name):
@@ -157,6 +158,7 @@ def test_columns_are_means_over_samples(teacher):
 
 # ---- fastai's ways to train
 
+@pytest.mark.slow
 @pytest.mark.parametrize('train', [
     lambda l: l.fit_one_cycle(1, slice(1e-4,1e-2)), lambda l: l.fit_flat_cos(1, 1e-2), lambda l: l.fine_tune(1),
     lambda l: (l.freeze(), l.fit(1), l.unfreeze(), l.fit(1))],
@@ -213,6 +215,7 @@ def test_save_and_load_restore_owned_weights(teacher, opt, tmp_path):
     plain = learner(path=tmp_path, opt_func=opt).load('m')   # the student's file loads without the callback
     assert (weights(plain)==weights(b)).all()
 
+@pytest.mark.slow
 def test_indices_are_those_of_the_samples(teacher):
     "`idx` gives positions in the dataset for a shuffled DataLoader with two workers and a short last batch."
     ds,seen = digits(100).train_ds,[]
@@ -226,12 +229,14 @@ def test_indices_are_those_of_the_samples(teacher):
     for epoch in (seen[:4], seen[4:]): assert sorted(torch.cat(epoch).tolist())==[*range(100)]
     assert (seen[0]!=seen[4]).any()
 
+@pytest.mark.slow
 def test_optional_indices_are_none_for_mixed_samples(teacher):
     seen = []
     def optional(pred, idx=None): seen.append(idx); return pred.mean()
     fit(learner(MixUp()), cbs=KD(teacher, optional))
     assert seen==[None]*5
 
+@pytest.mark.slow
 @pytest.mark.parametrize('adapt', [
     'auto', partial(make_adapter, kernel=3, bn=True), partial(make_adapter, orthogonal=True),
     ['auto', partial(make_adapter, kernel=3)]], ids=['auto','conv3x3+bn','orthogonal','list'])

@@ -14,6 +14,8 @@ from kd_fastai.all import *
 from kd_fastai.demo import _Digits, _WholeBatchLoader, digits, small_net
 from support import KD, hooks, quiet
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip('accelerate', reason='fastai trains in several processes by accelerate, which is not installed')
 RANKS,BS,N = 2,12,96
 

@@ -10,7 +10,7 @@ from kd_fastai.callback import loss_layout
 from kd_fastai.demo import digits, small_net
 from support import KD, fit, history, hooks, learner, quiet, weights
 
-pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
+pytestmark = [pytest.mark.hostile, pytest.mark.filterwarnings('ignore::UserWarning')]
 SGD = partial(OptimWrapper, opt=torch.optim.SGD)
 
 @pytest.fixture(scope='module')

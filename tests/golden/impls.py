@@ -3,7 +3,7 @@ import re
 from functools import partial
 from torch import nn
 import torch.nn.functional as F
-from kd_fastai.losses.signature import loss_args
+from kd_fastai.losses.facts import loss_args
 from kd_fastai.losses import *
 
 def renamed(f, names): return lambda *args, **hp: f(*args, **{names.get(k, k): v for k,v in hp.items()})
@@ -43,10 +43,29 @@ def in_regions(loss, **names):
 def views(f, **names):
     f = renamed(f, names)
     return lambda pred, teacher_pred, fm_s, fm_t, target, aux, **hp: f(pred, teacher_pred, aux['pred_strong'], aux['teacher_strong'], target, **hp)
-def cross(*args, **hp): return CrossView(*args[:4], **hp)
+def cross(pred, teacher_pred, pred_strong, teacher_strong, target, T=4., within=2., across=.5, tau_w=.9, tau_s=.2):
+    "Cross-view consistency of the samples of which the teacher is sure (Zhang et al., 2024): two gated terms in training"
+    def values(s, t): return SoftTarget.sample_values(s, t, T=T)
+    sure_w,sure_s = (t.softmax(1).amax(1)>=tau for t,tau in ((teacher_pred,tau_w), (teacher_strong,tau_s)))
+    same = values(pred, teacher_pred)+values(pred_strong, teacher_strong)
+    crossed = values(pred_strong, teacher_pred)+values(pred, teacher_strong)
+    return (within*sure_w*same + across*sure_s*crossed).mean()
+
+def share_up_to_median(x): return (x<=x.quantile(.5)).to(x).mean()
+def mlkd_as_published(pred, teacher_pred, pred_strong, teacher_strong, T=4., standardized=False):
+    """The distillation part of the published training step of MultiLevel (Jin et al., 2023). It differs from the paper:
+    masks of samples and classes multiply whole terms, and some temperatures of the strong view read the weak one"""
+    p = teacher_pred.softmax(1)
+    of_samples,of_classes = share_up_to_median(p.amax(1)),share_up_to_median(p.sum(0))
+    instance = standardize(SoftTarget) if standardized else SoftTarget
+    def at(temperatures, s, t): return sum(instance(s, t, T=tau) for tau in temperatures)
+    all_T,strong_T,weak_T = (T,3.,5.,2.,6.),(T,3.,5.),(2.,6.)
+    return (of_samples*(at(all_T, pred, teacher_pred) + MultiLevel(pred, teacher_pred, T=all_T, levels=('batch',)))
+            + of_classes*MultiLevel(pred, teacher_pred, T=all_T, levels=('class',))
+            + at(strong_T, pred_strong, teacher_strong) + at(weak_T, pred, teacher_pred))
 def published(pred, teacher_pred, pred_strong, teacher_strong, target, ce_weight, kd_weight, **hp):  # with its task loss
     return (ce_weight*(F.cross_entropy(pred, target) + F.cross_entropy(pred_strong, target))
-            + kd_weight*MLKDAsPublished(pred, teacher_pred, pred_strong, teacher_strong, **hp))
+            + kd_weight*mlkd_as_published(pred, teacher_pred, pred_strong, teacher_strong, **hp))
 WKD = dict(temperature='T', sinkhorn_lambda='lam', sinkhorn_iter='n')
 OUTPUT |= dict(
     rld=labelled(refined, temperature='T', alpha_temperature='alpha_T'), norm_kd=output(standardize(SoftTarget, rescale=True), t_norm='T'),

@@ -32,6 +32,7 @@ MATCHES = {
     'mobilenet-resnet50':   (lambda: mobile(), lambda: r50(), None),
     'efficientnet-vision_learner': (lambda: effnet(), lambda: vision_learner_model(r18), None)}
 
+@pytest.mark.slow
 @pytest.mark.parametrize('student,teacher,expected', MATCHES.values(), ids=MATCHES)
 def test_matched_layers_have_equal_sizes(student, teacher, expected):
     "One layer for each size, from large to small, without the input and the pooled feature."

@@ -3,8 +3,10 @@ import math
 from functools import partial
 import pytest, torch, torch.nn.functional as F
 from kd_fastai.losses import *
-from kd_fastai.losses.signature import LOSS_ARGS, loss_args
+from kd_fastai.losses.facts import LOSS_ARGS, loss_args
 from kd_fastai.losses import output, feature, relation
+
+pytestmark = pytest.mark.hostile
 
 def public(module): return [f for f in (getattr(module, n) for n in module.__all__) if hasattr(f, 'info')]
 

@@ -5,9 +5,11 @@ from torch import nn
 from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
 from kd_fastai.losses.base import RobustBatchNorm2d
-from kd_fastai.losses.signature import loss_args
+from kd_fastai.losses.facts import loss_args
 from test_trainable import ALL, built, changed, inputs, learner, fit, run
 from test_trainable import teachers   # noqa: F401, a fixture
+
+pytestmark = pytest.mark.hostile
 
 for o in [*globals()]:
     if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests

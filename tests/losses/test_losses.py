@@ -1,5 +1,5 @@
 """The same tests for every loss without weights. What a loss reads and its value at equality are facts of the loss
-(`loss_info`): a new loss needs no line here."""
+(`loss_info`, and `MINIMA` where it is not zero): other losses need no line here."""
 import inspect, io, itertools, json, math, re, shutil, sys
 from functools import partial
 from pathlib import Path
@@ -7,9 +7,7 @@ import numpy as np, pytest, scipy.special, torch, torch.nn.functional as F
 from fastcore.docments import docments
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from kd_fastai.losses.shapes import per_sample
-from kd_fastai.losses.info import get_loss_info
-from kd_fastai.losses.signature import loss_name, loss_args
+from kd_fastai.losses.facts import get_loss_info, has_sample_values, loss_args, loss_name, per_sample
 from kd_fastai.losses import *
 from kd_fastai.losses import output, feature, relation
 from kd_fastai.objective import Objective, Term
@@ -19,7 +17,7 @@ golden = root/'tests'/'golden'
 sys.path.insert(0, str(golden))
 from check import check, load_index
 from make import load_reference, run_reference
-from impls import IMPLS, NO_CASES, OUTPUT, FEATURE, RELATION
+from impls import IMPLS, NO_CASES, OUTPUT, FEATURE, RELATION, cross, mlkd_as_published
 
 # --- what is known of each loss
 
@@ -62,10 +60,13 @@ def ladder(x):
     return at(**{k: lambda x: {n: torch.tensor([0.,3.,10.,30.]).to(f)[:,None] for n,f in x[k].items()}
                  for k in ('fm_s','fm_t')})(x)
 
-ZERO,STATIONARY,UNBOUNDED = 'zero','stationary','unbounded'  # see `loss_info(at_equality=)`
+# what a loss is where student and teacher are equal: zero, its minimum; not zero, with a gradient of zero that leads
+# there; without a minimum
+ZERO,STATIONARY,UNBOUNDED = 'zero','stationary','unbounded'
 
 RIGHT = at(pred=lambda x: x['teacher_pred'], target=lambda x: x['teacher_pred'].argmax(1))
-MINIMA = {   # of losses with at_equality='elsewhere': inputs at the minimum, and its value
+MINIMA = {   # of losses that are not zero at equality: what they are, or inputs at the minimum and its value
+    'WSLD': STATIONARY, 'SRD': UNBOUNDED,
     'NormalizedKD': (at(pred=lambda x: certain(x, lambda x: x['target'])), others_entropy),
     'TTM': (at(pred=lambda x: x['teacher_pred']/4), 0),
     'MFT': (at(pred=corrected), 0),
@@ -88,9 +89,7 @@ def kind(loss):
 
 def row(loss, minimum=None):
     "Loss, what it reads, and what is true at equality: a name, or the minimum and its value"
-    at_equality = get_loss_info(loss).at_equality
-    if at_equality=='elsewhere': at_equality = MINIMA[loss_name(loss)]
-    return loss,kind(loss),minimum or at_equality
+    return loss,kind(loss),minimum or MINIMA.get(loss_name(loss), ZERO)
 
 PUBLIC = {n: getattr(m, n) for m in (output, feature, relation) for n in m.__all__}
 LOSSES = {n: row(f) for n,f in PUBLIC.items() if hasattr(f, 'info')}
@@ -230,10 +229,6 @@ def test_cases_left_to_their_value_give_a_reason():
         assert f"{name}/{case['key']}" in said
 
 # --- the table, names and docs
-
-@every
-def test_kind(name):
-    assert ALL[name][1] in ('both','features','predictions','labels','numbers')
 
 @each
 def test_documented(name):
@@ -376,6 +371,7 @@ def _row(f):
 EXTREME = dict(logits60=lambda t: 60*t.sign(), zeros=torch.zeros_like, constant=torch.ones_like, dead_channel=_channel,
                zero_row=_row, equal_rows=lambda t: t[:1].expand_as(t).clone(),
                large=lambda t: 1e4*t, small=lambda t: 1e-12*t, relu=lambda t: (t-3).relu())
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize('how', EXTREME)
 def test_extreme(name, how):
@@ -402,16 +398,30 @@ def test_batch_of_one(name):
     value,grads = run(name, inputs(name, B=1))
     assert value.isfinite() and all(g.isfinite().all() for g in grads)
 
+def value_in_an_objective(name, x):
+    "The value of a loss for the tensors of a training step under autocast"
+    pairs = [*zip(x.get('fm_s', {}), x.get('fm_t', {}))]
+    objective = Objective([Term(ALL[name][0], layers=pairs or None)])
+    pred = x.get('pred', torch.zeros(4, 2))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        batch = objective.prepare(pred, x.get('teacher_pred'), x.get('fm_s'), x.get('fm_t'), x.get('target'))
+        value, = objective.values(batch).values()
+    return value
+
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_half(name, dtype):
-    "Half tensors, large ones too, under the callback's rule: autocast off, on float copies"
-    for scale in (1, 300):
-        x = changed(inputs(name), lambda t: (scale*t).to(dtype))
-        with torch.autocast('cpu', dtype=torch.bfloat16), torch.autocast('cpu', enabled=False):
-            value,grads = run(name, changed(x, torch.Tensor.float))
-        assert value.dtype==torch.float32 and value.isfinite() and all(g.isfinite().all() for g in grads)
-        if scale==1: close(value, run(name, changed(x, lambda t: t.double()))[0].float(), 2e-3)
+@pytest.mark.parametrize('scale', [1, 300])
+def test_half(name, dtype, scale):
+    "Half tensors in a training step with autocast: computed in float32, also where squares of half precision overflow"
+    x = changed(inputs(name), lambda t: (scale*t).to(dtype).requires_grad_())
+    value = value_in_an_objective(name, x)
+    value.backward()
+    assert value.dtype==torch.float32 and value.isfinite()
+    if scale>1: return
+    grads = [t.grad for t in tensors(x, 'fm_s') + ([] if name=='Similarity' else tensors(x, 'pred'))]
+    assert all(g.dtype==dtype and g.isfinite().all() for g in grads)
+    close(value, run(name, changed(x, lambda t: t.detach().double()))[0].float(), 2e-3)
 
 @every
 def test_permutation(name):
@@ -449,6 +459,7 @@ def test_dense(name):
     def wide(t): return t[...,None,None].expand(*t.shape, 2, 3).clone()
     close(ALL[name][0](**changed(x, wide, ('pred','teacher_pred','target'))), ALL[name][0](**x), 1e-6)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [n for n in ALL if n in LOSSES or '(' in n])
 def test_compile(name):
     "One graph, with the same number and the same gradients: of losses and wrappers. Generating its code takes long"
@@ -495,6 +506,7 @@ class _Largest(TorchDispatchMode):
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor): self.numel = max(self.numel, t.untyped_storage().nbytes()//t.element_size())
         return out
+@pytest.mark.slow
 @with_maps
 def test_lean(name):
     "No tensor much larger than a feature: nothing of B×B×D, B×C×C×HW or B×C×HW×HW"
@@ -649,7 +661,7 @@ def test_both_forms_of_nst():
 
 # --- two views
 
-@pytest.mark.parametrize('loss', [partial(CrossView, tau_w=.3), MLKDAsPublished], ids=loss_name)
+@pytest.mark.parametrize('loss', [partial(cross, target=None, tau_w=.3), mlkd_as_published], ids=loss_name)
 def test_two_views(loss):
     "Gradients reach the student in both views, and no teacher; zero where the networks agree, if the views do"
     x = [torch.randn(6, 5, generator=torch.Generator().manual_seed(i)).double().requires_grad_() for i in range(4)]
@@ -663,7 +675,7 @@ def test_two_views(loss):
 
 # --- one value per sample
 
-SAMPLES = [n for n,(f,*_) in ALL.items() if get_loss_info(f).per_sample]
+SAMPLES = [n for n,(f,*_) in ALL.items() if has_sample_values(f)]
 per_sample_losses = pytest.mark.parametrize('name', SAMPLES)
 
 def sample(x, i):
@@ -682,19 +694,17 @@ def test_gradients_of_per_sample_values(name):
     student = tensors(x, 'pred', 'fm_s')
     close(torch.autograd.grad(per_sample(f)(**x).mean(), student), torch.autograd.grad(f(**x), student), 1e-8)
 
-@every
-def test_per_sample_is_a_fact(name):
-    "A loss without the fact is not a mean over samples, and is refused"
+@pytest.mark.parametrize('name', [n for n in ALL if n not in SAMPLES])
+def test_a_loss_without_sample_values(name):
+    "A loss that offers none is not a mean over samples, and is refused"
     f,x = ALL[name][0],inputs(name, dtype=torch.float64)
-    if name in SAMPLES: return
     if 'teacher_pred' in x: x['teacher_pred'][0] = x['teacher_pred'][0].round()  # ties: fewer pairs
     loop = torch.stack([f(**sample(x, i)) for i in range(4)]).mean()
     assert not torch.isclose(loop, f(**x), rtol=1e-6)
     with pytest.raises(ValueError, match='not a mean over samples'): per_sample(f)
 
-@with_preds
-def test_per_sample_of_dense_predictions(name):
-    if name not in SAMPLES: return
+@pytest.mark.parametrize('name', [n for n in SAMPLES if 'teacher_pred' in loss_args(ALL[n][0]).accepted])
+def test_sample_values_of_dense_predictions(name):
     f,x = ALL[name][0],inputs(name, dtype=torch.float64)
     def wide(t): return t[...,None,None].expand(*t.shape, 2, 3).clone()
     close(per_sample(f)(**changed(x, wide, ('pred','teacher_pred','target'))), per_sample(f)(**x), 1e-6)

@@ -8,7 +8,7 @@ import kd_fastai.losses as losses
 from kd_fastai.all import *
 from kd_fastai.demo import small_net
 from kd_fastai.losses.masks import how_masked, masked_loss
-from kd_fastai.losses.signature import loss_args
+from kd_fastai.losses.facts import loss_args
 from support import KD, fit, history, quiet, weights
 
 FEATURE_LOSSES = {n: f for n,f in vars(losses).items() if getattr(f, 'info', None) and not isinstance(f, type)

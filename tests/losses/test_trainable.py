@@ -12,10 +12,10 @@ from fastai.callback.all import *
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from kd_fastai.all import *
-from kd_fastai.losses.info import get_loss_info, loss_table
-from kd_fastai.losses.signature import loss_name, loss_args
+from kd_fastai.losses.facts import get_loss_info, loss_args, loss_name, loss_table
 from kd_fastai.demo import digits, small_net
-from kd_fastai.losses import trainable
+from kd_fastai import losses
+from kd_fastai.losses import classifier, connectors, embedding, temperature
 from kd_fastai.losses.base import TrainableLoss
 
 for o in [*globals()]:
@@ -205,9 +205,9 @@ def test_golden_margins():
 
 def test_table():
     "Every public loss of the module is in the menu, and appears in the tables"
-    public = {n for n in trainable.__all__ if hasattr(getattr(trainable, n), 'info')}
+    public = {n for m in (connectors, classifier, embedding, temperature) for n in m.__all__}
     assert public=={*LOSSES}
-    table = loss_table([getattr(trainable, n) for n in LOSSES])
+    table = loss_table([getattr(losses, n) for n in LOSSES])
     assert all(f'`{n}`' in table for n in LOSSES) and 'layers, equal batch; trains regressors' in table
 
 @every
@@ -221,7 +221,7 @@ def test_facts(name):
 
 @each
 def test_documented(name):
-    cls,a = getattr(trainable, name),get_loss_info(getattr(trainable, name))
+    cls,a = getattr(losses, name),get_loss_info(getattr(losses, name))
     assert len(cls.__doc__)>30
     assert cls.forward.__doc__
     arguments = docments(cls.forward) | (docments(cls) if '__init__' in vars(cls) else {})
@@ -293,6 +293,7 @@ def test_gradient(name):
         # batch norm takes away the bias before it
         else: assert p.grad.isfinite().all() and (p.grad.abs().sum()>0 or n.endswith('bias')), n
 
+@pytest.mark.slow
 @every
 def test_learns(name):
     "Training its own weights alone makes it smaller"
@@ -309,6 +310,7 @@ def test_learns(name):
 
 EXTREME = dict(zeros=torch.zeros_like, constant=torch.ones_like, equal_rows=lambda t: t[:1].expand_as(t).clone(),
                large=lambda t: 1e4*t, small=lambda t: 1e-12*t, relu=lambda t: (t-3).relu())
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize('how', EXTREME)
 def test_extreme(name, how):
@@ -319,6 +321,7 @@ def test_extreme(name, how):
 
 LOGITS = dict(logits60=lambda t: 60*t.sign(), zeros=torch.zeros_like, shifted=lambda t: t+30,
               normalized=lambda t: torch.full_like(t, -math.log(5)))  # constant, and the probabilities sum to 1
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [n for n,r in ALL.items() if 'pred' in loss_args(r.make()).accepted])
 @pytest.mark.parametrize('how', LOGITS)
 def test_extreme_logits(name, how):
@@ -330,6 +333,7 @@ def test_extreme_logits(name, how):
         assert value.isfinite() and all(g.isfinite().all() for g in grads), who
         if how=='shifted': close(value, expected)
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half(name, dtype):
@@ -373,6 +377,7 @@ def test_tokens(name):
         y = changed(x, lambda t: t.mT[...,None] if t.ndim==3 else t[...,None,None])
         close(run(loss, x)[0], run(loss, y)[0], 1e-9)
 
+@pytest.mark.slow
 @every
 def test_compile(name):
     "One graph (except for losses that read values or draw numbers), with the same number and the same gradients"
@@ -490,6 +495,7 @@ def own(learn): return learn.knowledge_distillation.terms[0].loss
 def state(m): return {k: v.detach().clone() for k,v in m.state_dict().items()}
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 
+@pytest.mark.slow
 @every
 def test_training(name, teachers):
     "Its own weights move and its column falls; the teacher and the frozen parts stay"
@@ -506,6 +512,7 @@ def test_training(name, teachers):
               for v in learn.recorder.values]
     assert len(column)==3 and column[-1]<column[0]
 
+@pytest.mark.slow
 @every
 def test_two_fits(name, teachers, tmp_path):
     """With save and load between them, and a new callback and Learner, they equal the same two fits without, to the
@@ -522,6 +529,7 @@ def test_two_fits(name, teachers, tmp_path):
     # the student's file needs nothing of ours
     assert same(state(learner(path=tmp_path).load('m').model), state(b.model))
 
+@pytest.mark.slow
 @every
 def test_lr_find(name, teachers):
     learn = fit(distilled(name, teachers))
@@ -529,6 +537,7 @@ def test_lr_find(name, teachers):
     learn.lr_find(num_it=6, show_plot=False)
     assert same(before, state(learn.model)) and same(mine, state(own(learn)))
 
+@pytest.mark.slow
 @each
 def test_lr_find_before_any_fit(name, teachers):
     "The weights, and the statistics of batch norm, are those that were built"
@@ -550,6 +559,7 @@ def test_adapted(teachers):
     assert any(k.startswith('adapters') for k in first) and any('branches' in k for k in first)
     assert not any(torch.equal(v, last[k]) for k,v in first.items())
 
+@pytest.mark.slow
 @each
 def test_export(name, teachers, tmp_path):
     learn = fit(distilled(name, teachers, path=tmp_path))
@@ -936,6 +946,7 @@ def test_bank():
         with pytest.raises(ValueError, match='positions in the training data, each from 0 to below n_data=100'):
             loss(x['fm_s'], x['fm_t'], idx)
 
+@pytest.mark.slow
 def test_bank_remembers_the_samples_of_a_training(teachers):
     "Every sample's vector has moved, to where the network puts the sample"
     learn = distilled('CRDBank', teachers)
@@ -993,6 +1004,7 @@ def test_temperature_stays_within_bounds(lr):
         assert value.isfinite() and loss.theta.isfinite() and 1<=seen[-1]<=8
     assert len({*seen})>1
 
+@pytest.mark.slow
 def test_temperature_in_a_training(teachers):
     learn = fit(distilled('CTKD', teachers), 3)
     assert 1<own(learn).T<21 and abs(own(learn).T-4)>1e-3 and own(learn).step==15

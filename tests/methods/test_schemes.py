@@ -263,6 +263,7 @@ def test_lr_find_does_not_change_peers():
     assert same(before, b.model.state_dict())
     assert b.metrics.attrgot('name')==['accuracy']
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scheme', [
     lambda l: MutualLearning(learner(width=6), learner(width=8)), MeanTeacher,
     lambda l: KD(Ensemble([small_net(4), small_net(6)]), SoftTarget)], ids=['mutual','mean teacher','ensemble'])
@@ -331,6 +332,7 @@ def test_distillation_token_needs_two_predictions(teachers):
     with pytest.raises(ValueError, match='Expected .class, distillation. predictions'):
         fit(learner(cbs=DistillationToken(teachers[0])))
 
+@pytest.mark.slow
 def test_distillation_token_of_timm(teachers):
     "timm's distilled transformer returns pairs after `set_distilled_training`, and its tokens and heads train."
     timm = pytest.importorskip('timm')
@@ -507,6 +509,7 @@ def test_distill_lets_the_labels_teach_first(teachers):
                 dict(loss=Term(SoftTarget, 'auto', schedule=lambda _: 1.))]
     assert [factors(**o) for o in constant]==[[1,1,1]]*len(constant)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fitted', [True,False])
 def test_report_changes_nothing(teachers, fitted, tmp_path):
     "Learner, teacher, random state and files stay as they are, and the next fit is the one without a report."
@@ -582,6 +585,7 @@ SCHEMES = {
     'schedule':     lambda learn, ts: KD(ts[0], Term(SoftTarget, T=SchedLin(8,2)), schedule=SchedLin(0,1))}
 STUDENTS = {'token': TwoHeads, 'exits': WithExit}
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scheme', SCHEMES)
 def test_reports_of_all_schemes(teachers, scheme):
     "A report works before the fit, changes nothing, and gives each term a gradient."

@@ -1,5 +1,5 @@
 "Two views of each sample in a Learner: the batches, losses across views, and published training steps as a whole."
-import json
+import json, sys
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
@@ -9,12 +9,13 @@ from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoade
     Recorder)
 from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
-from kd_fastai.losses import CrossView, MLKDAsPublished
 from support import KD, KeepBatches, fit, history, learner, quiet, weights
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 torch.set_num_threads(1)
 golden = Path(__file__).parents[1]/'golden'
+sys.path.insert(0, str(golden))
+from impls import cross, mlkd_as_published
 
 # ---- published training steps
 
@@ -57,11 +58,11 @@ def check(case, x, loss, grad):
 def test_the_published_step_of_mlkd(case):
     "The cross-entropies of both views are added, so that the task weight is twice theirs."
     hp,x = case['hp'],arrays('mlkd_two_views', case['key'])
-    term = Term(on_two_views(MLKDAsPublished), hp['kd_weight'], T=hp['temperature'], standardized=hp['logit_stand'])
+    term = Term(on_two_views(mlkd_as_published), hp['kd_weight'], T=hp['temperature'], standardized=hp['logit_stand'])
     check(case, x, *step_of(x, term, 2*hp['ce_weight']))
 
 def crld_loss(T, within, across, tau_w, tau_s):
-    return Term(on_two_views(CrossView), T=T, within=within, across=across, tau_w=tau_w, tau_s=tau_s)
+    return Term(on_two_views(partial(cross, target=None)), T=T, within=within, across=across, tau_w=tau_w, tau_s=tau_s)
 
 def crld_terms(T, within, across, tau_w, tau_s):
     "Means over both views are half of the published sums"
@@ -155,7 +156,7 @@ def test_across_views_is_a_loss_like_any_other():
     y = torch.arange(3).repeat(2)
     loop = [DecoupledKD(s[i:i+1], t[j:j+1], y[i:i+1], beta=2.) for i,j in zip(range(6), (3,4,5,0,1,2))]
     torch.testing.assert_close(loss(s, t, y), sum(loop)/6)
-    torch.testing.assert_close(loss(s, t, y, reduction='none'), torch.stack(loop))
+    torch.testing.assert_close(loss.sample_values(s, t, y), torch.stack(loop))
     assert Term(loss, T=2).name=='decoupled_kd'
     torch.testing.assert_close(across_views(DIST)(s, t), DIST(s, t[[3,4,5,0,1,2]]))
     with pytest.raises(TypeError, match="no parameter 'temperature'"): Term(loss, temperature=2)
@@ -176,10 +177,12 @@ def test_a_loss_on_two_views_has_its_own_parameters():
     with pytest.raises(TypeError, match="three has no parameter 'temperature': its parameters are pred, teacher_pred"):
         Term(on_two_views(three), temperature=2.)
 
+def strong_view(pred, teacher_pred, pred_strong, teacher_strong): return F.mse_loss(pred_strong, teacher_pred)
+
 def test_one_view_is_an_error(teacher):
     "A batch of an odd number of samples has no two views."
     dls = digits(100, bs=25)
-    learn = learner(KD(teacher, Term(on_two_views(CrossView))), dls)
+    learn = learner(KD(teacher, Term(on_two_views(strong_view))), dls)
     before = weights(learn)
     with pytest.raises(ValueError, match='got 25 samples: is TwoViews among the transforms'): fit(learn)
     assert torch.equal(weights(learn), before)

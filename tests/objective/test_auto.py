@@ -8,7 +8,7 @@ from torch import nn
 from fastai.basics import L, params, set_seed
 from fastai.callback.all import GradientAccumulation, GradientClip, SchedLin
 from kd_fastai.all import *
-from kd_fastai.losses.info import get_loss_info
+from kd_fastai.losses.facts import get_loss_info
 from kd_fastai.objective import auto_ratio
 from support import CPUMixedPrecision, KD, fit, history, hooks, learner, trained_teacher, weights
 

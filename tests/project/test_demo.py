@@ -6,6 +6,8 @@ import pytest
 from kd_fastai.report.compare import KDComparison, comparison_table
 from kd_fastai.demo import kd_demo
 
+pytestmark = pytest.mark.slow
+
 def demo(*args, cwd=None):
     return subprocess.run([str(Path(sys.executable).parent/'kd-demo'), *map(str, args)], text=True, capture_output=True,
                           cwd=cwd)

@@ -4,6 +4,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+pytestmark = pytest.mark.slow
+
 script = Path(__file__).parents[2]/'benchmarks/fashion.py'
 
 def run(cwd, *args):

@@ -26,6 +26,7 @@ def test_metadata_is_that_of_settings():
     assert [o.value for o in entry_points(group='console_scripts', name='kd-demo')] == ['kd_fastai.demo:kd_demo']
     assert {r.split('>')[0] for r in settings['requirements'].split()} == {'fastai','torch','fastcore'}
 
+@pytest.mark.slow
 def test_in_sync(tmp_path):
     "In a copy without modules, `nbdev-export` and `nbdev-clean` give the modules and notebooks of the tree."
     d,bin = tmp_path/'p',Path(sys.executable).parent
@@ -49,6 +50,7 @@ def test_one_worker_runs_all_tests_of_the_site():
     assert len({work_unit(f'tests/{f}.py::test_x[index.html]') for f in files})==1
     assert len({work_unit(f'tests/test_notebooks.py::test_notebook[{n}]') for n in ('a.ipynb','b.ipynb')})==2
 
+@pytest.mark.slow
 def test_wheel_holds_the_modules(tmp_path):
     src = tmp_path/'src'
     shutil.copytree(root, src, ignore=shutil.ignore_patterns('.git','_proc','_docs','node_modules','*.egg-info',

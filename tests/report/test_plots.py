@@ -206,11 +206,13 @@ def unchanged(student, teacher):
         for k,v in m.state_dict().items(): assert (a[k]==v).all()
     student.model.eval()
 
+@pytest.mark.slow
 def test_plots_change_nothing(student, teacher, unchanged):
     plot_attention(student, teacher, x, '1')
     plot_similarity(student, teacher, x[:50])
     student.plot_agreement(teacher)
 
+@pytest.mark.slow
 def test_plots_that_fail_change_nothing(student, teacher, unchanged):
     with pytest.raises(ValueError, match="'5'"): plot_attention(student, teacher, x, '5')
     with pytest.raises(ValueError, match='no layer of depth 9'): plot_similarity(student, teacher, x[:50], depth=9)

@@ -9,7 +9,7 @@ from kd_fastai.demo import digits, small_net
 for o in [*globals()]:
     if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
 
-pytestmark = pytest.mark.filterwarnings('ignore')
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
 
 # ---- resume: fit(n, start_epoch=k) after save and load
 

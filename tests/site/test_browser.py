@@ -10,6 +10,7 @@ import pytest
 
 exe = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not find_spec('playwright'), reason='playwright, which drives the browser, is not installed'),
     pytest.mark.skipif(not exe, reason='no browser is installed: chromium, chromium-browser or google-chrome')]
 flags = '''--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
@@ -56,8 +57,8 @@ class Quiet(SimpleHTTPRequestHandler):
 @pytest.fixture(scope='module')
 def url(site):
     "The URL of the site on a local server"
-    if not (site/'site_libs'/'katex').exists():
-        pytest.skip('KaTeX is not in node_modules and could not be downloaded from npm')
+    missing = [o for o in ('katex','fonts') if not (site/'site_libs'/o).exists()]
+    if missing: pytest.skip(f"not in node_modules and could not be downloaded from npm: {', '.join(missing)}")
     with ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=site)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{server.server_port}/'

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
+import pytest
 import kd_fastai
 
 root = Path(__file__).resolve().parents[2]
@@ -44,22 +45,27 @@ def shown(obj, name, pages):
     if inspect.isclass(obj) or inspect.isfunction(obj): return any(name.lower() in p.ids for p in pages)
     return any(name in p.words for p in pages)
 
+@pytest.mark.slow
 def test_pages(site, pages):
     "Each notebook has one page, with the name that nbdev's links use"
     assert {p.relative_to(site).as_posix() for p in site.rglob('*.html')} == set(pages)
 
+@pytest.mark.slow
 def test_links(site, page): assert not broken(site/page)
 
+@pytest.mark.slow
 def test_own_links(site, page):
     "Links to pages of the site are relative, so that `test_links` tests them"
     from nbdev.config import get_config
     assert not [l for l in parse(site/page).links if l.startswith(get_config(root).doc_url)]
 
+@pytest.mark.slow
 def test_search_index(site):
     "Each entry of the search index points to a page and an anchor"
     links = [o['href'] for o in json.loads((site/'search.json').read_text(encoding='utf-8'))]
     assert links and not [l for l in links if not exists(site, l)]
 
+@pytest.mark.slow
 def test_public_names(site):
     "Every name that a module exports is documented on a page"
     pages = [parse(p) for p in site.rglob('*.html')]
@@ -67,6 +73,7 @@ def test_public_names(site):
     missing = [f'{m.__name__}.{n}' for m,n in names if not shown(getattr(m,n), n, pages)]
     assert names and not missing
 
+@pytest.mark.slow
 def test_names_of_all(site):
     "Every name of ours that `from kd_fastai.all import *` imports is documented on a page"
     import kd_fastai.all as names
@@ -77,6 +84,7 @@ def test_names_of_all(site):
     assert len(ours)>60
     assert not [n for n,o in ours.items() if not shown(o, n, pages)]
 
+@pytest.mark.slow
 def test_sidebar(site, pages):
     "The sidebar lists every page once, in the order of nbs/sidebar.yml, without pages that do not exist"
     listed = re.findall(r'- (\S+\.ipynb)', (root/'nbs/sidebar.yml').read_text(encoding='utf-8'))
@@ -92,6 +100,7 @@ def linked_pages(html, page):
     found = re.findall(r'href="(?!https?:)([^"#]+\.html)', html)
     return {posixpath.normpath(posixpath.join(posixpath.dirname(page), l)) for l in found}-{page}
 
+@pytest.mark.slow
 def test_see_also(site, pages):
     "Each page but the first ends in *See also*, and the pages listed there link back"
     links,see = {},{}
@@ -123,6 +132,7 @@ def test_tutorials_run_as_pasted(pages):
         assert 'kd_fastai' not in shown or re.search(r'^(from kd_fastai.* import|import kd_fastai)', shown, re.M), page
         assert '../benchmarks' not in shown, f'{page}: find the file from kd_fastai.__file__'
 
+@pytest.mark.slow
 def test_previous_and_next(site, pages):
     "Each page links to the next one of the sidebar, and back"
     order = re.findall(r'- (\S+\.ipynb)', (root/'nbs/sidebar.yml').read_text(encoding='utf-8'))
@@ -133,6 +143,7 @@ def test_previous_and_next(site, pages):
         assert following in linked_pages(nav(page), page)
         assert page in linked_pages(nav(following), following)
 
+@pytest.mark.slow
 def test_contents(site):
     "The contents of a page list a symbol once"
     html = (site/'losses/output.html').read_text(encoding='utf-8')
@@ -141,6 +152,7 @@ def test_contents(site):
     assert names.count('SoftTarget')==1
     assert len(names)==len(set(names))
 
+@pytest.mark.slow
 def test_alt_texts(site, pages):
     "A picture on the front page or in a tutorial has a text for those who cannot see it"
     for page in pages:
@@ -148,6 +160,7 @@ def test_alt_texts(site, pages):
         main = (site/page).read_text(encoding='utf-8').partition('<main')[2]
         assert not [i[:60] for i in re.findall(r'<img[^>]*>', main) if not re.search(r'\balt="[^"]{20,}', i)], page
 
+@pytest.mark.slow
 def test_llms(site, pages):
     "llms.txt lists a Markdown copy of each page"
     from nbdev.config import get_config

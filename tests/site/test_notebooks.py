@@ -3,6 +3,8 @@ import json, multiprocessing, sys
 from pathlib import Path
 import pytest
 
+pytestmark = pytest.mark.slow
+
 root = Path(__file__).resolve().parents[2]
 nbs = sorted((p for p in (root/'nbs').rglob('*.ipynb') if not any(s[0] in '._' for s in p.relative_to(root).parts)),
              reverse=True)   # tutorials, which take longest, first: the workers then end at the same time

@@ -78,6 +78,7 @@ def watched(f, early_exit, layers, n=2):
     learn = fit(learner(cbs=kd, model=student), n)
     return [o[:-1] for o in learn.recorder.values],weights(learn),len(ends)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FLOWS)
 def test_early_exit_changes_no_number(name):
     f,layers,exits = FLOWS[name]
@@ -181,6 +182,7 @@ def test_a_later_look_names_the_first_bad_step(monkeypatch, bad):
 @pytest.fixture
 def benchmarks(monkeypatch): monkeypatch.syspath_prepend(str(Path(__file__).parents[2]/'benchmarks'))
 
+@pytest.mark.slow
 def test_saves_no_more_for_backward_than_a_loop_by_hand(benchmarks):
     from common import saved_mib
     import step
