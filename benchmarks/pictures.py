@@ -99,7 +99,8 @@ def recorded(half, labels=None):
         train,valid = emoji_split(half)
         start,views = time.time(),augmented(x[train], seed=0)
         before = lite0().eval().to(memory_format=torch.channels_last)
-        torch.save(dict(views=views, y=y[train], valid=(x[valid],y[valid]), before=outputs(before, views, SIZE)), of_half)
+        torch.save(dict(views=views, y=y[train], valid=(x[valid],y[valid]), before=outputs(before, views, SIZE)),
+                   of_half)
         print(f'{half}: views and features in {time.time()-start:.0f} s', flush=True)
     all = torch.load(of_half, mmap=True)
     if labels is None: return all

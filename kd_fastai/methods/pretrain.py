@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/methods/pretrain.html.md"""
 # %% auto #0
 __all__ = ['Embedding', 'has_classifier', 'WithoutLabels', 'zero_loss', 'as_before', 'body_learner', 'inputs_of', 'seconds']
 
-# %% ../../nbs/methods/pretrain.ipynb #a7e9d412
+# %% ../../nbs/methods/pretrain.ipynb #d08ee1cd
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from ..losses.feature import CosineSmoothL1
 from ..objective import Term
 from ..teacher.live import Teacher, find_logits
 
-# %% ../../nbs/methods/pretrain.ipynb #28c378c8
+# %% ../../nbs/methods/pretrain.ipynb #01728727
 class Embedding(nn.Module):
     "A network without a classifier, and its output as one vector for each sample"
     def __init__(self,
@@ -42,7 +42,7 @@ class Embedding(nn.Module):
             "with one: name the layer to learn from, as in layers=('>', 'pool')")
         return self.features(x.mean(1) if x.ndim==3 else x.flatten(2).mean(-1) if x.ndim>3 else x)
 
-# %% ../../nbs/methods/pretrain.ipynb #e1174cb0
+# %% ../../nbs/methods/pretrain.ipynb #be7d6cf5
 def has_classifier(
     model:nn.Module, # Any model
     *xb:Tensor       # Its inputs
@@ -57,7 +57,7 @@ def has_classifier(
     finally: handle.remove()
     return bool(outputs) and pred is not None and pred.shape==outputs[-1].shape and bool((pred==outputs[-1]).all())
 
-# %% ../../nbs/methods/pretrain.ipynb #89f89ed5
+# %% ../../nbs/methods/pretrain.ipynb #7672de98
 class WithoutLabels(Callback):
     "Replace the target of each batch by zeros, and do not validate"
     order = -5
@@ -88,7 +88,7 @@ def as_before(
         for dl,state in rngs: dl.rng.setstate(state)
         for p,requires_grad,grad in params: p.requires_grad_(requires_grad).grad = grad
 
-# %% ../../nbs/methods/pretrain.ipynb #6dca5529
+# %% ../../nbs/methods/pretrain.ipynb #91f439bc
 def body_learner(
     learn:Learner, # The Learner of the student
     dls=None       # Other samples: `DataLoaders` or a `DataLoader`
