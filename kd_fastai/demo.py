@@ -28,7 +28,8 @@ from fastcore.script import call_parse
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, set_seed
 from fastai.callback.schedule import ParamScheduler  # gives Learner its fit_one_cycle  # noqa: F401
 from .callback import KnowledgeDistillationCallback, Term
-from .report.compare import KDComparison, kd_compare, latency, size_kb
+from .report.compare import KDComparison, kd_compare
+from .report.measure import latency, size_kb
 from .hooks.matching import match_feature_layers
 from .losses import Attention, SoftTarget
 

@@ -14,14 +14,17 @@ from typing import Callable
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from sklearn.metrics import confusion_matrix
 from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.basics import DataLoaders, Learner, show_image
+from ..callback import kd_callbacks
 from ..hooks.capture import Capture, eval_no_grad, naming_errors
-from ..teacher.inputs import as_plain_tensor, batch_inputs, split_inputs
 from ..hooks.layers import parse_layer_pairs
-from ..hooks.matching import convert_inputs, inputs_of_both, layer_similarity, read_teacher_and_tfm
-from ..teacher.live import Teacher, find_teacher, find_teacher_inputs, get_logits, read_teacher
+from ..hooks.matching import inputs_of_both, layer_similarity
+from .scores import score_models
+from ..teacher.inputs import as_plain_tensor
+from ..teacher.live import Teacher, read_teacher
 
 # %% ../../nbs/report/plots.ipynb #13f2864e
 def _axes_grid(ax, rows, cols, size, **kwargs):
@@ -38,26 +41,26 @@ def _single_axes(ax, size): return plt.subplots(figsize=size, layout='constraine
 def plot_attention(
     student:nn.Module|Learner,  # Student
     teacher:nn.Module|Learner|str|Path|Teacher, # Teacher, as in `KnowledgeDistillationCallback`
-    x:Tensor|tuple|DataLoaders, # A batch of inputs (a tuple if the models take several), or the data
+    data:Tensor|tuple|DataLoaders, # A batch of inputs (a tuple if the models take several), or the data
     layers:str|list|dict,       # Layers, as in `KnowledgeDistillationCallback`
     n:int=4,                    # Number of samples
-    axs=None,                   # Axes to draw on, `n` rows and one column more than twice the layers
+    ax=None,                    # Axes to draw on, `n` rows and one column more than twice the layers
     teacher_tfm:Callable|str|None=None # Converts the student's inputs to the teacher's
 ): # The axes
     """Plot one row a sample: the input, then the attention maps of student and teacher side by side, layer by layer.
 
     Raises `ValueError` for a layer whose output is not a map `(B, C, H, W)`."""
-    teacher,*inputs = inputs_of_both(student, teacher, x, teacher_tfm)
+    teacher,*inputs = inputs_of_both(student, teacher, data, teacher_tfm)
     xs,xs_t = ([t[:n] for t in o] for o in inputs)
     names_s,names_t = parse_layer_pairs(layers)
     maps_s = _attention_maps(student, xs, names_s, 'student')
     maps_t = _attention_maps(teacher, xs_t, names_t, 'teacher')
     columns = [('input', _image_range(xs[0])), *(column for pair in zip(maps_s, maps_t) for column in pair)]
-    axs = _axes_grid(axs, len(xs[0]), len(columns), (1.3,1.3))
+    ax = _axes_grid(ax, len(xs[0]), len(columns), (1.3,1.3))
     for j,(title,images) in enumerate(columns):
-        axs[0,j].set_title(title, fontsize=9)
-        for ax,image in zip(axs[:,j], images): show_image(image, ax=ax, cmap='viridis' if j else 'gray')
-    return axs
+        ax[0,j].set_title(title, fontsize=9)
+        for a,image in zip(ax[:,j], images): show_image(image, ax=a, cmap='viridis' if j else 'gray')
+    return ax
 
 def _attention_maps(model, xs, layers, who):
     "`[(title, maps (B, 1, H, W))]` of the layers"
@@ -80,7 +83,7 @@ def plot_softened(
     logits:Tensor|dict,  # Logits of one sample, `(C,)`, or several by name, such as `dict(teacher=..., student=...)`
     T:tuple=(1,2,4,8),   # Temperatures
     vocab:list=None,     # Names of the classes; defaults to their numbers
-    axs=None             # Axes to draw on, one for each temperature
+    ax=None              # Axes to draw on, one for each temperature
 ): # The axes
     """Plot the softened probabilities, one bar chart for each temperature.
 
@@ -90,10 +93,10 @@ def plot_softened(
         name = f' of {n!r}' if n else ''
         if o.ndim!=1: raise ValueError(f"Expected the logits of one sample, (C,), got {tuple(o.shape)}{name}")
     if not min(T)>0: raise ValueError(f"Expected temperatures above 0, got {T}")
-    axs = _axes_grid(axs, 1, len(T), (2.2,1.9), sharey=True)[0]
-    for ax,t in zip(axs, T): _bars(ax, {n: _softened(o, t) for n,o in logits.items()}, f'T={t:g}', vocab)
-    if len(logits)>1: axs[-1].legend(fontsize=8)
-    return axs
+    ax = _axes_grid(ax, 1, len(T), (2.2,1.9), sharey=True)[0]
+    for a,t in zip(ax, T): _bars(a, {n: _softened(o, t) for n,o in logits.items()}, f'T={t:g}', vocab)
+    if len(logits)>1: ax[-1].legend(fontsize=8)
+    return ax
 
 def _softened(logits, t): return (as_plain_tensor(logits).detach().float().cpu()/t).softmax(0).tolist()
 
@@ -114,10 +117,12 @@ def class_agreement(
     "Count the pairs of classes that teacher and student predict. Raises `ValueError` for unequal shapes"
     if pred.shape!=teacher_pred.shape: raise ValueError(
         f"Expected predictions of one shape, got {tuple(pred.shape)} and {tuple(teacher_pred.shape)}")
-    C = pred.shape[1]
     s,t = (as_plain_tensor(o).detach().argmax(1).flatten().cpu() for o in (pred, teacher_pred))
-    counts = (t*C+s).bincount(minlength=C*C).view(C, C).numpy()
-    names = vocab or [*range(C)]
+    return _count_pairs(s, t, vocab or [*range(pred.shape[1])])
+
+def _count_pairs(student, teacher, names):
+    "Count pairs of classes"
+    counts = confusion_matrix(teacher, student, labels=range(len(names)))
     return pd.DataFrame(counts, pd.Index(names, name='teacher'), pd.Index(names, name='student'))
 
 def plot_class_agreement(
@@ -127,7 +132,9 @@ def plot_class_agreement(
     ax=None              # Axes to draw on
 ): # The axes
     "Plot the counts of `class_agreement`, in logarithmic colors, with the share of equal predictions"
-    table = class_agreement(pred, teacher_pred, vocab)
+    return _plot_counts(class_agreement(pred, teacher_pred, vocab), ax)
+
+def _plot_counts(table, ax):
     norm = plt.matplotlib.colors.LogNorm(0.5, max(1, table.values.max()))
     ax = _heat_map(table, _single_axes(ax, (4,3.6)), lambda v: v or '', norm=norm)
     ax.set_title(f'equal: {table.values.trace()/max(1, table.values.sum()):.1%}', fontsize=9)
@@ -155,20 +162,20 @@ def plot_agreement(self:Learner,
     ax=None                    # Axes to draw on
 ): # The axes
     "Plot `class_agreement` for all of `dl`. Raises `ValueError` without a teacher"
-    own = find_teacher(self)
-    if teacher is None:
-        if own is None: raise ValueError("There is no teacher: give one, or attach one first, learn.distill(teacher)")
-        teacher = own
-    teacher,teacher_tfm = read_teacher_and_tfm(teacher, teacher_tfm)
-    student,teacher_model = self.model,read_teacher(teacher)[0]
-    preds = []
-    with eval_no_grad(student, teacher_model):
-        for b in self.dls.valid if dl is None else dl:
-            xb,own_inputs = split_inputs(batch_inputs(self.dls, b), find_teacher_inputs(self))
-            xb_t = convert_inputs(own_inputs, teacher_tfm, self.dls, teacher)
-            with naming_errors('teacher', teacher_model, xb_t): teacher_pred = get_logits(teacher_model(*xb_t))
-            preds.append([get_logits(student(*xb)).cpu(), teacher_pred.cpu()])
-    return plot_class_agreement(*map(torch.cat, zip(*preds)), vocab=_class_names(self.dls), ax=ax)
+    kd = next(iter(kd_callbacks(self)), None)
+    if teacher is None and kd is None: raise ValueError(
+        "There is no teacher: give one, or attach one first, learn.distill(teacher)")
+    teacher = kd.teacher if teacher is None else teacher
+    if teacher_tfm is not None:
+        source = teacher.learner or teacher.model if isinstance(teacher, Teacher) else teacher
+        teacher = Teacher(source, tfm=teacher_tfm)
+    pairs,sizes = [],[]
+    def collect(b):
+        pairs.append([b.classes(n).flatten().cpu() for n in ('student','teacher')])
+        sizes.append(b.preds['student'].shape[b.axis])
+    score_models(self, {'teacher': teacher}, dl, each=collect)
+    names = _class_names(self.dls) or [*range(sizes[0])]
+    return _plot_counts(_count_pairs(*map(torch.cat, zip(*pairs)), names), ax)
 
 def _class_names(dls):
     vocab = getattr(dls, 'vocab', None)
@@ -179,13 +186,13 @@ def _class_names(dls):
 def plot_similarity(
     student:nn.Module|Learner, # Student
     teacher:nn.Module|Learner|str|Path|Teacher, # Teacher, as in `KnowledgeDistillationCallback`
-    x:Tensor|tuple|DataLoaders,# A batch of a few hundred samples (a tuple if models take several inputs), or the data
+    data:Tensor|tuple|DataLoaders,# A batch of a few hundred samples (a tuple if models take several inputs), or the data
     depth:int=1,               # Which layers: 1 for the models' own children, 2 for their children, and so on
     ax=None,                   # Axes to draw on
     teacher_tfm:Callable|str|None=None # Converts the student's inputs to the teacher's
 ): # The axes
     "Plot the table of `layer_similarity`. A frame marks the teacher's most similar layer for each of the student's"
-    table = layer_similarity(student, teacher, x, depth, teacher_tfm)
+    table = layer_similarity(student, teacher, data, depth, teacher_tfm)
     size = 1.5+0.45*table.shape[1],1+0.4*table.shape[0]
     ax = _heat_map(table, _single_axes(ax, size), '{:.2f}'.format, vmin=0, vmax=1)
     for i,j in enumerate(table.fillna(-1).values.argmax(1)):
@@ -200,13 +207,13 @@ def plot_terms(self:Learner,
 ): # The axes
     """Plot the task loss and each term of the last fit, epoch by epoch.
 
-    Raises `ValueError` if that fit was without distillation, or if `validate` has cleared the recorder since."""
-    names = list(self.recorder.metric_names)[1:-1] if len(self.recorder.values) else []
-    if 'task_loss' not in names: raise ValueError("There is nothing to draw: plot_terms comes after a fit with "
-        "KnowledgeDistillationCallback, and before validate, which clears the recorder")
-    history = pd.DataFrame(list(map(list, self.recorder.values)), columns=names)
+    Raises `ValueError` if that fit was without distillation."""
+    try: history = self.kd_history()
+    except ValueError: history = pd.DataFrame()
+    if 'task_loss' not in history: raise ValueError("There is nothing to draw: plot_terms comes after a fit with "
+        "KnowledgeDistillationCallback; validate clears the recorder of a fit whose callback has been removed")
     ax = _single_axes(ax, (5.5,2.6))
-    for n in names[names.index('task_loss'):]:
+    for n in history.columns[history.columns.get_loc('task_loss'):]:
         ax.plot(range(len(history)), history[n]/history[n][0] if relative else history[n], label=n)
     ax.set(xlabel='epoch', ylabel='share of the first' if relative else 'before weights')
     if relative: ax.set_ylim(0)

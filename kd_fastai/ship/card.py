@@ -19,8 +19,9 @@ from torch import Tensor
 from fastcore.basics import GetAttr, patch, store_attr
 from fastai.basics import AvgLoss, Learner, is_listy, no_random
 from ..callback import KnowledgeDistillationCallback
-from ..report.compare import BatchReader, batch_readers, latency, predicted_classes, size_kb, split_xy
-from ..report.report import calibration_error
+from ..report.compare import BatchReader, batch_readers
+from ..report.measure import latency, size_kb
+from ..report.scores import calibration_error, predicted_classes, split_xy
 from ..teacher.live import Teacher, find_teacher_inputs
 
 # %% ../../nbs/ship/card.ipynb #b61b0f33
@@ -298,7 +299,7 @@ def kd_card(self:Learner,
     models = dict(student=self.model, teacher=teacher) | ({} if alone is None else dict(alone=alone))
     models = batch_readers(models, getattr(kd, 'teacher_inputs', 0))
     with no_random():
-        answers = predicted_classes(self, **models)
+        answers = predicted_classes(self, **{n: m.reader for n,m in models.items()})
         scores = _score_table(self, models, answers)
         training = _training(self, kd, history)
     parts = [*([intended] if intended else []), '## Scores', scores]

@@ -17,7 +17,9 @@ import torch
 from torch import nn, Tensor
 from fastai.basics import Learner
 from .card import metric_values, resize_batch
-from ..report.compare import BatchReader, latency, split_xy
+from ..report.compare import BatchReader
+from ..report.measure import latency
+from ..report.scores import split_xy
 from ..teacher.inputs import as_plain_tensor, split_inputs
 from ..teacher.live import Teacher, find_teacher_inputs
 

@@ -6,7 +6,8 @@ from kd_fastai.callback import KnowledgeDistillationCallback
 from kd_fastai.report.compare import *
 from kd_fastai.demo import digits, small_net
 from kd_fastai.losses import SoftTarget
-from kd_fastai.report.report import calibration_error
+from kd_fastai.report.measure import latency
+from kd_fastai.report.scores import calibration_error, predicted_classes
 
 for o in [*globals()]:
     if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests

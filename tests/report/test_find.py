@@ -6,7 +6,8 @@ from fastai.callback.all import MixUp, SaveModelCallback
 from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
 from kd_fastai.report.compare import comparison_table
-from kd_fastai.report.find import default_ways, trial_learner
+from kd_fastai.report.find import default_ways
+from kd_fastai.report.trial import trial_learner
 from support import KD, KeepLosses, fit, hooks, learner, same, state, weights, trained_teacher
 
 quick = partial(dict, show_plot=False, progress=False)

@@ -47,9 +47,9 @@ def test_attention_of_layers_of_other_sizes_and_names(student, teacher):
     assert shown(axs[0,1]).shape==(4,4)
     assert shown(axs[0,2]).shape==(2,2)
     fig,mine = plt.subplots(2, 3)
-    assert plot_attention(student, teacher, x, [('1','2')], n=2, axs=mine)[0,0] is mine[0,0]
+    assert plot_attention(student, teacher, x, [('1','2')], n=2, ax=mine)[0,0] is mine[0,0]
     with pytest.raises(ValueError, match='Expected 2 x 5 axes, got 6'):
-        plot_attention(student, teacher, x, ['1','2'], n=2, axs=mine)
+        plot_attention(student, teacher, x, ['1','2'], n=2, ax=mine)
 
 def test_attention_shows_color_pictures():
     m,im = torchvision.models.resnet18(), torch.randn(2,3,32,32)

@@ -10,7 +10,7 @@ from fastai.learner import load_learner
 from kd_fastai.all import (CachedTeacher, FitNet, MeanTeacher, SoftTarget, StoredTeacher, Term, kd_compare,
     kd_parity, layer_similarity, match_feature_layers, plot_attention, plot_similarity)
 from kd_fastai.ship.card import metric_values
-from kd_fastai.report.compare import predicted_classes
+from kd_fastai.report.scores import predicted_classes
 from kd_fastai.ship.parity import deployable
 from kd_fastai.demo import digits, small_net
 from support import KD, KeepBatches, fit, history, hooks, learner, weights
