@@ -120,6 +120,30 @@ def seconds(
     if torch.cuda.is_initialized(): torch.cuda.synchronize()
     return time.perf_counter()-start
 
+def _features_of(teacher, layers, trainer, tfm, epochs):
+    "The teacher and the layers to compare. Prints the time that the training will take"
+    if isinstance(teacher, Teacher):
+        if layers is None: raise ValueError(f"Expected layers with a {type(teacher).__name__}, got none: name those of "
+            "student and teacher to compare, as in layers=[('>','>')]")
+        return teacher,layers
+    probe,xb = Teacher(teacher, tfm=tfm, early_exit=False),inputs_of(trainer)
+    probe.prepare(trainer.dls.train)
+    with eval_no_grad(trainer.model), probe.ready(trainer.dls.device):
+        times = [seconds(partial(probe, *xb, need_pred=False)),seconds(partial(trainer.model, *xb))]
+        has_head = layers is not None or has_classifier(probe.model, *probe._convert(xb))
+    _say(trainer, epochs, *times)
+    if layers is not None: return teacher,layers
+    return (teacher,[('>','>')]) if has_head else (Embedding(probe.model),[('>','features')])
+
+def _say(trainer, epochs, of_teacher, of_student):
+    "Print how long the training will take: a training step is about three forward passes of the student"
+    if rank_distrib() or trainer.logger is noop: return
+    n = len(trainer.dls.train)
+    total = epochs*n*(of_teacher+3*of_student)
+    print(f"{epochs} epochs of {n} batches, about {total:.0f} s: {1000*of_teacher:.0f} ms of the teacher and "
+          f"{3000*of_student:.0f} ms of the student for each batch")
+
+# %% ../../nbs/methods/pretrain.ipynb #cc86dd98
 @patch
 def kd_pretrain(self:Learner,
     teacher:nn.Module|Learner|str|Path|Teacher, # A model with or without a classifier, of any classes
@@ -146,26 +170,3 @@ def kd_pretrain(self:Learner,
             if p.is_floating_point(): p.requires_grad_(True).grad = None  # of a zero, weight decay would train the head
         fit(trainer, epochs, lr, cbs=[WithoutLabels(), kd, *L(cbs)])
     return self
-
-def _features_of(teacher, layers, trainer, tfm, epochs):
-    "The teacher and the layers to compare. Prints the time that the training will take"
-    if isinstance(teacher, Teacher):
-        if layers is None: raise ValueError(f"Expected layers with a {type(teacher).__name__}, got none: name those of "
-            "student and teacher to compare, as in layers=[('>','>')]")
-        return teacher,layers
-    probe,xb = Teacher(teacher, tfm=tfm, early_exit=False),inputs_of(trainer)
-    probe.prepare(trainer.dls.train)
-    with eval_no_grad(trainer.model), probe.ready(trainer.dls.device):
-        times = [seconds(partial(probe, *xb, need_pred=False)),seconds(partial(trainer.model, *xb))]
-        has_head = layers is not None or has_classifier(probe.model, *probe._convert(xb))
-    _say(trainer, epochs, *times)
-    if layers is not None: return teacher,layers
-    return (teacher,[('>','>')]) if has_head else (Embedding(probe.model),[('>','features')])
-
-def _say(trainer, epochs, of_teacher, of_student):
-    "Print how long the training will take: a training step is about three forward passes of the student"
-    if rank_distrib() or trainer.logger is noop: return
-    n = len(trainer.dls.train)
-    total = epochs*n*(of_teacher+3*of_student)
-    print(f"{epochs} epochs of {n} batches, about {total:.0f} s: {1000*of_teacher:.0f} ms of the teacher and "
-          f"{3000*of_student:.0f} ms of the student for each batch")
