@@ -15,7 +15,7 @@ from fastai.callback.progress import ProgressCallback
 from kd_fastai.all import CachedTeacher, KnowledgeDistillationCallback, SoftTarget
 from kd_fastai.teacher.cached import StoredTeacher
 from kd_fastai.demo import shift_and_flip
-from kd_fastai.teacher.function import fast_copy
+from kd_fastai.teacher.fast import fast_copy
 import common
 from common import ms, peak_mib, ratio, synchronize, take_turns, target, write
 import step

@@ -9,18 +9,19 @@ from .report.compare import KDComparison, StudentInputs, kd_compare
 from .methods.dot import DOT
 from .report.find import KDFind
 from .methods.gates import all_of, by_entropy, by_position, teacher_right, teacher_sure
-from .methods import pretrain as _pretrain  # gives Learner its kd_pretrain
-from .teacher.inputs import normalization_tfm
+from .hooks.inputs import normalization_tfm
 from .hooks.layers import get_model_layers, get_module_by_name
 from .losses import *
 from .hooks.matching import classifier_input, layer_similarity, linear_cka, match_feature_layers
 from .objective import Objective, Term
 from .ship.parity import OnnxModel, deployable, export_onnx, kd_parity
 from .methods.phi_s import fit_phi_s, phi_s
+from .methods import pretrain as _pretrain  # gives Learner its kd_pretrain
 from .report.plots import *
 from .report.report import KDReport
 from .methods.schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation
 from .methods.schemes import on_exits, train_generations
-from .teacher.function import FunctionTeacher, fast_copy, onnx_teacher
+from .teacher.fast import FastTeacher, fast_copy
+from .teacher.function import FunctionTeacher, onnx_teacher
 from .teacher.live import Teacher
 from .methods.two_views import TwoViews, across_views, by_view, on_two_views

@@ -26,7 +26,8 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import SchedCos
 from fastai.callback.training import GradientAccumulation
 from .losses.adapters import check_adapt
-from .hooks.capture import Capture, LiveHook, RandomStream
+from .hooks.capture import Capture, LiveHook
+from .hooks.models import RandomStream
 from .teacher.classes import TeacherConfusion, check_compatible_data
 from .fit.columns import Columns, TermColumn
 from .fit.internals import (ScopedCallback, all_reduce_sum, in_validation_context, is_distributed,
@@ -38,7 +39,7 @@ from .losses.masks import check_mask
 from .objective import Objective, Term, check_count, check_number, check_schedule, check_weight
 from .fit.owned import OwnedWeights, load_sidecar, save_sidecar, sidecar_path
 from .teacher.function import as_teacher
-from .teacher.inputs import as_plain_tensor, split_inputs
+from .hooks.inputs import as_plain_tensor, split_inputs
 from .teacher.live import Teacher, get_logits, shared_tensors
 from .teacher.positions import BatchTracker, batch_positions
 

@@ -17,14 +17,14 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import camel2snake, store_attr
 from .losses.adapters import LossWithAdapters, check_adapt
-from .hooks.capture import preserving_modes
+from .hooks.models import preserving_modes
 from .teacher.classes import check_class_map, shared_classes
 from .losses.shapes import channels_first
 from .losses.facts import accepted_kwargs, get_loss_info, has_sample_values, loss_args, loss_name
 from .losses.facts import per_sample, unwrap_loss
 from .hooks.layers import layer_name, parse_layer_pairs, unique_names
 from .losses.masks import check_mask, check_maskable, find_mask, masked_loss, resize_mask, zero_masked
-from .teacher.inputs import as_plain_tensor
+from .hooks.inputs import as_plain_tensor
 
 # %% ../nbs/objective.ipynb #6bfa2636
 class Batch(NamedTuple):

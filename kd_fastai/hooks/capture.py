@@ -14,8 +14,9 @@ from functools import partial
 from typing import Callable
 import torch
 from torch import nn, Tensor
-from ..teacher.inputs import tensor_version
-from .layers import get_module_by_name, layer_name, parse_layer, unwrap_model
+from .layers import get_module_by_name, layer_name, parse_layer
+from .models import tensor_version, unwrap_model
+from .models import RandomStream, eval_no_grad, naming_errors, preserving_modes # noqa: F401
 
 # %% ../../nbs/hooks/capture.ipynb #7d4c350e
 class Capture:
@@ -167,69 +168,3 @@ def _describe(value):
     kind = type(value).__name__
     if hasattr(value, 'keys'): return f"a {kind} with {', '.join(map(repr, value.keys()))}"
     return f"a {kind} of {len(value)}" if isinstance(value, (tuple,list)) else kind
-
-# %% ../../nbs/hooks/capture.ipynb #f0fe035a
-@contextmanager
-def preserving_modes(
-    *models:nn.Module # Models whose modes may change in this context
-):
-    """Restore the train or eval mode of every layer when the context ends.
-
-    Layers whose `train` has another effect, such as LoRA layers that merge weights, are switched back by it."""
-    modes = [(m, m.training) for o in models for m in o.modules()]
-    try: yield
-    finally:
-        for m,training in modes:
-            has_effect = type(m).train is not nn.Module.train
-            if has_effect and m.training!=training: m.train(training)
-        for m,training in modes: m.training = training
-
-def set_eval_mode(
-    model:nn.Module # Model to put in eval mode
-):
-    "Put a model in eval mode, unless all of its layers are. A program from `torch.export` has no modes and stays"
-    if not any(m.training for m in model.modules()): return
-    try: model.eval()
-    except NotImplementedError: pass
-
-@contextmanager
-def eval_no_grad(
-    *models:nn.Module # Models to run
-):
-    "Run models in eval mode and without gradients in this context; their modes and the random state are restored"
-    with torch.no_grad(), torch.random.fork_rng(), preserving_modes(*models):
-        for o in models: set_eval_mode(o)
-        yield
-
-@contextmanager
-def naming_errors(
-    who:str,          # Name of the model in messages
-    model:nn.Module,  # Model that runs in this context
-    inputs:tuple      # Its inputs
-):
-    "Add the name of a model and the shapes of its inputs to the message of an error that it raises"
-    try: yield
-    except Exception as e:
-        if len(e.args)==1 and isinstance(e.args[0], str):
-            shapes = ', '.join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in inputs)
-            e.args = (f"{e.args[0]} (raised by the {who}, {type(model).__name__}, for inputs {shapes})",)
-        raise
-
-class RandomStream:
-    "A stream of random numbers of its own; torch's global stream stays as it was"
-    def __init__(self): self.states = {}
-
-    @contextmanager
-    def on(self,
-        device:torch.device # Device whose stream to keep, in addition to the CPU's
-    ):
-        "Draw from this stream in this context. It starts as a copy of the global one"
-        cuda = [device] if device.type=='cuda' else []
-        with torch.random.fork_rng(cuda):
-            if device in self.states: self._set(cuda, *self.states[device])
-            try: yield
-            finally: self.states[device] = torch.get_rng_state(),[torch.cuda.get_rng_state(o) for o in cuda]
-
-    def _set(self, cuda, cpu_state, cuda_states):
-        torch.set_rng_state(cpu_state)
-        for o,state in zip(cuda, cuda_states): torch.cuda.set_rng_state(state, o)

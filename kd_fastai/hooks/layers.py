@@ -13,17 +13,7 @@ import torch.nn.functional as F
 from typing import Callable, NamedTuple
 from torch import nn
 from fastai.basics import Learner
-
-# %% ../../nbs/hooks/layers.ipynb #eb73bc36
-def unwrap_model(
-    model:nn.Module|Learner # A model, perhaps inside DataParallel or `torch.compile`, or its `Learner`
-)->nn.Module:
-    "Return the model itself, whose layers have the names that the user knows"
-    if isinstance(model, Learner): model = model.model
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-        elif hasattr(model, '_orig_mod'): model = model.get_submodule('_orig_mod')
-        else: return model
+from .models import unwrap_model
 
 # %% ../../nbs/hooks/layers.ipynb #75544e8c
 def get_model_layers(

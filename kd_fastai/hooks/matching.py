@@ -16,10 +16,9 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from fastai.basics import DataLoaders, Learner, tuplify
-from .capture import eval_no_grad, naming_errors
-from ..teacher.inputs import as_plain_tensor, auto_tfm, sample_inputs, split_inputs, tensor_version
-from .layers import unwrap_model
-from ..teacher.live import Teacher, find_teacher_inputs, get_logits, read_teacher
+from .inputs import auto_tfm, sample_inputs, split_inputs
+from .models import as_plain_tensor, eval_no_grad, get_logits, naming_errors, read_model
+from .models import tensor_version, unwrap_model
 
 # %% ../../nbs/hooks/matching.ipynb #a3a3456c
 class LayerOutput(NamedTuple):
@@ -139,16 +138,17 @@ def evenly_spaced(
 # %% ../../nbs/hooks/matching.ipynb #c88cb6f7
 def match_feature_layers(
     student:nn.Module|Learner,  # Student
-    teacher:nn.Module|Learner|str|Path|Teacher, # Teacher, as in `KnowledgeDistillationCallback`
+    teacher:nn.Module|Learner|str|Path, # A teacher, as in `KnowledgeDistillationCallback`
     sample_input:Tensor|tuple|DataLoaders, # A batch of inputs (a tuple if the models take several), or the data
-    teacher_tfm:Callable|str|None=None     # Converts the student's inputs to the teacher's
+    teacher_tfm:Callable|str|None=None, # Converts the student's inputs to the teacher's
+    teacher_inputs:int=0 # Number of inputs, at the end of each batch, for the teacher only
 )->dict: # `{'student': [names], 'teacher': [names]}`, largest maps first
     """Pair the layers of two models whose outputs have equal sizes, leaving out 1x1 and the size of the input.
 
     Tokens `(B, N, D)` are paired by their number N. Modes, batch norm statistics, the random state and the order of the
     data do not change.
     Raises `ValueError`, listing both models' sizes, if no size is in both."""
-    teacher,xs,xs_t = inputs_of_both(student, teacher, sample_input, teacher_tfm)
+    teacher,xs,xs_t = inputs_of_both(teacher, sample_input, teacher_tfm, teacher_inputs)
     s,t = layers_per_size(student, xs, 'student'),layers_per_size(teacher, xs_t, 'teacher')
     both = sorted(s.keys() & t.keys(), key=math.prod, reverse=True)
     if not both: raise ValueError(
@@ -180,22 +180,21 @@ def convert_inputs(
 
 # %% ../../nbs/hooks/matching.ipynb #1dc4462e
 def read_teacher_and_tfm(
-    teacher:nn.Module|Learner|str|Path|Teacher, # A teacher, as in `KnowledgeDistillationCallback`
-    teacher_tfm:Callable|str|None=None          # Converts the student's inputs to the teacher's
-)->tuple: # The model or its `Learner`, and the conversion: that of a `Teacher` if none is given
+    teacher, # A model, a `Learner`, its file, or an object with the attributes `model`, `learner` and `tfm`
+    teacher_tfm:Callable|str|None=None # Converts the student's inputs to the teacher's
+)->tuple: # The model or its `Learner`, and the conversion: that of the object if none is given
     "Return the model of a teacher, and the conversion of its inputs"
-    if isinstance(teacher, Teacher): return teacher.learner or teacher.model,teacher_tfm or teacher.tfm
-    model,learn = read_teacher(teacher)
-    return learn or model,teacher_tfm
+    model,learn = read_model(teacher)
+    return learn or model,teacher_tfm or getattr(teacher, 'tfm', None)
 
 def inputs_of_both(
-    student:nn.Module|Learner, # Student; a Learner's callback may have `teacher_inputs`
-    teacher:nn.Module|Learner|str|Path|Teacher, # Teacher, as in `KnowledgeDistillationCallback`
+    teacher:nn.Module|Learner|str|Path, # A teacher, as in `KnowledgeDistillationCallback`
     data:Tensor|tuple|DataLoaders, # A batch of inputs, or the data
-    teacher_tfm:Callable|str|None=None # Converts the student's inputs to the teacher's
+    teacher_tfm:Callable|str|None=None, # Converts the student's inputs to the teacher's
+    teacher_inputs:int=0 # Number of inputs, at the end of each batch, for the teacher only
 )->tuple: # The teacher's model or `Learner`, inputs of the student, and inputs of the teacher
     "Return a batch as each of two models gets it"
-    xs,own = split_inputs(sample_inputs(data), find_teacher_inputs(student))
+    xs,own = split_inputs(sample_inputs(data), teacher_inputs)
     teacher,teacher_tfm = read_teacher_and_tfm(teacher, teacher_tfm)
     return teacher,xs,convert_inputs(own, teacher_tfm, data, teacher)
 
@@ -237,16 +236,17 @@ def _inner_product(a, b): return (a*b).sum().item()
 # %% ../../nbs/hooks/matching.ipynb #5c588007
 def layer_similarity(
     student:nn.Module|Learner, # Student
-    teacher:nn.Module|Learner|str|Path|Teacher, # Teacher, as in `KnowledgeDistillationCallback`
+    teacher:nn.Module|Learner|str|Path, # A teacher, as in `KnowledgeDistillationCallback`
     x:Tensor|tuple|DataLoaders,# A batch of a few hundred samples (a tuple if models take several inputs), or the data
     depth:int=1,               # Which layers: 1 for the models' own children, 2 for their children, and so on
-    teacher_tfm:Callable|str|None=None # Converts the student's inputs to the teacher's
+    teacher_tfm:Callable|str|None=None, # Converts the student's inputs to the teacher's
+    teacher_inputs:int=0       # Number of inputs, at the end of each batch, for the teacher only
 )->pd.DataFrame: # Student's layers in rows, teacher's in columns, in the order in which they run
     """Compute `linear_cka` of every layer of the student with every layer of the teacher.
 
     Layers that ran several times, or whose output is not a tensor or was changed in place, are left out.
     Raises `ValueError` if a model has no other layer of that depth."""
-    teacher,xs,xs_t = inputs_of_both(student, teacher, x, teacher_tfm)
+    teacher,xs,xs_t = inputs_of_both(teacher, x, teacher_tfm, teacher_inputs)
     s,t = _layer_grams(student, xs, depth, 'student'),_layer_grams(teacher, xs_t, depth, 'teacher')
     values = [[_inner_product(a, b) for b in t.values()] for a in s.values()]
     return pd.DataFrame(values, pd.Index([*s], name='student'), pd.Index([*t], name='teacher'))

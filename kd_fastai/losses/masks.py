@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from .shapes import channels_first
 from .facts import get_loss_info, loss_args, loss_name, own_sample_values, unwrap_chain
-from ..teacher.inputs import as_plain_tensor
+from ..hooks.inputs import as_plain_tensor
 
 # %% ../../nbs/losses/masks.ipynb #7c95b0bf
 def find_mask(

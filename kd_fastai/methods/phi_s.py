@@ -11,7 +11,7 @@ __all__ = ['hadamard', 'PHIStandardize', 'phi_s', 'fit_phi_s']
 import torch
 from torch import nn, Tensor
 from ..losses.shapes import channels_first
-from ..teacher.inputs import batch_inputs
+from ..hooks.inputs import batch_inputs
 from ..teacher.live import Teacher
 
 # %% ../../nbs/methods/phi_s.ipynb #3c1b9f94

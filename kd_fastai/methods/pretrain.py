@@ -16,16 +16,15 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch, tuplify
-from fastai.basics import Callback, CancelValidException, DataLoaders, L, Learner, find_bs, get_random_states, noop
-from fastai.basics import rank_distrib, set_random_states
+from fastai.basics import Callback, CancelValidException, DataLoaders, L, Learner, find_bs, noop, rank_distrib
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler  # gives Learner its fit_one_cycle  # noqa: F401
 from ..callback import KnowledgeDistillationCallback
-from ..hooks.capture import eval_no_grad, preserving_modes
-from ..hooks.layers import last_linear, unwrap_model
+from ..hooks.layers import last_linear
+from ..hooks.models import eval_no_grad, find_logits, isolated_rng, preserving_modes, unwrap_model
 from ..losses.feature import CosineSmoothL1
 from ..objective import Term
-from ..teacher.live import Teacher, find_logits
+from ..teacher.live import BaseTeacher, Teacher
 
 # %% ../../nbs/methods/pretrain.ipynb #01728727
 class Embedding(nn.Module):
@@ -79,13 +78,10 @@ def as_before(
     learn:Learner # A Learner
 ):
     "Restore random numbers, the order of batches to come, modes, gradients, and which parameters are frozen"
-    states,params = get_random_states(),[(p, p.requires_grad, p.grad) for p in learn.model.parameters()]
-    rngs = [(dl, dl.rng.getstate()) for dl in learn.dls.loaders if hasattr(dl, 'rng')]
+    params = [(p, p.requires_grad, p.grad) for p in learn.model.parameters()]
     try:
-        with preserving_modes(learn.model): yield
+        with preserving_modes(learn.model), isolated_rng(loaders=learn.dls.loaders): yield
     finally:
-        set_random_states(**states)
-        for dl,state in rngs: dl.rng.setstate(state)
         for p,requires_grad,grad in params: p.requires_grad_(requires_grad).grad = grad
 
 # %% ../../nbs/methods/pretrain.ipynb #91f439bc
@@ -122,7 +118,7 @@ def seconds(
 
 def _features_of(teacher, layers, trainer, tfm, epochs):
     "The teacher and the layers to compare. Prints the time that the training will take"
-    if isinstance(teacher, Teacher):
+    if isinstance(teacher, BaseTeacher):
         if layers is None: raise ValueError(f"Expected layers with a {type(teacher).__name__}, got none: name those of "
             "student and teacher to compare, as in layers=[('>','>')]")
         return teacher,layers
@@ -130,7 +126,7 @@ def _features_of(teacher, layers, trainer, tfm, epochs):
     probe.prepare(trainer.dls.train)
     with eval_no_grad(trainer.model), probe.ready(trainer.dls.device):
         times = [seconds(partial(probe, *xb, need_pred=False)),seconds(partial(trainer.model, *xb))]
-        has_head = layers is not None or has_classifier(probe.model, *probe._convert(xb))
+        has_head = layers is not None or has_classifier(probe.model, *probe.convert(xb))
     _say(trainer, epochs, *times)
     if layers is not None: return teacher,layers
     return (teacher,[('>','>')]) if has_head else (Embedding(probe.model),[('>','features')])
@@ -143,10 +139,10 @@ def _say(trainer, epochs, of_teacher, of_student):
     print(f"{epochs} epochs of {n} batches, about {total:.0f} s: {1000*of_teacher:.0f} ms of the teacher and "
           f"{3000*of_student:.0f} ms of the student for each batch")
 
-# %% ../../nbs/methods/pretrain.ipynb #cc86dd98
+# %% ../../nbs/methods/pretrain.ipynb #9d43e825
 @patch
 def kd_pretrain(self:Learner,
-    teacher:nn.Module|Learner|str|Path|Teacher, # A model with or without a classifier, of any classes
+    teacher:nn.Module|Learner|str|Path|BaseTeacher, # A model with or without a classifier, of any classes
     epochs:int=10,        # Number of epochs
     lr:float|None=None,   # Largest learning rate; default: the Learner's
     dls=None,             # Samples with or without labels, `DataLoaders` or a `DataLoader`; default: the Learner's

@@ -28,7 +28,7 @@ from ..losses import HardTarget, Mutual, SoftTarget
 from ..objective import Term, as_float32
 from ..fit.owned import OwnedWeights
 from ..losses.facts import loss_args, loss_name
-from ..teacher.inputs import as_plain_tensor
+from ..hooks.inputs import as_plain_tensor
 from ..teacher.live import Teacher, get_logits, read_teacher
 
 # %% ../../nbs/methods/schemes.ipynb #4f51efe5

@@ -24,7 +24,7 @@ from fastprogress.fastprogress import progress_bar
 from fastai.basics import Callback, Learner, no_random, set_seed
 from fastai.callback.progress import ProgressCallback  # gives Learner its no_bar  # noqa: F401
 from fastai.callback.schedule import ParamScheduler    # gives Learner its fit_one_cycle  # noqa: F401
-from ..teacher.inputs import split_inputs
+from ..hooks.inputs import split_inputs
 from .measure import latency, size_kb
 from .scores import first_batch, score_models, split_xy
 from ..teacher.live import Teacher

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from ..hooks.capture import eval_no_grad
+from ..hooks.models import eval_no_grad
 
 # %% ../../nbs/report/measure.ipynb #ff9a61c4
 def size_kb(

@@ -19,12 +19,13 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.basics import DataLoaders, Learner, show_image
 from ..callback import kd_callbacks
-from ..hooks.capture import Capture, eval_no_grad, naming_errors
+from ..hooks.capture import Capture
+from ..hooks.models import eval_no_grad, naming_errors
 from ..hooks.layers import parse_layer_pairs
 from ..hooks.matching import inputs_of_both, layer_similarity
 from .scores import score_models
-from ..teacher.inputs import as_plain_tensor
-from ..teacher.live import Teacher, read_teacher
+from ..hooks.inputs import as_plain_tensor
+from ..teacher.live import Teacher, find_teacher_inputs, read_teacher
 
 # %% ../../nbs/report/plots.ipynb #13f2864e
 def _axes_grid(ax, rows, cols, size, **kwargs):
@@ -50,7 +51,7 @@ def plot_attention(
     """Plot one row a sample: the input, then the attention maps of student and teacher side by side, layer by layer.
 
     Raises `ValueError` for a layer whose output is not a map `(B, C, H, W)`."""
-    teacher,*inputs = inputs_of_both(student, teacher, data, teacher_tfm)
+    teacher,*inputs = inputs_of_both(teacher, data, teacher_tfm, find_teacher_inputs(student))
     xs,xs_t = ([t[:n] for t in o] for o in inputs)
     names_s,names_t = parse_layer_pairs(layers)
     maps_s = _attention_maps(student, xs, names_s, 'student')
@@ -192,7 +193,7 @@ def plot_similarity(
     teacher_tfm:Callable|str|None=None # Converts the student's inputs to the teacher's
 ): # The axes
     "Plot the table of `layer_similarity`. A frame marks the teacher's most similar layer for each of the student's"
-    table = layer_similarity(student, teacher, data, depth, teacher_tfm)
+    table = layer_similarity(student, teacher, data, depth, teacher_tfm, find_teacher_inputs(student))
     size = 1.5+0.45*table.shape[1],1+0.4*table.shape[0]
     ax = _heat_map(table, _single_axes(ax, size), '{:.2f}'.format, vmin=0, vmax=1)
     for i,j in enumerate(table.fillna(-1).values.argmax(1)):

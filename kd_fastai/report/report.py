@@ -16,7 +16,7 @@ from fastcore.basics import patch, store_attr
 from fastai.basics import Callback, CancelFitException, Learner
 from fastai.torch_core import no_random
 from ..callback import KnowledgeDistillationCallback, kd_callbacks
-from ..hooks.capture import preserving_modes
+from ..hooks.models import preserving_modes
 from ..losses import Mutual, SoftTarget
 from ..losses.facts import get_loss_info, unwrap_loss
 from .scores import Scores, preserving_loader_rngs, score_models

@@ -22,7 +22,7 @@ from fastai.basics import AvgLoss, Learner, find_bs, no_random, noop, to_device,
 from ..callback import kd_callbacks, loss_layout
 from ..objective import find_class_axis
 from ..teacher.classes import in_student_order
-from ..teacher.inputs import as_plain_tensor, split_inputs
+from ..hooks.inputs import as_plain_tensor, split_inputs
 from ..teacher.live import Teacher, find_teacher_inputs
 
 # %% ../../nbs/report/scores.ipynb #dea1fafe

@@ -20,7 +20,7 @@ from .card import metric_values, resize_batch
 from ..report.compare import BatchReader
 from ..report.measure import latency
 from ..report.scores import split_xy
-from ..teacher.inputs import as_plain_tensor, split_inputs
+from ..hooks.inputs import as_plain_tensor, split_inputs
 from ..teacher.live import Teacher, find_teacher_inputs
 
 # %% ../../nbs/ship/parity.ipynb #ebb467ae

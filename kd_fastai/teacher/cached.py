@@ -19,11 +19,10 @@ import numpy as np, torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from fastai.basics import Learner, progress_bar, to_device, tuplify
-from .inputs import as_plain_tensor, batch_inputs, split_inputs
+from ..hooks.inputs import as_plain_tensor, batch_inputs, split_inputs
 from ..hooks.layers import LayerSpec, layer_name, unique_names, unwrap_model
-from .function import to_logits
 from .store import AnswerStore, find_differences
-from .live import Teacher
+from .live import Teacher, to_logits
 from .positions import (BatchTracker, all_transforms, check_positions, fingerprint, replayed_draws, same_inputs,
                               seed_from, seedable)
 
@@ -228,7 +227,7 @@ class StoredTeacher(Teacher):
         return seed_from(self.seed, epoch%self.views) if self.views else None
 
     @contextmanager
-    def ready(self, device:torch.device=None):
+    def ready(self, device=None, epoch=None):
         "Ready for the batches of one epoch"
         self._view,self._epoch = self._epoch%(self.views or 1),self._epoch+1
         try:
@@ -337,7 +336,7 @@ class CachedTeacher(StoredTeacher):
         self._dl,self._info = dl,dict(info, model=self.store.info.get('model'))
 
     @contextmanager
-    def ready(self, device:torch.device=None):
+    def ready(self, device=None, epoch=None):
         "Ready for the batches of one epoch. The model is moved to `device` when it is asked for the first time"
         self._asking = self._live.ready(device)
         with super().ready(device), ExitStack() as self._open:

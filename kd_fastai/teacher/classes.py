@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from fastai.basics import Learner
-from .inputs import normalization_stats, stats_repr
+from ..hooks.inputs import normalization_stats, stats_repr
 
 # %% ../../nbs/teacher/classes.ipynb #25d26a37
 def plain_vocab(

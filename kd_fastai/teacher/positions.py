@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import get_worker_info
 from fastai.basics import Pipeline, is_listy
-from .live import as_plain_tensor
+from ..hooks.models import as_plain_tensor
 
 # %% ../../nbs/teacher/positions.ipynb #c3fe5fbc
 def _scatter(i, seed):

@@ -11,15 +11,14 @@ __all__ = ['Teachers']
 import copy
 from contextlib import ExitStack, contextmanager
 from typing import Callable
-import torch
 from torch import nn, Tensor
-from .live import Teacher
+from .live import BaseTeacher, Teacher
 
 # %% ../../nbs/teacher/several.ipynb #6287ad5e
-class Teachers(Teacher):
-    """Several teachers by name, asked about the same batches.
+class Teachers(BaseTeacher):
+    """Several teachers by name, which predict for the same batches.
 
-    What a `Teacher` takes and returns for its model is a dict by name here: layers, transforms, predictions, features.
+    What a `Teacher` takes and returns is a dict by name here: layers, conversions, predictions, features.
 
     Raises `TypeError` and `ValueError` for names that are not identifiers, and for an empty dict."""
     def __init__(self,
@@ -29,7 +28,7 @@ class Teachers(Teacher):
         for k in teachers:
             if not isinstance(k, str) or not k.isidentifier(): raise ValueError(
                 f"The name of a teacher is an identifier such as 'dino', got {k!r}")
-        self.teachers = {k: copy.copy(o) if isinstance(o, Teacher) else Teacher(o) for k,o in teachers.items()}
+        self.teachers = {k: copy.copy(o) if isinstance(o, BaseTeacher) else Teacher(o) for k,o in teachers.items()}
         self.model,self.learner = nn.ModuleDict({k: o.model for k,o in self.teachers.items()}),None
 
     def __copy__(self): return type(self)(self.teachers)
@@ -46,11 +45,10 @@ class Teachers(Teacher):
 
     def configure(self,
         layers:dict={},         # `{name: layers to capture}`
-        tfm:Callable|str|dict|None=None, # One transform of the inputs for all, or `{name: transform}`
+        tfm:Callable|str|dict|None=None, # One conversion of the inputs for all, or `{name: conversion}`
         early_exit:bool=True    # As in `Teacher`, for each of them
     )->'Teachers':
-        "Set what each of them is asked for"
-        self.tfm,self.early_exit = tfm,early_exit
+        "Set the layers, the conversion and early exit of each of them"
         tfms = tfm if isinstance(tfm, dict) else dict.fromkeys(self.by_name, tfm)
         for what,given in (('layers', layers), ('teacher_tfm', tfms)):
             if unknown := {*given}-{*self.by_name}: raise ValueError(
@@ -58,8 +56,8 @@ class Teachers(Teacher):
         for k,o in self.by_name.items(): o.configure(layers.get(k, []), tfms.get(k), early_exit)
         return self
 
-    def set_own_inputs(self, n:int):
-        "How many of a batch's last inputs are theirs"
+    def set_own_inputs(self, n):
+        "Set the number of inputs that are theirs only"
         for o in self.by_name.values(): o.set_own_inputs(n)
 
     def prepare(self, dl):
@@ -67,10 +65,10 @@ class Teachers(Teacher):
         for o in self.by_name.values(): o.prepare(dl)
 
     @contextmanager
-    def ready(self, device:torch.device=None):
+    def ready(self, device=None, epoch=None):
         "Prepare all of them to run"
         with ExitStack() as stack:
-            for o in self.by_name.values(): stack.enter_context(o.ready(device))
+            for o in self.by_name.values(): stack.enter_context(o.ready(device, epoch))
             yield self
 
     def __call__(self,
@@ -78,7 +76,7 @@ class Teachers(Teacher):
         need_pred:bool|dict=True,# Are predictions needed? Also by name
         idx:Tensor=None          # Positions of the samples, for teachers that need them
     )->tuple: # `{name: predictions}`, and `{name: {layer: feature}}`
-        "Ask all of them about one batch"
+        "Return the predictions and features of all of them"
         if not isinstance(need_pred, dict): need_pred = dict.fromkeys(self.by_name, need_pred)
-        answers = {k: o(*xb, need_pred=need_pred[k], idx=idx) for k,o in self.by_name.items()}
-        return {k: pred for k,(pred,_) in answers.items()},{k: fm for k,(_,fm) in answers.items()}
+        outs = {k: o(*xb, need_pred=need_pred[k], idx=idx) for k,o in self.by_name.items()}
+        return {k: pred for k,(pred,_) in outs.items()},{k: fm for k,(_,fm) in outs.items()}

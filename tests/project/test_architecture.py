@@ -36,12 +36,11 @@ def test_imports_have_no_circle():
     order = [*TopologicalSorter(IMPORTS).static_order()]   # a CycleError names the circle
     assert {*order}==MODULES.keys()
 
-# A module imports its own room and rooms before it. `inputs` reads a batch, `matching` needs a teacher
-ROOMS = ['inputs', 'hooks', 'losses', 'teacher', 'matching', 'term', 'objective', 'fit', 'callback', 'methods',
-         'report', 'ship', 'demo', 'all']
-PLACES = {'kd_fastai.teacher.inputs': 'inputs', 'kd_fastai.hooks.matching': 'matching'}
+# A module imports its own room and rooms before it
+ROOMS = ['hooks', 'losses', 'teacher', 'term', 'objective', 'fit', 'callback', 'methods', 'report', 'ship',
+         'demo', 'all']
 
-def room(module): return PLACES.get(module) or module.split('.')[1]
+def room(module): return module.split('.')[1]
 
 def test_rooms_import_downward():
     "No room imports one above it"

@@ -10,7 +10,7 @@ from fastai.callback.all import *
 from kd_fastai.all import *
 from kd_fastai.teacher.cached import StoredTeacher, check_repeatable, weights_digest
 from kd_fastai.demo import small_net
-from kd_fastai.teacher.inputs import as_plain_tensor
+from kd_fastai.hooks.models import as_plain_tensor
 from kd_fastai.teacher.positions import BatchTracker, batch_positions
 from test_cost import Images, asked, cached_fit, fit, learner, loaders, net, values, weights
 

@@ -251,5 +251,5 @@ def test_plots_give_each_model_its_inputs(teacher):
 
 def test_layers_are_matched_on_each_models_inputs(teacher):
     learn = taught(teacher)
-    assert match_feature_layers(learn, teacher, learn.dls)=={'student': ['1'], 'teacher': ['2']}
-    assert layer_similarity(learn, teacher, learn.dls).shape==(6,6)
+    assert match_feature_layers(learn, teacher, learn.dls, teacher_inputs=1)=={'student': ['1'], 'teacher': ['2']}
+    assert layer_similarity(learn, teacher, learn.dls, teacher_inputs=1).shape==(6,6)

@@ -59,32 +59,6 @@ def test_teacher_in_place_is_asked_on_the_same_inputs_in_each_batch():
     assert torch.equal(first, second)
     assert torch.equal(first, mlp(2)(x-1))
 
-def test_guard_returns_the_inputs_from_before_the_student():
-    from kd_fastai.teacher.inputs import InPlaceGuard
-    guard = InPlaceGuard('student')
-    for _ in range(3):
-        xb = (x.clone(),)
-        guard.before(xb)
-        InPlace(mlp(1))(*xb)
-        assert torch.equal(guard.after()[0], x)
-
-def test_guard_copies_only_the_first_batch_of_a_student_that_changes_nothing():
-    from kd_fastai.teacher.inputs import InPlaceGuard
-    guard,returned = InPlaceGuard('student'),[]
-    for _ in range(3):
-        guard.before((x,))
-        mlp(1)(x)
-        returned.append(guard.after()[0] is x)
-    assert returned==[True]*3 and not guard.copying
-
-def test_guard_names_a_model_that_starts_to_change_inputs_later():
-    from kd_fastai.teacher.inputs import InPlaceGuard
-    guard = InPlaceGuard('student')
-    guard.before((x,)); guard.after()
-    xb = (x.clone(),)
-    guard.before(xb); xb[0].relu_()
-    with pytest.raises(RuntimeError, match='student changed its input in place'): guard.after()
-
 # ---- tensors that belong to both models ----
 
 def test_shared_parameter_is_found_by_name():
@@ -745,7 +719,7 @@ def test_auto_conversion_needs_to_know_the_teacher():
 
 def test_name_of_a_timm_model_as_teacher(monkeypatch):
     timm = pytest.importorskip('timm')
-    from kd_fastai.teacher.live import timm_teacher
+    from kd_fastai.hooks.models import timm_teacher
     asked,create = [],timm.create_model
     def without_weights(name, pretrained, **kwargs):
         asked.append((name, pretrained))
