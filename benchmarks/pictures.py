@@ -5,7 +5,7 @@ student is small and begins from random weights. All ways make equally many step
 augmented views of each picture; the score is that of the last epoch, on other emoji. Methods are chosen on one half of
 the emoji (`--half choose`) and reported on the other one (`--half report`).
 
-    python benchmarks/pictures.py --half report --labels 1142 --steps 1400 --seeds 5
+    python benchmarks/pictures.py --half report --labels 1142 --steps 1400 --seeds 0 1 2
 
 Runs go to `tables/pictures_runs.csv`, which is completed, and their comparison to `tables/pictures.csv`."""
 import argparse, os
@@ -259,12 +259,12 @@ def main():
     p.add_argument('--pixels', type=int, default=64, help='height and width of the student\'s pictures')
     p.add_argument('--labels', type=int, default=1142)
     p.add_argument('--steps', type=int, default=1400)
-    p.add_argument('--seeds', type=int, default=5)
+    p.add_argument('--seeds', type=int, nargs='*', default=[*range(5)])
     p.add_argument('--ways', nargs='*', default=[*WAYS])
     p.add_argument('--file', type=Path, default=common.TABLES/'pictures_runs.csv')
     a = p.parse_args()
     torch.set_num_threads(1)
-    for seed in range(a.seeds):
+    for seed in a.seeds:
         for way in a.ways:
             runs = pd.read_csv(a.file) if a.file.exists() else pd.DataFrame(columns=[*GROUP,'way','seed'])
             case = dict(half=a.half, student=a.student, pixels=a.pixels, labels=a.labels, way=way, seed=seed)
