@@ -14,7 +14,10 @@ from .hooks.layers import get_model_layers, get_module_by_name
 from .losses import *
 from .hooks.matching import classifier_input, layer_similarity, linear_cka, match_feature_layers
 from .objective import Objective, Term
-from .ship.parity import OnnxModel, deployable, export_onnx, kd_parity
+from .ship.cascade import Cascade
+from .ship.export import OnnxModel, deployable, export_onnx
+from .ship.parity import KDParity
+from .ship.quantize import KDQuantized
 from .methods.phi_s import fit_phi_s, phi_s
 from .methods import pretrain as _pretrain  # gives Learner its kd_pretrain
 from .report.plots import *

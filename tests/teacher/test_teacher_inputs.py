@@ -8,10 +8,10 @@ from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.transforms import RandomSplitter
 from fastai.learner import load_learner
 from kd_fastai.all import (CachedTeacher, FitNet, MeanTeacher, SoftTarget, StoredTeacher, Term, kd_compare,
-    kd_parity, layer_similarity, match_feature_layers, plot_attention, plot_similarity)
+    layer_similarity, match_feature_layers, plot_attention, plot_similarity)
 from kd_fastai.ship.card import metric_values
 from kd_fastai.report.scores import predicted_classes
-from kd_fastai.ship.parity import deployable
+from kd_fastai.ship.export import deployable
 from kd_fastai.demo import digits, small_net
 from support import KD, KeepBatches, fit, history, hooks, learner, weights
 
@@ -203,7 +203,7 @@ def test_parity_and_example_inputs_are_the_students(teacher):
     model,xb,shapes = deployable(learn)
     assert [o.shape for o in xb]==[(4,1,4,4)] and len(shapes[0])==1
     same = torch.export.export(model, xb, dynamic_shapes=shapes).module()
-    table = kd_parity(learn, rounds=1, exported=same, other=student().eval())
+    table = learn.kd_parity(rounds=1, exported=same, other=student().eval())
     assert table.largest_difference['exported']<1e-5<table.largest_difference['other']
     assert table.accuracy['exported']==pytest.approx(learn.validate()[1])
 
