@@ -68,7 +68,7 @@ def make_terms(
     terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
     return [o.with_defaults(pairs, schedule, adapt, mask) for o in terms]
 
-# %% ../nbs/callback.ipynb #814f51f9
+# %% ../nbs/callback.ipynb #095b4413
 class DistillationSettings(OwningCallback):
     "The settings of a `KnowledgeDistillationCallback`"
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
@@ -185,7 +185,7 @@ def first_forward(
     finally:
         if handle: handle.remove()
 
-# %% ../nbs/callback.ipynb #cb61be9c
+# %% ../nbs/callback.ipynb #3e50231d
 class DistillationFit(DistillationSettings):
     "The events of a fit and of its epochs"
     def before_fit(self):
@@ -269,7 +269,7 @@ class DistillationFit(DistillationSettings):
         "Also remove the hooks if the epoch was cancelled during its training"
         if self.fit_state is not None and not in_validation_context(self.learn): self.fit_state.epoch.close()
 
-# %% ../nbs/callback.ipynb #761345da
+# %% ../nbs/callback.ipynb #2154e757
 class DistillationBatch(DistillationFit):
     "What is read of a batch"
     @property
@@ -349,7 +349,7 @@ class DistillationBatch(DistillationFit):
         self.owned.created(self.learn)
         self.owned.attach(self.learn, self.scope)
 
-# %% ../nbs/callback.ipynb #48a31091
+# %% ../nbs/callback.ipynb #ccce11e6
 class KnowledgeDistillationCallback(DistillationBatch):
     """Train a student with a teacher.
 
