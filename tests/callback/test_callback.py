@@ -496,6 +496,7 @@ def test_a_copied_learner_distills(teacher):
     assert torch.equal(weights(a), weights(b))
     assert not hooks(teacher, a.model, b.model)
 
+@pytest.mark.slow
 def test_an_exported_learner_holds_only_the_student(teacher, tmp_path):
     "The file has the size of one without distillation, within 1%, and loads where kd_fastai is not installed."
     ds = [(torch.rand(1,8,8), i%10) for i in range(40)]
@@ -683,6 +684,7 @@ def test_frozen_layers_give_a_warning(teacher):
     learn.freeze()
     with pytest.warns(UserWarning, match="are frozen: fit_net has no effect"): fit(learn)
 
+@pytest.mark.slow
 def test_a_model_compiled_and_run_before_is_an_error(teacher):
     "Such a model ignores hooks; the error names `torch._dynamo.reset()`, after which the same training works."
     torch._dynamo.reset()
