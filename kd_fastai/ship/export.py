@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/export.html.md"""
 __all__ = ['LogitsOnly', 'student_batch', 'deployable', 'export_onnx', 'loss_activation', 'TensorInput', 'ImageInput',
            'TableInput', 'TokensInput', 'ChunksInput', 'OnnxModel', 'read_image', 'table_inputs', 'runner_code']
 
-# %% ../../nbs/ship/export.ipynb #02dab19d
+# %% ../../nbs/ship/export.ipynb #675a365d
 import copy, io, json, math
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from .steps import _DOUBLE, _INT32, _INT64, _STRING, _UINT8
 from ..callback import kd_callbacks
 from ..teacher.live import Teacher
 
-# %% ../../nbs/ship/export.ipynb #19a2d7bb
+# %% ../../nbs/ship/export.ipynb #928a4e18
 class LogitsOnly(nn.Module):
     "A model that returns its logits as one tensor"
     def __init__(self,
@@ -90,7 +90,7 @@ def _traced(model, xb, shapes, inputs=None, outputs=None):
     program = torch.export.export(model, xb, dynamic_shapes=shapes)
     return torch.onnx.export(program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False).model_proto
 
-# %% ../../nbs/ship/export.ipynb #210e530c
+# %% ../../nbs/ship/export.ipynb #a120de34
 class _Predicts(nn.Module):
     "A network and its activation"
     def __init__(self,
@@ -120,7 +120,7 @@ def _task(loss_func, activation, ndim):
     if activation(torch.zeros(1,2)).sum()!=1 or hasattr(loss_func, 'thresh'): return 'multi-label'
     return 'segmentation' if ndim==4 else 'classification'
 
-# %% ../../nbs/ship/export.ipynb #960b9cbb
+# %% ../../nbs/ship/export.ipynb #62c1e0e3
 class TensorInput:
     "Tensors, as the loader gives them"
     kind,names = 'tensors',None # names of the network's inputs; the exporter's, if None
@@ -174,7 +174,7 @@ def _input_of(learn):
     kinds = dict(image=ImageInput, table=TableInput, tokens=TokensInput, tensors=TensorInput)
     return (kind or kinds[input_kind(learn.dls)])(learn)
 
-# %% ../../nbs/ship/export.ipynb #d51b32be
+# %% ../../nbs/ship/export.ipynb #fbab67ab
 def _assemble(learn, source):
     "ONNX model of the operators before the network, the network with its activation, and the operators after it"
     from onnx import helper
@@ -232,7 +232,7 @@ def _write_metadata(model, values):
     texts = {k: v if isinstance(v, str) else json.dumps(_no_nan(v)) for k,v in values.items() if v not in (None,'')}
     helper.set_model_props(model, texts)
 
-# %% ../../nbs/ship/export.ipynb #1780dc61
+# %% ../../nbs/ship/export.ipynb #30167d3d
 class OnnxModel(nn.Module):
     "An ONNX file as a module, run by ONNX Runtime on the CPU"
     def __init__(self,
@@ -322,7 +322,7 @@ def table_inputs(
                numbers=rows[columns['numbers']].to_numpy(float, na_value=math.nan))
     return {n: v for n,v in res.items() if columns[n]}
 
-# %% ../../nbs/ship/export.ipynb #91211333
+# %% ../../nbs/ship/export.ipynb #76df83a1
 _READ = dict(
     image=("from PIL import Image\n", "image = np.asarray(Image.open(sys.argv[1]).convert('RGB'))[None]", "{'image': image}"),
     table=("import pandas as pd\n", "columns,rows = json.loads(info['columns']),pd.read_csv(sys.argv[1])[:1]",
