@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/batch.html.md"""
 __all__ = ['loss_layout', 'plain_labels', 'find_mixer', 'read_labels', 'read_inputs', 'uses_positions', 'tracking',
            'read_positions']
 
-# %% ../../nbs/fit/batch.ipynb #c5bf6028
+# %% ../../nbs/fit/batch.ipynb #dd599160
 import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ from ..hooks.inputs import as_plain_tensor
 from ..teacher.live import Teacher
 from ..teacher.positions import BatchTracker, batch_positions
 
-# %% ../../nbs/fit/batch.ipynb #4cca3bce
+# %% ../../nbs/fit/batch.ipynb #16508af4
 def loss_layout(
     loss_func:Callable # The loss function of a Learner
 )->tuple: # `(class axis, ignore_index)`, None for what is not known
@@ -35,7 +35,7 @@ def loss_layout(
     except (TypeError,ValueError): return axis,None
     return axis,None if parameter is None or parameter.default is parameter.empty else parameter.default
 
-# %% ../../nbs/fit/batch.ipynb #46f415a4
+# %% ../../nbs/fit/batch.ipynb #da79d05d
 def plain_labels(
     yb:tuple # Labels of a batch
 ):
@@ -56,7 +56,7 @@ def read_labels(
     if not getattr(mixer, 'stack_y', False): return dict(target=target, mixed=None)
     return dict(target=target, mixed=(plain_labels(mixer.yb1), as_plain_tensor(mixer.lam)))
 
-# %% ../../nbs/fit/batch.ipynb #643f52f8
+# %% ../../nbs/fit/batch.ipynb #f4d80459
 def read_inputs(
     learn:Learner,      # A Learner that trains, before the forward pass
     objective:Objective # Its objective
@@ -70,7 +70,7 @@ def read_inputs(
     partners = objective.find_masks(learn.xb, mixer.yb1)
     return dict(fields=fields, masks={k: m & partners[k] for k,m in masks.items()})
 
-# %% ../../nbs/fit/batch.ipynb #05b58be5
+# %% ../../nbs/fit/batch.ipynb #e3afecb2
 def uses_positions(
     objective:Objective, # Its terms may use them
     teacher:Teacher      # It may need them

@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/checks.html.md"""
 __all__ = ['check_count', 'check_teacher_names', 'stateful_modules', 'check_models', 'is_elementwise', 'check_data',
            'check_terms', 'check_frozen', 'check_negligible']
 
-# %% ../../nbs/fit/checks.ipynb #64ec0195
+# %% ../../nbs/fit/checks.ipynb #a58f480b
 from typing import Callable
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +19,7 @@ from ..teacher.classes import check_compatible_data
 from ..teacher.live import Teacher, shared_tensors
 from ..term import Term
 
-# %% ../../nbs/fit/checks.ipynb #495a88fc
+# %% ../../nbs/fit/checks.ipynb #da43336c
 def check_count(
     n,       # A whole number
     what:str # Its name in error messages
@@ -46,7 +46,7 @@ def check_teacher_names(
         f"got other names or none in {', '.join(unnamed)}")
     raise ValueError(f"No term learns from the teachers {sorted(known-named)}: give each a term, or leave them out")
 
-# %% ../../nbs/fit/checks.ipynb #c6dcecf0
+# %% ../../nbs/fit/checks.ipynb #b5f8f9bb
 def stateful_modules(
     model:nn.Module # Any model
 )->set:
@@ -73,7 +73,7 @@ def check_models(
         f"The student's {shared[0][0]!r} and the teacher's {shared[0][1]!r} are the same tensor, "
         "so that training the student would change the teacher: give the teacher a copy (copy.deepcopy)")
 
-# %% ../../nbs/fit/checks.ipynb #d78d3f74
+# %% ../../nbs/fit/checks.ipynb #f253ce05
 def is_elementwise(
     loss_func # A loss function, or its class or instance
 )->bool:
@@ -100,7 +100,7 @@ def check_data(
     if softmax and is_elementwise(task): warn('softmax', f"{', '.join(softmax)} expects logits of a softmax, "
         f"but the loss of the Learner is {loss_name(task)}: use Logits or MultiLabel")
 
-# %% ../../nbs/fit/checks.ipynb #4eb34caa
+# %% ../../nbs/fit/checks.ipynb #a6d0b236
 def check_terms(
     objective:Objective, # The objective
     batch:Batch,         # The first batch

@@ -190,7 +190,7 @@ def load_sidecar(
     warnings.warn(f"{sidecar.name} {why}: the weights of losses were not loaded")
     return {}
 
-# %% ../../nbs/fit/owned.ipynb #edb2b983
+# %% ../../nbs/fit/owned.ipynb #81a2deb9
 class OwningCallback(ScopedCallback):
     "A callback with `owned` weights that are saved next to the student's file, in a sidecar"
     def after_backward(self):
