@@ -1,5 +1,5 @@
 "Push and load by huggingface_hub, against a server of this test that stands in for the Hub."
-import base64, json, pickletools, subprocess, sys, threading, zipfile
+import base64, json, threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from fastai.basics import *
