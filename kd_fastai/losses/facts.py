@@ -99,7 +99,8 @@ def _missing_message(f, missing, required):
     "Say how a loss with required parameters that the callback does not know is used"
     name,names = loss_name(f),', '.join(missing)
     expected = f"{name} requires {names}, and a loss gets its arguments by these names: {', '.join(LOSS_ARGS)}. "
-    if required.intersection(LOSS_ARGS)-{'target'}: return f"{expected}Set a parameter with partial({name}, {missing[0]}=...)"
+    if required.intersection(LOSS_ARGS)-{'target'}:
+        return f"{expected}Set a parameter with partial({name}, {missing[0]}=...)"
     call = f"{name}()(pred, teacher_pred)" if isinstance(f, nn.Module) else f"{name}(pred, teacher_pred)"
     return f"{expected}Define a function with such names, as in def my_loss(pred, teacher_pred): return {call}"
 

@@ -169,7 +169,7 @@ def _output_arrays(outputs):
         f"Expected one row a sample in each, got { {k: len(v) for k,v in arrays.items()} }")
     return arrays
 
-# %% ../../nbs/teacher/cached.ipynb #7f1364ee
+# %% ../../nbs/teacher/cached.ipynb #be0bb940
 class GivenPositions(NamedTuple):
     "Rows of batches from anywhere, by the positions that the caller gives"
     views:int|None # Rows of views have no positions
@@ -195,7 +195,7 @@ class EpochPositions(NamedTuple):
             f"transform changed it")
         return found.positions.numpy() if self.first is None else self.first+found.places
 
-# %% ../../nbs/teacher/cached.ipynb #e5452692
+# %% ../../nbs/teacher/cached.ipynb #44cd98b6
 class RowTeacher(BaseTeacher):
     "What `StoredTeacher` and `CachedTeacher` share: a teacher whose outputs are rows of a store"
     needs_idx = True
@@ -261,7 +261,7 @@ class RowTeacher(BaseTeacher):
 
 def _device(xb): return next(o.device for o in tree_leaves(xb) if isinstance(o, Tensor))
 
-# %% ../../nbs/teacher/cached.ipynb #1e25d160
+# %% ../../nbs/teacher/cached.ipynb #dab45466
 class StoredTeacher(RowTeacher):
     """A teacher that has predictions only: nothing is loaded, moved or run.
 
@@ -318,7 +318,7 @@ class StoredTeacher(RowTeacher):
         if 'input' in table.fields: self._check_inputs(table, rows, fingerprint(*xb))
         return self._read(table, rows, keys, _device(xb))
 
-# %% ../../nbs/teacher/cached.ipynb #121c93b3
+# %% ../../nbs/teacher/cached.ipynb #f4b3736e
 def as_arrays(
     outputs:dict,    # Predictions (`pred`) and features, one row a sample
     n:int,           # Samples
@@ -343,7 +343,7 @@ def _to_numpy(key, v, half):
         f"The teacher's {key} reaches {v.abs().max():.3g}, more than float16 can hold: give half=False")
     return v.half().numpy()
 
-# %% ../../nbs/teacher/cached.ipynb #36fa03b2
+# %% ../../nbs/teacher/cached.ipynb #1011b66f
 class WritingTeacher(RowTeacher):
     "A teacher that writes the rows that are missing; `_predict(xb, need_pred)` of a subclass computes them"
     def _growing_table(self, keys):

@@ -128,7 +128,7 @@ def seedable(
     held = [o for h in holders for o in (h, *getattr(h, '__dict__', {}).values())]
     return [*{id(o): o for o in held if hasattr(type(o), 'set_random_seed')}.values()]
 
-# %% ../../nbs/teacher/positions.ipynb #a255892a
+# %% ../../nbs/teacher/positions.ipynb #949b8bdd
 def _parts(o):
     "An item and what it holds, without what several items may share"
     held = o.values() if isinstance(o, Mapping) else o if is_listy(o) else ()
@@ -174,7 +174,7 @@ class GivenBatch(NamedTuple):
 def _addresses(batch):
     return {(o.data_ptr(), *o.shape): o for o in tree_leaves(batch) if isinstance(o, Tensor) and o.numel()}
 
-# %% ../../nbs/teacher/positions.ipynb #20bb07de
+# %% ../../nbs/teacher/positions.ipynb #3fc3128b
 _all_hooks = weakref.WeakKeyDictionary()  # loader: its hooks
 
 class LoaderHooks:

@@ -148,7 +148,7 @@ def test_pictures(look, page, source, size):
 def test_readable(look, page, scheme):
     "Text, code, links and formulas have enough contrast in the light and the dark scheme"
     seen = look(page, 'desktop').contrast[scheme]
-    assert seen['text'] >= 4.5 and min(seen.values()) >= 3, seen
+    assert min(seen['text'], seen['link']) >= 4.5 and min(seen.values()) >= 3, seen
 
 @pytest.mark.parametrize('scheme', schemes)
 def test_plots_have_a_ground(url, new_tab, scheme):
@@ -193,6 +193,39 @@ def test_search(url, new_tab, size):
     tab.wait_for_url('**/*.html#softtarget')
     signature = 'SoftTarget(pred, teacher_pred, T=5, **kwargs) -> Tensor'
     assert tab.locator('main pre').filter(has_text=signature).is_visible()
+    tab.close()
+
+# What people search for, and the page that the first result must be on
+queries = {
+    'weight': 'tutorials/weights', 'temperature': 'tutorials/weights|glossary', 'loss is nan': 'tutorials/faq',
+    'learning rate': 'tutorials/(faq|lesson)', 'mixup': 'tutorials/faq', 'cutmix': 'tutorials/faq',
+    'object detection': 'tutorials/faq',
+    'teacher normalization': 'tutorials/|hooks/inputs', 'colab': 'tutorials/install', 'install': 'tutorials/install',
+    'timm': 'tutorials/any_learner', 'hugging face': 'tutorials/any_learner', 'onnx': 'tutorials/ship',
+    'quantization': 'tutorials/ship', 'unlabelled': 'tutorials/unlabeled', 'segmentation': 'tutorials/segmentation',
+    'cache': 'tutorials/cache', 'CRD': 'losses/|tutorials/papers', 'SoftTarget': 'losses/output'}
+
+def test_search_order(url, new_tab):
+    "The first result of a search is on the page that answers it"
+    tab = new_tab('desktop')
+    tab.goto(url)
+    first = tab.evaluate('''async (queries) => {
+        const index = await (await fetch('search.json')).json();
+        const first = q => (window.kdSearch(index, q, 1)[0] ?? {href: ''}).href;
+        return Object.fromEntries(queries.map(q => [q, first(q)])) }''', [*queries])
+    assert not {q: first[q] for q,page in queries.items() if not re.match(page, first[q])}
+    tab.close()
+
+@for_sizes
+def test_sidebar_shows_the_page(url, new_tab, size):
+    "The entry of the page is marked, and visible without scrolling the sidebar"
+    tab = new_tab(size)
+    for page in ('glossary.html','teacher/store.html'):
+        tab.goto(url+page)
+        if size=='phone': tab.locator('.quarto-btn-toggle').click()
+        entry = tab.locator('#quarto-sidebar a.sidebar-link.active')
+        assert entry.count()==1 and entry.get_attribute('aria-current')=='page'
+        if size=='desktop': assert 0 < entry.bounding_box()['y'] < sizes[size][1]
     tab.close()
 
 @pytest.mark.parametrize('words,found', [('kubernetes', False), ('temperature schedule', True)])

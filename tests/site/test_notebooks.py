@@ -1,5 +1,5 @@
 "Every notebook under nbs/ is one test, in a process of its own."
-import json, multiprocessing, sys
+import json, multiprocessing, re, sys
 from pathlib import Path
 import pytest
 
@@ -9,7 +9,10 @@ root = Path(__file__).resolve().parents[2]
 nbs = sorted((p for p in (root/'nbs').rglob('*.ipynb') if not any(s[0] in '._' for s in p.relative_to(root).parts)),
              reverse=True)   # tutorials, which take longest, first: the workers then end at the same time
 
-def test_found(): assert len(nbs)>=11
+def test_found():
+    "All notebooks of the sidebar are found"
+    listed = re.findall(r'- (\S+\.ipynb)', (root/'nbs/sidebar.yml').read_text(encoding='utf-8'))
+    assert {*listed}=={p.relative_to(root/'nbs').as_posix() for p in nbs}
 
 def runs(cell):
     "Is this a cell that nbdev-test executes?"

@@ -1,0 +1,37 @@
+// Appended to the script of each page by build_docs.py: ranks search results, and scrolls the sidebar to the page.
+
+// A query finds the sections that have all its words. A word counts more in a title than in the text, more as a whole
+// word than as the start of one, and more on the pages that come first in the sidebar (`rank`, from 1 to 4).
+const kdWords = { unlabelled: "unlabeled", labelled: "labeled", colour: "color", normalisation: "normalization",
+  "pre-trained": "pretrained", huggingface: "hugging face", layer: "layer" };
+const kdSkip = new Set("a an and are can do does for from how i in is it my of on or the to what which why with".split(" "));
+const kdCount = (text, word, whole) => {
+  const safe = word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+  return (text.match(new RegExp("(?<![\\w])" + safe + (whole ? "s?(?![\\w])" : ""), "gi")) || []).length;
+};
+const kdWordScore = (entry, word) => {
+  const where = [[entry.title, 30], [entry.section, 25], [entry.text, 2]];
+  return where.reduce((sum, [text, weight]) => {
+    const whole = kdCount(text, word, true), start = kdCount(text, word, false);
+    return sum + weight * (whole ? 1 + Math.min(whole, 6) / 6 : start ? 0.5 : 0);
+  }, 0);
+};
+window.kdSearch = (index, query, limit) => {
+  const asked = query.toLowerCase().trim();
+  const words = asked.split(/\s+/).map((w) => kdWords[w] || w).join(" ").split(" ").filter((w) => w && !kdSkip.has(w));
+  if (!words.length) return [];
+  const score = (e) => {
+    const scores = words.map((w) => kdWordScore(e, w));
+    if (scores.some((s) => !s)) return 0;
+    const name = (e.section || e.title).toLowerCase();
+    const exact = name === words.join(" ") ? 200 : name.includes(words.join(" ")) ? 20 : 0;
+    return (scores.reduce((a, b) => a + b, 0) / words.length + exact) * (5 - e.rank) / 4;
+  };
+  return index.map((e) => [score(e), e]).filter(([s]) => s).sort((a, b) => b[0] - a[0]).slice(0, limit).map(([, e]) => e);
+};
+
+document.addEventListener("DOMContentLoaded", () => {
+  const here = document.querySelector("#quarto-sidebar a.sidebar-link.active");
+  const bar = document.querySelector("#quarto-sidebar");
+  if (here && bar) bar.scrollTop = here.getBoundingClientRect().top - bar.getBoundingClientRect().top - bar.clientHeight / 2;
+});

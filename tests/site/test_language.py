@@ -1,0 +1,98 @@
+"""Our own word list: words that a reader of English manuals stumbles over, each with the word of the field.
+
+It reads the prose of notebooks, docstrings and comments of their code, and Markdown files, without inline code."""
+import ast, io, json, re, tokenize
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parents[2]
+
+# a pattern, and what to write; a pattern that raises false alarms is removed
+WORDS = {
+    r'\bways?\b': 'method, setting, form',
+    r'\balone\b': 'baseline, without a teacher, only',
+    r'\bclothes\b': 'Fashion-MNIST',
+    r'\btrainings\b': 'training runs',
+    r'\b(a|another|each|every|one|short|long|longer) training\b(?! (run|set|batch|data|step|loop|script|loss|image|'
+    r'sample|picture|split|example|epoch|digit|emoji|row))': 'training run',
+    r'\b(?<!frequently )ask(s|ed)\b': 'run, predict, need, require',
+    r'\banswer(s|ed|ing)?\b': 'prediction, result',
+    r'\b(stands|standing|stood) (in|for|at|on|next|by|there)\b': 'is in, represents',
+    r'\banew\b': 'again, new',
+    r'\bof (much |great |no |little )?use\b(?! of)': 'useful, useless',
+    r'\bbesides?\b': 'next to, in addition to',
+    r'\bwhence\b': 'from which',
+    r'\bputs? out\b': 'outputs, returns',
+    r'\bto the measure of\b': 'according to, as large as',
+    r'\bwrong now\b': 'regressions',
+    r'\b(rows?|records?|lines?|ms|milliseconds|bytes) an? (seed|step|batch|sample|row|epoch|run|image|class)\b': 'per',
+    r'\b(colour|behaviour|neighbour|labour)|\bgrey\b|\b(un)?labelled\b|\bcentred?\b': 'American spelling',
+    r'\w(alis|aris|imis|iv?tis|gnis)(e|es|ed|ing|ation)\b': 'American spelling',
+    r'\bas (many|few|long|large|often|much) (?!as\b)(?:(?!\bas\b)[^.;:,)|])*(?=[.;:,)|]|\Z)':
+    'name what it is compared with: as many steps as …'}
+PATTERNS = {re.compile(p, re.I): better for p,better in WORDS.items()}
+ALLOWED = re.compile(r'precis(e|ed|ion)|advis|supervis|revis|exercis|surpris|promis|otherwis|likewis|pairwis'
+                     r'|as (much|long|far|often) as|times as|way round|either way|left alone|leaves? \w+ alone', re.I)
+
+# Pages that are not converted yet. Remove a page as soon as it has no hit left; add none
+UNCONVERTED = set((root/'tests/site/unconverted.txt').read_text(encoding='utf-8').split())
+
+def comments(code):
+    "The comments of a cell"
+    lines = io.StringIO(re.sub(r'^[%!].*|^#\|.*', '', code, flags=re.M)).readline
+    return [t.string.lstrip('# ') for t in tokenize.generate_tokens(lines) if t.type==tokenize.COMMENT]
+
+def docstrings(code):
+    "The docstrings of a cell"
+    tree = ast.parse(re.sub(r'^[%!].*', '', code, flags=re.M))
+    nodes = (n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
+    return [d for d in map(ast.get_docstring, nodes) if d]
+
+def without_code(markdown):
+    "Prose without code blocks, inline code, addresses, formulas and titles of papers"
+    for code in (r'```.*?```', r'`[^`]*`', r'\]\([^)]*\)', r'https?:\S+', r'\$[^$]*\$', r'\{[^}]*\}', r'"[^"]*"'):
+        markdown = re.sub(code, ' x ', markdown, flags=re.S)
+    return re.sub(r'\*[A-Z][^*]{15,}\*', ' x ', markdown)
+
+def prose(cell):
+    "What a person reads in a cell"
+    source = ''.join(cell['source'])
+    if cell['cell_type']!='code': return [without_code(source)]
+    return [without_code(o) for o in (*comments(source), *docstrings(source))]
+
+def hits(text):
+    "Words of the list in a text, with the better word"
+    found = ((m, better) for p,better in PATTERNS.items() for m in p.finditer(text))
+    return [f'{" ".join(text[max(0, m.start()-30):m.end()+20].split())!r}: {better}' for m,better in found
+            if not ALLOWED.search(text[max(0, m.start()-12):m.end()+6])]
+
+def read(path):
+    "The prose of a notebook or a Markdown file"
+    text = path.read_text(encoding='utf-8')
+    return [o for c in json.loads(text)['cells'] for o in prose(c)] if path.suffix=='.ipynb' else [without_code(text)]
+
+def name(path): return path.relative_to(root).as_posix()
+
+files = [*sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root).parts)),
+         root/'README.md', root/'CONTRIBUTING.md']
+
+@pytest.mark.parametrize('path', files, ids=name)
+def test_words(path):
+    "A page uses the words of the field. A page that does not yet is listed, until it does"
+    found = [h for o in read(path) for h in hits(o)]
+    if name(path) in UNCONVERTED: assert found, f'{name(path)} is converted: remove it from tests/site/unconverted.txt'
+    else: assert not found, '\n'.join(found)
+
+def test_unconverted_exist():
+    "The list of pages that are not converted names existing pages"
+    assert not {p for p in UNCONVERTED if not (root/p).exists()}
+
+@pytest.mark.parametrize('text', ['The way to train.', 'The student alone.', 'Two trainings', 'The teacher is asked.',
+    'one row a seed', 'in grey', 'labelled data',
+    'normalise it', 'It takes as many steps.', 'a training without labels'])
+def test_finds(text): assert hits(text)
+
+@pytest.mark.parametrize('text', ['always', 'as many steps as the baseline', 'a training run', 'a training set',
+    'supervised, revised', 'as far as known', 'a 3x3 precision', 'the training takes long', 'normalize, center',
+    'three times as many.'])
+def test_no_false_alarm(text): assert not hits(text)
