@@ -240,7 +240,7 @@ class KnowledgeDistillationCallback(ScopedCallback):
             objective = self.objective.of(name)
             compare_vocab = objective.uses_teacher_pred and objective.class_map is None
             if teacher.learner: check_compatible_data(
-                teacher.learner, self.learn, vocab=compare_vocab, normalize=teacher.tfm is None)
+                self.learn, teacher.learner, vocab=compare_vocab, normalize=teacher.tfm is None)
         softmax = [o.name for o in self.terms if getattr(get_loss_info(o.loss), 'softmax', False)]
         task = getattr(self.loss_func, 'func', self.loss_func)
         if softmax and is_elementwise(task): self._warn('softmax', f"{', '.join(softmax)} expects logits of a softmax, "

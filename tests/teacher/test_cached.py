@@ -179,7 +179,7 @@ def test_an_exception_in_training_loses_nothing(tmp_path):
 def table_file(d): return next(d.glob('*.npy'))
 def replaced(array, **kwargs): return lambda d: np.save(table_file(d), array, **kwargs)
 SPOILT = dict(values=(lambda d: os.truncate(table_file(d), table_file(d).stat().st_size-1), 'was cut short'),
-    header=(lambda d: os.truncate(d/'cache.json', 100), 'not what a cache begins with'),
+    header=(lambda d: os.truncate(d/'cache.json', 100), 'is not a valid cache index'),
     foreign=(lambda d: table_file(d).write_bytes(b'PK'+bytes(999)), 'not a table of a cache'),
     pickle=(replaced(np.array([None]*100), allow_pickle=True), 'not a table of a cache'),
     longer=(replaced(np.zeros(101, [('check', np.uint32), ('pred', np.float32, (10,))])), 'not of this cache'),
@@ -556,7 +556,7 @@ def test_what_a_stored_teacher_refuses(tmp_path):
                          'Expected one row a sample': {'pred': a, '1': a[:5]},
                          'Expected numbers': np.array([['a']])}.items():
         with pytest.raises(ValueError, match=text): StoredTeacher(answers)
-    with pytest.raises(ValueError, match='not what a cache begins with'): StoredTeacher(tmp_path)
+    with pytest.raises(ValueError, match='is not a valid cache index'): StoredTeacher(tmp_path)
     with pytest.raises(ValueError, match='no use for teacher_tfm'):
         cached_fit(StoredTeacher(a), losses=SoftTarget, layers=None, teacher_tfm=halved)
     half_filled = CachedTeacher(net(8), tmp_path/'c')
