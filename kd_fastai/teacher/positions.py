@@ -327,11 +327,9 @@ class BatchTracker:
         A batch of which no tensor is known is the last one, if the loader has given one since the last call. Raises
         `ValueError` for a batch of tensors of two batches."""
         keys,given = {*_addresses(batch)},self.hooks.given
-        found = [o for o in given if idx is not None and o.positions is idx]
-        if not found:
-            shared = [(len(keys & o.tensors.keys()), o) for o in given if o.is_alive]
-            most = max((n for n,_ in shared), default=0)
-            found = [o for n,o in shared if n==most>0]
+        shared = [(len(keys & o.tensors.keys()), o) for o in given if o.is_alive]
+        most = max((n for n,_ in shared), default=0)
+        found = [o for n,o in shared if n==most>0] or [o for o in given if idx is not None and o.positions is idx]
         if len(found)>1: raise ValueError("This batch has tensors of several batches of the loader: its samples "
                                           "have no positions")
         is_new = self.hooks.n_given-self._seen==1
