@@ -66,7 +66,7 @@ def main():
     ways = {'alone': None, 'order 1': lambda learn: OtherOrder(1), 'order 2': lambda learn: OtherOrder(2),
             'noise teacher': noise}
     runs = kd_compare(make_learner, ways, a.pool, epochs=8, rounds=0, csv=a.runs).runs
-    pool = runs.pivot(index='seed', columns='way', values='accuracy')[[*ways]]
+    pool = runs.pivot(index='seed', columns='method', values='accuracy')[[*ways]]
     rows.append(rates('real digits', lambda: pool.sample(5, random_state=g), 5, 3, a.draws))
     pd.DataFrame(rows).to_csv(a.out, index=False)
     print(pd.DataFrame(rows).to_string())

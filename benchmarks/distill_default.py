@@ -73,7 +73,8 @@ def measure(regime, names, a, runs):
     res = kd_compare(partial(make_learner, a.data, a.folder, regime), ways, a.seeds, REGIMES[regime][1], csv=file,
                      fit=fit, rounds=0, progress=False).runs
     print(regime, comparison_table(res, 'accuracy')[['mean','gain','low','high']].round(4), sep='\n', flush=True)
-    return res.assign(data=a.data, regime=regime)[['data','regime','seed','way','epochs','accuracy']]
+    columns = ['data','regime','seed','way','epochs','accuracy']
+    return res.rename(columns={'method': 'way'}).assign(data=a.data, regime=regime)[columns]
 
 def write(made):
     "Write the runs, and keep those of other regimes"

@@ -27,7 +27,8 @@ from fastai.basics import CrossEntropyLossFlat, L, Learner, accuracy, set_seed
 import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
 from kd_fastai.teacher.cached import CachedTeacher, StoredTeacher
 from kd_fastai.callback import KnowledgeDistillationCallback, Term, rising
-from kd_fastai.report.compare import comparison_table, kd_compare, paired_interval, size_kb
+from kd_fastai.report.compare import comparison_table, kd_compare, paired_interval
+from kd_fastai.report.measure import size_kb
 from kd_fastai.demo import fashion
 from kd_fastai.losses.facts import get_loss_info
 from kd_fastai.objective import AUTO_RATIO
@@ -228,16 +229,16 @@ def make_learner(student, labels, data, seed):
 
 def read_runs(file):
     "The runs of a comparison, with those that were set aside"
-    parts = [pd.read_csv(f, dtype={'start': str}) for f in (file, aside(file)) if f.exists()]
-    if not parts: return pd.DataFrame(columns=['seed','way'])
-    return pd.concat(parts, ignore_index=True).drop_duplicates(['seed','way'])
+    parts = [pd.read_csv(f, dtype={'start': str, 'settings': str}) for f in (file, aside(file)) if f.exists()]
+    if not parts: return pd.DataFrame(columns=['seed','method'])
+    return pd.concat(parts, ignore_index=True).drop_duplicates(['seed','method'])
 
 def aside(file): return file.with_suffix('.aside.csv')
 
 def set_aside(file, names):
     "Leave in the file the runs of these ways only: `kd_compare` completes all ways that a file has"
     runs = read_runs(file)
-    for f,part in ((aside(file), runs[~runs.way.isin(names)]), (file, runs[runs.way.isin(names)])):
+    for f,part in ((aside(file), runs[~runs.method.isin(names)]), (file, runs[runs.method.isin(names)])):
         part.to_csv(f, index=False) if len(part) else f.unlink(missing_ok=True)
 
 def compare(student, labels, steps, names, seeds, teacher, data, file, deadline):
@@ -265,7 +266,7 @@ def results(folder, steps):
             if not len(one): continue
             group = dict(zip(GROUP, (student, n, k, ratios())))
             table = comparison_table(one, 'accuracy', ALONE).drop(columns=['epochs','seconds','valid_loss'])
-            runs.append(one.assign(**group))
+            runs.append(one.rename(columns={'method': 'way'}).drop(columns='settings').assign(**group))
             tables.append(table.rename_axis('way').reset_index().assign(**group))
     def joined(parts):
         res = pd.concat(parts, ignore_index=True)

@@ -36,7 +36,7 @@ def main():
     torch.set_num_threads(1)
     ways = {n: partial(way, n) for n in recipes(None, None)}
     res = kd_compare(make_learner, ways, a.seeds, a.epochs, csv=a.runs, rounds=0)
-    table = res.runs.pivot(index='seed', columns='way', values='accuracy')[[*ways]].mul(100)
+    table = res.runs.pivot(index='seed', columns='method', values='accuracy')[[*ways]].mul(100)
     table.insert(0, 'teacher', [score(teacher(s)) for s in table.index])
     table.round(2).to_csv(a.out)
     print(res)

@@ -131,8 +131,8 @@ def distillation(name, weight_by, get_teacher, learn):
 
 def rows(runs):
     "The rows of the page's file"
-    res = runs.rename(columns=dict(error='why_not')).reindex(columns=[*FIELDS, 'way'])
-    res[['loss','weight_by']] = res.way.str.extract(r'^(.*?)(?: (paper|auto|rising))?$')
+    res = runs.rename(columns=dict(error='why_not')).reindex(columns=[*FIELDS, 'method'])
+    res[['loss','weight_by']] = res.method.str.extract(r'^(.*?)(?: (paper|auto|rising))?$')
     res['weight'] = res.weight.where(res.weight_by.notna()).map('{:.4g}'.format, na_action='ignore')
     res['accuracy'] = res.accuracy.mul(100).round(2)
     return res[FIELDS]

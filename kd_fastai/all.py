@@ -5,7 +5,7 @@ from .callback import KnowledgeDistillationCallback
 from .hooks.capture import Capture
 from .ship.card import KDCard
 from .teacher.classes import match_classes
-from .report.compare import KDComparison, StudentInputs, kd_compare
+from .report.compare import KDComparison, kd_compare
 from .methods.dot import DOT
 from .report.find import KDFind
 from .methods.gates import all_of, by_entropy, by_position, teacher_right, teacher_sure
@@ -14,10 +14,14 @@ from .hooks.layers import get_model_layers, get_module_by_name
 from .losses import *
 from .hooks.matching import classifier_input, layer_similarity, linear_cka, match_feature_layers
 from .objective import Objective, Term
-from .ship.parity import OnnxModel, deployable, export_onnx, kd_parity
+from .ship.cascade import Cascade
+from .ship.export import OnnxModel, deployable, export_onnx
+from .ship.parity import KDParity
+from .ship.quantize import KDQuantized
 from .methods.phi_s import fit_phi_s, phi_s
 from .report.plots import *
 from .report.report import KDReport
+from .report.runs import StudentInputs
 from .methods.schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation
 from .methods.schemes import on_exits, train_generations
 from .teacher.fast import FastTeacher, fast_copy

@@ -278,7 +278,7 @@ def table(
     rows = {'teacher': (f'{score(teacher):.1f}', '', '', *sizes['teacher'])}
     for n,row in res.table.iterrows():
         gain = '' if n==res.baseline else f'{100*row.gain:+.1f} ({100*row.low:.1f} to {100*row.high:.1f})'
-        rows[n] = _mean_and_std(100*res.runs.accuracy[res.runs.way==n]),gain,row.verdict,*sizes['student']
+        rows[n] = _mean_and_std(100*res.runs.accuracy[res.runs.method==n]),gain,row.verdict,*sizes['student']
     columns = ['accuracy %', 'gain', 'verdict', 'parameters', 'kB on disk', 'ms a batch of 64']
     return pd.DataFrame.from_dict(rows, orient='index', columns=columns).fillna('')
 
@@ -324,7 +324,7 @@ def verdict(
 )->str:
     "Describe the change by distillation against the student alone"
     def line(n, row):
-        wins = res.runs.pivot(index='seed', columns='way', values='accuracy').pipe(lambda o: o[n]-o[res.baseline])
+        wins = res.runs.pivot(index='seed', columns='method', values='accuracy').pipe(lambda o: o[n]-o[res.baseline])
         counts = f"better in {(wins>0).sum()} of {len(wins)} runs, worse in {(wins<0).sum()}"
         return f"{n}: {100*row.gain:+.1f} points against the {res.baseline}, {counts}: {row.verdict}"
     return '\n'.join(line(n, row) for n,row in res.table.iterrows() if n!=res.baseline)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import nn, Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from ..hooks.models import eval_no_grad
 
@@ -38,7 +39,8 @@ def resize_batch(
     n:int     # Number of samples
 )->tuple:
     "Return inputs of `n` samples, repeated as often as needed"
-    return tuple(x[[i%len(x) for i in range(n)]] if isinstance(x, Tensor) else x for x in xb)
+    def take(x): return x[[i%len(x) for i in range(n)]] if isinstance(x, Tensor) and x.ndim else x
+    return tree_map(take, tuple(xb))
 
 # %% ../../nbs/report/measure.ipynb #ca0efaf2
 def latency(

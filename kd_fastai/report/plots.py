@@ -22,10 +22,11 @@ from ..callback import kd_callbacks
 from ..hooks.capture import Capture
 from ..hooks.models import eval_no_grad, naming_errors
 from ..hooks.layers import parse_layer_pairs
+from ..hooks.models import read_model
 from ..hooks.matching import inputs_of_both, layer_similarity
-from .scores import score_models
+from .scores import find_teacher_inputs, score_models
 from ..hooks.inputs import as_plain_tensor
-from ..teacher.live import Teacher, find_teacher_inputs, read_teacher
+from ..teacher.live import Teacher
 
 # %% ../../nbs/report/plots.ipynb #13f2864e
 def _axes_grid(ax, rows, cols, size, **kwargs):
@@ -65,7 +66,7 @@ def plot_attention(
 
 def _attention_maps(model, xs, layers, who):
     "`[(title, maps (B, 1, H, W))]` of the layers"
-    model = read_teacher(model)[0]
+    model = read_model(model)[0]
     with eval_no_grad(model), Capture(model, layers, who) as c, naming_errors(who, model, xs):
         model(*xs)
         features = c.pop()
@@ -168,7 +169,7 @@ def plot_agreement(self:Learner,
         "There is no teacher: give one, or attach one first, learn.distill(teacher)")
     teacher = kd.teacher if teacher is None else teacher
     if teacher_tfm is not None:
-        source = teacher.learner or teacher.model if isinstance(teacher, Teacher) else teacher
+        source = teacher.learner or teacher.model if hasattr(teacher, 'learner') else teacher
         teacher = Teacher(source, tfm=teacher_tfm)
     pairs,sizes = [],[]
     def collect(b):

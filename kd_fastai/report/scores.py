@@ -20,10 +20,11 @@ from torch import nn, Tensor
 from fastcore.basics import GetAttr, store_attr
 from fastai.basics import AvgLoss, Learner, find_bs, no_random, noop, to_device, tuplify
 from ..callback import kd_callbacks, loss_layout
+from ..hooks.inputs import split_inputs
+from ..hooks.models import as_plain_tensor, model_device
 from ..objective import find_class_axis
 from ..teacher.classes import in_student_order
-from ..hooks.inputs import as_plain_tensor, split_inputs
-from ..teacher.live import Teacher, find_teacher_inputs
+from ..teacher.live import BaseTeacher, Teacher
 
 # %% ../../nbs/report/scores.ipynb #dea1fafe
 def split_xy(
@@ -52,11 +53,11 @@ def first_batch(
     with no_random(), preserving_loader_rngs(dl):
         return dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
 
-def model_device(
-    model:nn.Module # Any model
-)->torch.device|None: # None without parameters
-    "Return the device of a model's first parameter"
-    return next((p.device for p in model.parameters()), None)
+def find_teacher_inputs(
+    learn # A Learner, perhaps with a distillation callback, or a model
+)->int:
+    "Return `teacher_inputs` of the callbacks of a Learner; 0 if none has it"
+    return max((vars(cb).get('teacher_inputs', 0) for cb in getattr(learn, 'cbs', [])), default=0)
 
 # %% ../../nbs/report/scores.ipynb #6057c15a
 class ModelReader:
@@ -67,7 +68,7 @@ class ModelReader:
         is_teacher:bool=False,   # Is it the teacher?
         class_map:list|None=None # The teacher's column for each class of the student, or -1; None: the same classes
     ):
-        self.reader = copy(source) if isinstance(source, Teacher) else Teacher(source)
+        self.reader = copy(source) if isinstance(source, BaseTeacher) else Teacher(source)
         self.model,self.learner = self.reader.model,self.reader.learner
         store_attr('teacher_inputs,is_teacher,class_map')
 

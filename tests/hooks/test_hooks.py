@@ -65,5 +65,6 @@ def test_models_without_a_common_size_are_an_error():
     with pytest.raises(ValueError, match=r"Student: \{\(62, 62\): '0'\}. Teacher: \{\(60, 60\): '0'\}"):
         match_feature_layers(nn.Sequential(nn.Conv2d(3,4,3)), nn.Sequential(nn.Conv2d(3,4,5)), x)
 
+@pytest.mark.slow
 def test_wrapped_models_have_the_names_of_the_model_inside():
     assert get_model_layers(nn.DataParallel(r18()))==get_model_layers(torch.compile(r18()))==get_model_layers(r18())

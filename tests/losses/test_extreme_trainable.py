@@ -38,6 +38,7 @@ def test_last_batch_of_one_embedding(name):
     assert value.isfinite()
 
 @pytest.mark.parametrize('name', ['FitNetRegressor','ReviewKD','SRRL','SimKD','SemCKD','ICKDEmbed'])
+@pytest.mark.slow
 def test_training_with_a_last_batch_of_one(name, teachers):   # noqa: F811
     data = digits(17)
     data = DataLoaders(DataLoader(data.train_ds, bs=16, shuffle=True, drop_last=False), data.valid)

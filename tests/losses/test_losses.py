@@ -492,6 +492,7 @@ def test_gradcheck(name):
                                     fast_mode=True)
 
 @pytest.mark.skipif(not shutil.which('g++'), reason="inductor needs a compiler")
+@pytest.mark.slow
 def test_inductor():
     "Compiled for real: a loss on predictions and one on features, in one graph"
     torch._dynamo.reset()

@@ -549,6 +549,7 @@ def test_lr_find_before_any_fit(name, teachers):
     learn.lr_find(num_it=6, show_plot=False)
     assert kept and same(kept, state(own(learn)))
 
+@pytest.mark.slow
 def test_adapted(teachers):
     "A loss that needs equal shapes trains with an adapter, which is trained too"
     learn = learner(KnowledgeDistillationCallback(teachers[6], PADL2(), ['0','1'], weight=1., adapt='auto'))
@@ -778,6 +779,7 @@ def test_classifier_that_is_captured(name, teachers):
     assert not any(m._forward_hooks for m in own(learn).modules())
 
 @pytest.mark.parametrize('layer', [('2','2'), ('1','2'), ('3','3'), ('4','4')], ids=str)
+@pytest.mark.slow
 def test_simkd_student(layer, teachers, tmp_path):
     """Its body, the projector and the teacher's classifier: better than its own head, which was not trained, and of
     torch alone"""

@@ -62,8 +62,8 @@ def test_picture_shows_every_run_and_the_mean():
     assert [round(o, 4) for o in next(l for l in bottom.lines if l.get_marker()=='.').get_xdata()] == [.12,.04]
 
 def comparison(scores):
-    "What `kd_compare` returns, for accuracies in percent by way"
-    runs = pd.DataFrame([dict(seed=s, way=n, accuracy=a/100) for n,v in scores.items() for s,a in enumerate(v)])
+    "What `kd_compare` returns, for accuracies in percent by method"
+    runs = pd.DataFrame([dict(seed=s, method=n, accuracy=a/100) for n,v in scores.items() for s,a in enumerate(v)])
     first = next(iter(scores))
     return KDComparison(runs, comparison_table(runs, 'accuracy', first), 'accuracy', first, 0.95)
 

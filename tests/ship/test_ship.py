@@ -154,14 +154,14 @@ def test_an_exported_student_is_the_student(student, tool, difference, agreement
     except Exception as e:
         if known is None or known not in str(e): raise
         pytest.skip(f'{tool.__name__} cannot export a {student.__name__} student: {known}')
-    row = kd_parity(learn, rounds=1, exported=model).loc['exported']
+    row = learn.kd_parity(rounds=1, exported=model).loc['exported']
     assert row.largest_difference<=difference and row.agreement>=agreement
 
 def test_parity_tells_another_model():
     learn = conv()
     other = deepcopy(deployable(learn)[0])
     with torch.no_grad(): other.model[5].bias[3] += 5
-    res = kd_parity(learn, rounds=1, same=deployable(learn)[0], other=other)
+    res = learn.kd_parity(rounds=1, same=deployable(learn)[0], other=other)
     assert res.largest_difference.to_dict()==pytest.approx(dict(student=0, same=0, other=5))
     assert res.agreement['same']==1
     assert res.agreement['other']<1
@@ -169,7 +169,7 @@ def test_parity_tells_another_model():
 def test_parity_refuses_other_shapes():
     words = r"short gives outputs of shape \(797, 9\), expected the student's \(797, 10\)"
     with pytest.raises(ValueError, match=words):
-        kd_parity(conv(), rounds=1, short=lambda x: torch.zeros(len(x), 9))
+        conv().kd_parity(rounds=1, short=lambda x: torch.zeros(len(x), 9))
 
 def test_deployable_changes_nothing():
     learn = conv()
@@ -224,7 +224,7 @@ def test_a_convolutional_student_is_trained_for_int8():
     learn.model.apply(disable_observer)  # ranges would move during validation
     int8 = convert_fx(deepcopy(learn.model).eval())
     assert '.quantized.' in type(int8.get_submodule('0.0')).__module__
-    row = kd_parity(learn, rounds=1, int8=int8).loc['int8']
+    row = learn.kd_parity(rounds=1, int8=int8).loc['int8']
     assert row.largest_difference<0.1 and row.agreement>0.85  # the student has learned little
 
 def test_an_exported_student_is_trained_for_int8(tmp_path):

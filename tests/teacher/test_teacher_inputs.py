@@ -8,10 +8,10 @@ from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.transforms import RandomSplitter
 from fastai.learner import load_learner
 from kd_fastai.all import (CachedTeacher, FitNet, MeanTeacher, SoftTarget, StoredTeacher, Term, kd_compare,
-    kd_parity, layer_similarity, match_feature_layers, plot_attention, plot_similarity)
+    layer_similarity, match_feature_layers, plot_attention, plot_similarity)
 from kd_fastai.ship.card import metric_values
 from kd_fastai.report.scores import predicted_classes
-from kd_fastai.ship.parity import deployable
+from kd_fastai.ship.export import deployable
 from kd_fastai.demo import digits, small_net
 from support import KD, KeepBatches, fit, history, hooks, learner, weights
 
@@ -203,7 +203,7 @@ def test_parity_and_example_inputs_are_the_students(teacher):
     model,xb,shapes = deployable(learn)
     assert [o.shape for o in xb]==[(4,1,4,4)] and len(shapes[0])==1
     same = torch.export.export(model, xb, dynamic_shapes=shapes).module()
-    table = kd_parity(learn, rounds=1, exported=same, other=student().eval())
+    table = learn.kd_parity(rounds=1, exported=same, other=student().eval())
     assert table.largest_difference['exported']<1e-5<table.largest_difference['other']
     assert table.accuracy['exported']==pytest.approx(learn.validate()[1])
 
@@ -213,7 +213,7 @@ def test_compare_gives_students_their_inputs(teacher):
     ways = {'alone': None, 'taught': lambda learn: KD(teacher, SoftTarget, teacher_inputs=1)}
     found = kd_compare(make, ways, 2, 1, teacher=teacher, teacher_inputs=1, rounds=1, progress=False)
     own = kd_compare(small_alone, {'alone': None, 'again': None}, 2, 1, rounds=0, progress=False)
-    def column(runs, way, name): return runs[runs.way==way][name].tolist()
+    def column(runs, method, name): return runs[runs.method==method][name].tolist()
     assert column(found.runs, 'alone', 'valid_loss')==pytest.approx(column(own.runs, 'alone', 'valid_loss'))
     assert column(found.runs, 'taught', 'valid_loss')!=column(found.runs, 'alone', 'valid_loss')
     assert found.runs.agreement.notna().all() and found.table.ms.notna().all()
@@ -221,18 +221,18 @@ def test_compare_gives_students_their_inputs(teacher):
 @pytest.mark.parametrize('n', [0, 2])
 def test_compare_names_ways_with_other_inputs(teacher, n):
     ways = {'taught': lambda learn: KD(teacher, SoftTarget, teacher_inputs=1), 'alone': None}
-    match = rf"The way 'taught' has teacher_inputs=1, expected {n}: give kd_compare\(..., teacher_inputs=1\)"
+    match = rf"The method 'taught' has teacher_inputs=1, expected {n}: give kd_compare\(..., teacher_inputs=1\)"
     with pytest.raises(ValueError, match=match):
         kd_compare(lambda seed: learner(dls=data(), model=student()), ways, 1, 1, teacher_inputs=n, progress=False)
 
 def find(learn, **kwargs):
     ways = {'T=1': SoftTarget, 'T=4': Term(SoftTarget, 0.5, T=4)}
-    return learn.kd_find(ways=ways, budget=6, seeds=2, show_plot=False, progress=False, **kwargs)
+    return learn.kd_find(methods=ways, budget=6, seeds=2, show_plot=False, progress=False, **kwargs)
 
 def test_find_keeps_the_inputs(teacher):
     learn = taught(teacher)
     found = find(learn)
-    assert [*found.table.index]==['student alone','T=1','T=4']
+    assert [*found.table.index]==['baseline','T=1','T=4']
     assert found.arguments['T=1']=={'teacher_inputs': 1, 'loss': SoftTarget}
     assert find(learn, teacher=teacher).runs.valid_loss.tolist()==found.runs.valid_loss.tolist()
     attached = learn.distill(teacher, **found.arguments['T=4'])
