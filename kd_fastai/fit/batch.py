@@ -96,7 +96,7 @@ def read_positions(
         mixer = find_mixer(learn)
         if mixer: raise ValueError(
             f"A sample that {type(mixer).__name__} mixed of two has no position in the data set")
-        return batch_positions(learn.dl, (*learn.xb, *learn.yb))
+        return batch_positions(learn.dl)
     except ValueError as e:
         names = [o.name for o in objective.terms if 'idx' in o.args.required]
         if teacher.needs_idx: names.insert(0, type(teacher).__name__)
