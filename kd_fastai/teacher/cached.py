@@ -202,12 +202,12 @@ class RowTeacher(BaseTeacher):
     def _init(self, store, views=None, seed=0):
         made = store.made_with or dict(views=views, seed=seed)
         self.store,self.views,self.seed = store,made.get('views'),made.get('seed')
-        self._first_epoch = self._next_epoch = 0  # before this fit, and after it
+        self._first_epoch = self._epoch = 0  # before this fit, and after it
         self._dl,self._info,self._scale,self._looked = None,{},None,False
         self._source = GivenPositions(self.views)
 
     def _begin(self, dl, info):
-        self._dl,self._info,self._looked,self._first_epoch = dl,info,False,self._next_epoch
+        self._dl,self._info,self._looked,self._first_epoch = dl,info,False,self._epoch
         self._scale = spread(self.store.made_with['inputs']) if 'inputs' in self.store.made_with else None
 
     def _view_seed(self, epoch):
@@ -217,8 +217,8 @@ class RowTeacher(BaseTeacher):
     @contextmanager
     def ready(self, device=None, epoch=None):
         "Ready for the batches of one epoch, which decides the view"
-        epoch = self._next_epoch if epoch is None else self._first_epoch+epoch
-        self._next_epoch = epoch+1
+        epoch = self._epoch if epoch is None else self._first_epoch+epoch
+        self._epoch = epoch+1
         if self._dl is None:
             yield self
             return
@@ -377,11 +377,11 @@ class WritingTeacher(RowTeacher):
         "Predict for each sample that is not there yet; returns `self`. Does not change the random state"
         self.own_inputs = teacher_inputs
         self.prepare(dls.train)
-        before = self._first_epoch,self._next_epoch
+        before = self._first_epoch,self._epoch
         try:
             self._first_epoch = 0
             for epoch in range(self.views or 1): self._fill_view(dls.train, epoch, bar)
-        finally: self._first_epoch,self._next_epoch = before
+        finally: self._first_epoch,self._epoch = before
         return self
 
     def _fill_view(self, dl, epoch, bar):
