@@ -22,7 +22,8 @@ from fastcore.meta import delegates
 from fastai.basics import L, Learner, find_bs, noop, rank_distrib
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
-from .fit.batch import first_tensors, loss_layout, read_inputs, read_labels, read_positions, tracking, uses_positions
+from .fit.batch import (find_mixer, first_tensors, loss_layout, read_inputs, read_labels, read_positions,
+    tracking, uses_positions)
 from .fit.checks import (check_count, check_data, check_effect, check_models, check_outputs,
     check_predictions_of_teacher, check_targets, check_teacher_names, check_terms, check_words)
 from .fit.columns import Columns, TermColumn, recorder_table
@@ -71,7 +72,7 @@ def make_terms(
     terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
     return [o.with_defaults(pairs, schedule, adapt, mask) for o in terms]
 
-# %% ../nbs/callback.ipynb #63b05b4b
+# %% ../nbs/callback.ipynb #eddcc754
 class DistillationSettings(OwningCallback):
     "The settings of a `KnowledgeDistillationCallback`"
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
@@ -194,7 +195,7 @@ def first_forward(
     finally:
         if handle: handle.remove()
 
-# %% ../nbs/callback.ipynb #065bd4c9
+# %% ../nbs/callback.ipynb #719b4d67
 class DistillationFit(DistillationSettings):
     "The events of a fit and of its epochs"
     def before_fit(self):
@@ -222,13 +223,17 @@ class DistillationFit(DistillationSettings):
         if first is not self and self.task_weight!=1: raise ValueError(
             "Another distillation callback of this Learner already weights the task loss: "
             f"leave task_weight at 1 here, got {self.task_weight:g}")
+        if first.teacher_inputs!=self.teacher_inputs: raise ValueError(
+            f"Expected one teacher_inputs in all distillation callbacks of a Learner, got {first.teacher_inputs} "
+            f"and {self.teacher_inputs}: a function as teacher_tfm chooses among them")
+        mixer = find_mixer(self.learn)
+        if self.teacher_inputs and mixer: raise ValueError(
+            f"{type(mixer).__name__} mixes a single input, and would not mix the teacher's: "
+            "leave it out, or leave out teacher_inputs")
         twice = [o.name for o in self.terms if first is not self and o.name in [t.name for t in first.terms]]
         if twice and {*self.teacher.model.modules()} & {*first.teacher.model.modules()}: self.warn('twice',
             f"Two distillation callbacks train {', '.join(twice)} from the same teacher, and their terms add up: "
             "learn.distill replaces an earlier callback, fit(cbs=...) adds another one")
-        if first.teacher_inputs!=self.teacher_inputs: raise ValueError(
-            f"Expected one teacher_inputs in all distillation callbacks of a Learner, got {first.teacher_inputs} "
-            f"and {self.teacher_inputs}: a function as teacher_tfm chooses among them")
 
     def make_columns(self)->Columns:
         "Return the means of a fit, with column names that the Learner does not have yet"
@@ -285,7 +290,7 @@ class DistillationFit(DistillationSettings):
         "Also remove the hooks if the epoch was cancelled during its training"
         if self.fit_state is not None and not in_validation_context(self.learn): self.fit_state.epoch.close()
 
-# %% ../nbs/callback.ipynb #edfd7002
+# %% ../nbs/callback.ipynb #8743a3f8
 class DistillationBatch(DistillationFit):
     "What is read of a batch"
     @property
@@ -366,7 +371,7 @@ class DistillationBatch(DistillationFit):
         self.owned.created(self.learn)
         self.owned.attach(self.learn, self.scope)
 
-# %% ../nbs/callback.ipynb #2e9b84d2
+# %% ../nbs/callback.ipynb #de9e2655
 class KnowledgeDistillationCallback(DistillationBatch):
     """Train a student with a teacher.
 
@@ -466,7 +471,7 @@ class KnowledgeDistillationCallback(DistillationBatch):
             try: yield
             finally: learn.metrics,learn.dls = metrics,dls
 
-# %% ../nbs/callback.ipynb #e48e3d9b
+# %% ../nbs/callback.ipynb #ced62482
 def advice_for(
     name:str, # An argument that there is not
     value     # Its value

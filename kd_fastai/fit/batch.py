@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/batch.html.md"""
 __all__ = ['loss_layout', 'plain_labels', 'find_mixer', 'read_labels', 'first_tensors', 'read_inputs', 'uses_positions',
            'tracking', 'read_positions']
 
-# %% ../../nbs/fit/batch.ipynb #7b4396c5
+# %% ../../nbs/fit/batch.ipynb #b60c2256
 import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -22,7 +22,7 @@ from ..hooks.inputs import as_plain_tensor
 from ..teacher.live import Teacher
 from ..teacher.positions import BatchTracker, batch_positions
 
-# %% ../../nbs/fit/batch.ipynb #fc36f078
+# %% ../../nbs/fit/batch.ipynb #0cc02da0
 def loss_layout(
     loss_func:Callable # The loss function of a Learner
 )->tuple: # `(class axis, ignore_index)`, None for what is not known
@@ -36,7 +36,7 @@ def loss_layout(
     except (TypeError,ValueError): return axis,None
     return axis,None if parameter is None or parameter.default is parameter.empty else parameter.default
 
-# %% ../../nbs/fit/batch.ipynb #4e44a958
+# %% ../../nbs/fit/batch.ipynb #1bf43641
 def plain_labels(
     yb:tuple # Labels of a batch
 ):
@@ -57,14 +57,14 @@ def read_labels(
     if not getattr(mixer, 'stack_y', False): return dict(target=target, mixed=None)
     return dict(target=target, mixed=(plain_labels(mixer.yb1), as_plain_tensor(mixer.lam)))
 
-# %% ../../nbs/fit/batch.ipynb #2f74f8dd
+# %% ../../nbs/fit/batch.ipynb #74ca045b
 def first_tensors(
     out # Output of a model
 )->list:
     "Return the first tensor in an output"
     return [o for o in tree_leaves(out) if isinstance(o, Tensor)][:1]
 
-# %% ../../nbs/fit/batch.ipynb #75a9c5bb
+# %% ../../nbs/fit/batch.ipynb #363371c5
 def read_inputs(
     learn:Learner,      # A Learner that trains, before the forward pass
     objective:Objective # Its objective
@@ -78,7 +78,7 @@ def read_inputs(
     partners = objective.find_masks(learn.xb, mixer.yb1)
     return dict(fields=fields, masks={k: m & partners[k] for k,m in masks.items()})
 
-# %% ../../nbs/fit/batch.ipynb #33c396f8
+# %% ../../nbs/fit/batch.ipynb #8b43e838
 def uses_positions(
     objective:Objective, # Its terms may use them
     teacher:Teacher      # It may need them

@@ -9,7 +9,7 @@ __all__ = ['check_count', 'check_words', 'check_teacher_names', 'stateful_module
            'check_data', 'check_terms', 'check_frozen', 'check_negligible', 'check_predictions_of_teacher',
            'check_targets', 'check_outputs', 'check_effect']
 
-# %% ../../nbs/fit/checks.ipynb #1d89b8cf
+# %% ../../nbs/fit/checks.ipynb #2003981d
 from typing import Callable
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -20,7 +20,7 @@ from ..teacher.classes import check_compatible_data
 from ..teacher.live import Teacher, shared_tensors
 from ..term import Term
 
-# %% ../../nbs/fit/checks.ipynb #4fce0037
+# %% ../../nbs/fit/checks.ipynb #79570cd7
 def check_count(
     n,       # A whole number
     what:str # Its name in error messages
@@ -60,7 +60,7 @@ def check_teacher_names(
         f"got other names or none in {', '.join(unnamed)}")
     raise ValueError(f"No term learns from the teachers {sorted(known-named)}: give each a term, or leave them out")
 
-# %% ../../nbs/fit/checks.ipynb #365b2b9a
+# %% ../../nbs/fit/checks.ipynb #4c08b385
 def stateful_modules(
     model:nn.Module # Any model
 )->set:
@@ -87,7 +87,7 @@ def check_models(
         f"The student's {shared[0][0]!r} and the teacher's {shared[0][1]!r} are the same tensor, "
         "so that training the student would change the teacher: give the teacher a copy (copy.deepcopy)")
 
-# %% ../../nbs/fit/checks.ipynb #f3479c5c
+# %% ../../nbs/fit/checks.ipynb #d575105a
 def is_elementwise(
     loss_func # A loss function, or its class or instance
 )->bool:
@@ -114,7 +114,7 @@ def check_data(
     if softmax and is_elementwise(task): warn('softmax', f"{', '.join(softmax)} expects logits of a softmax, "
         f"but the loss of the Learner is {loss_name(task)}: use Logits or MultiLabel")
 
-# %% ../../nbs/fit/checks.ipynb #00d3e690
+# %% ../../nbs/fit/checks.ipynb #6f395397
 def check_terms(
     objective:Objective, # The objective
     batch:Batch,         # The first batch
@@ -158,7 +158,7 @@ def check_negligible(
     warn(('small', term.name), f"{term.name} adds {weight*value:.1g} to a task loss of {task:.2g}, "
          f"too little to matter: {hint}, and weight='auto' finds one")
 
-# %% ../../nbs/fit/checks.ipynb #358c258b
+# %% ../../nbs/fit/checks.ipynb #fa1bbc83
 def check_predictions_of_teacher(
     batch:Batch,  # The first batch
     warn:Callable # `warn(key, message)`

@@ -201,7 +201,7 @@ def load_sidecar(
     warnings.warn(f"{sidecar.name} {why}: the weights of losses were not loaded")
     return {}
 
-# %% ../../nbs/fit/owned.ipynb #2e2dc1b5
+# %% ../../nbs/fit/owned.ipynb #af53227b
 class OwningCallback(ScopedCallback):
     "A callback with `owned` weights that are saved next to the student's file, in a sidecar"
     def after_backward(self):
