@@ -178,10 +178,10 @@ def adapted(seed=9): return KD(mlp(seed, hidden=10), Term(FitNet, 2., layers='0'
 
 def adapter(kd): return kd.objective.modules[0].adapters[0]
 
-def test_each_callback_gets_its_own_weights_back():
+def test_each_callback_gets_its_own_weights_back(tmp_path):
     "They are kept by terms and teacher, not by order."
     first,second = adapted(8),adapted(9)
-    learn = fit(learner(mlp(1), [first, second]))
+    learn = fit(learner(mlp(1), [first, second], path=tmp_path))
     learn.save('model')
     own = deepcopy([*adapter(second).parameters()])
     learn.remove_cb(first)
