@@ -62,7 +62,7 @@ class Ensemble(nn.ModuleList):
         self.axis = loss_layout(getattr(self.learner, 'loss_func', None))[0] if axis is None else axis
         if self.axis is None: self.axis = 1
         for i,o in enumerate(learners):
-            if o is not None: check_compatible_data(self.learner, o, who=('One teacher',f'teacher {i}'))
+            if o is not None: check_compatible_data(self.learner, o, who=('teacher 0',f'teacher {i}'))
 
     def combine(self,
         preds:list # One prediction of each teacher, all of one shape
@@ -161,9 +161,9 @@ def model_scores(
 class PeerTeacher(Teacher):
     "Networks that answer while they train: in training mode, and with gradients of their own"
     @contextmanager
-    def ready(self, device=None):
+    def ready(self, device=None, epoch=None):
         "Ready to answer, in training mode"
-        with super().ready(device):
+        with super().ready(device, epoch):
             self.model.train()
             try: yield self
             finally: self.preds = None
