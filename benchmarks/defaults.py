@@ -14,7 +14,7 @@ from fastai.callback.schedule import ParamScheduler  # gives Learner its fit_one
 from kd_fastai.all import *
 from kd_fastai.report.compare import comparison_table
 from kd_fastai.demo import digits, fashion, small_net
-import common
+import sweep
 from pictures import Follow, feature, falling, rising, soft
 
 # data, labels, epochs, batch size
@@ -64,7 +64,7 @@ def run(regime, way, seed, folder):
     cbs = WAYS[way](t)
     set_seed(seed, reproducible=True)
     began = time.process_time()
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, cbs=[*cbs, common.NoValidation()])
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, cbs=[*cbs, sweep.NoValidation()])
     took = time.process_time()-began
     with learn.no_bar(), learn.no_logging(): loss,acc = learn.validate()
     return dict(regime=regime, way=way, seed=seed, accuracy=acc, valid_loss=loss, seconds=round(took, 1))
@@ -75,7 +75,7 @@ def main():
     p.add_argument('--seeds', type=int, default=5)
     p.add_argument('--ways', nargs='*', default=[*WAYS])
     p.add_argument('--folder', type=Path)
-    p.add_argument('--file', type=Path, default=common.TABLES/'defaults_runs.csv')
+    p.add_argument('--file', type=Path, default=sweep.TABLES/'defaults_runs.csv')
     a = p.parse_args()
     torch.set_num_threads(1)
     for regime in a.regimes:

@@ -21,7 +21,7 @@ from fastai.vision.all import *
 from kd_fastai.all import *
 from kd_fastai.report.compare import StudentInputs
 from data import CACHE, emoji, emoji_split, lite0, normalized, plain, separable
-import common
+import sweep
 
 VIEWS,SIZE = 8,96
 STUDENTS = dict(separable=separable, plain=plain)
@@ -72,7 +72,7 @@ def tune(views, y, valid, epochs=6):
                           for head in (False,True)]
     net = lite0(9).to(memory_format=torch.channels_last)
     learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=split)
-    with learn.no_bar(), learn.no_logging(), learn.added_cbs(common.NoValidation()):
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(sweep.NoValidation()):
         learn.freeze()
         learn.fit_one_cycle(1, 3e-3)
         learn.unfreeze()
@@ -241,7 +241,7 @@ def run(half, student, pixels, labels, steps, way, seed):
     cbs = WAYS[way](Recorded(o))
     set_seed(seed, reproducible=True)
     began = time.process_time()
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, cbs=[*cbs, common.NoValidation()])
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, cbs=[*cbs, sweep.NoValidation()])
     took = time.process_time()-began
     with learn.no_bar(), learn.no_logging(), learn.added_cbs([StudentInputs(1)]):
         p,y = learn.get_preds()
@@ -261,7 +261,7 @@ def main():
     p.add_argument('--steps', type=int, default=1400)
     p.add_argument('--seeds', type=int, nargs='*', default=[*range(5)])
     p.add_argument('--ways', nargs='*', default=[*WAYS])
-    p.add_argument('--file', type=Path, default=common.TABLES/'pictures_runs.csv')
+    p.add_argument('--file', type=Path, default=sweep.TABLES/'pictures_runs.csv')
     a = p.parse_args()
     torch.set_num_threads(1)
     for seed in a.seeds:
