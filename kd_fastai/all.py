@@ -22,6 +22,7 @@ from .methods.phi_s import fit_phi_s, phi_s
 from .report.plots import *
 from .report.report import KDReport
 from .report.runs import StudentInputs
+from .report.shrink import KDShrink
 from .methods.schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation
 from .methods.schemes import on_exits, train_generations
 from .teacher.fast import FastTeacher, fast_copy
