@@ -19,6 +19,7 @@ from .ship.export import OnnxModel, deployable, export_onnx
 from .ship.parity import KDParity
 from .ship.quantize import KDQuantized
 from .methods.phi_s import fit_phi_s, phi_s
+from .methods import pretrain as _pretrain  # gives Learner its kd_pretrain
 from .report.plots import *
 from .report.report import KDReport
 from .report.runs import StudentInputs

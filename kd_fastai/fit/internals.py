@@ -37,7 +37,7 @@ class _WrappedMethod:
                 if cb.learn is not self.learn: raise RuntimeError(
                     f"{type(cb).__name__} was moved to another Learner: "
                     "remove it from this one (remove_cb), or give each its own")
-                stack.enter_context(getattr(cb, f'around_{self.name}')(*args, **kwargs))
+                stack.enter_context(getattr(cb, f"around_{self.name.strip('_')}")(*args, **kwargs))
             return inner(*args, **kwargs)
 
     def __reduce__(self): return getattr, (self.learn, self.name)
@@ -62,7 +62,8 @@ def _unwrap_methods(learn, names):
 # %% ../../nbs/fit/internals.ipynb #200a34c6
 class ScopedCallback(Callback):
     "A callback whose `scope` is closed when a fit ends for any reason, and when it is removed from its Learner"
-    _wrapped = 'fit','save','load','export'  # methods of the Learner that run inside `around_fit`, ...
+    # methods of the Learner that run inside `around_fit`, ...
+    _wrapped = 'fit','one_batch','_do_one_batch','save','load','export'
     _copy_by_reference,_not_copied = (),()   # attributes that a copy shares, and that a copy starts without
 
     def __call__(self, event_name):
@@ -84,6 +85,14 @@ class ScopedCallback(Callback):
         try: yield
         finally: self.close()
 
+    def around_one_batch(self, i, b):
+        "The context of one batch, before any callback has seen it"
+        return nullcontext()
+
+    def around_do_one_batch(self):
+        "The context of its computation: the next forward pass is the Learner's own"
+        return nullcontext()
+
     def around_save(self, *args, **kwargs):
         "The context of `learn.save`"
         return nullcontext()
@@ -103,16 +112,14 @@ class ScopedCallback(Callback):
             learn.cbs.insert(i, self)
             if attached is not None: setattr(learn, name, attached)
 
-    @property
-    def learn(self):
-        "The Learner, or None"
-        return self.__dict__.get('_learn')
+    def __setattr__(self, name, value):
+        "fastai attaches and detaches a callback by setting `learn`"
+        if name=='learn': self._attach(value)
+        super().__setattr__(name, value)
 
-    @learn.setter
-    def learn(self, learn):
-        "fastai attaches and detaches a callback by setting this attribute"
+    def _attach(self, learn):
         self.close()
-        old,self.__dict__['_learn'] = self.learn,learn
+        old = self.learn
         if learn is not None: _wrap_methods(learn, self._wrapped)
         elif old is not None and not any(isinstance(cb, ScopedCallback) and cb is not self for cb in old.cbs):
             _unwrap_methods(old, self._wrapped)
@@ -169,6 +176,7 @@ class ExtraParams:
         opt.param_lists = type(opt.param_lists)([*rest, type(last)(params)])
 
     def _enter(self, opt):
+        if self.opt is not opt and self.is_in(self.opt): self._exit(self.opt)  # `create_opt` in a fit
         self._set_last(opt, [*opt.param_lists[-1], *self.params])
         if self.opt not in (None, opt) or len(self.states)!=len(self.params):  # None: loaded from a file
             self.states,self.slow = [[{} for _ in self._state_dicts(opt)] for _ in self.params],None
@@ -187,6 +195,10 @@ class ExtraParams:
         self._set_last(opt, [p for p in opt.param_lists[-1] if id(p) not in self._ids()])
         self.states = [[d.pop(p, {}) for d in self._state_dicts(opt)] for p in self.params]
 
+    def set_states(self, states:list, slow:list|None):
+        "Set what was loaded from a file: it goes to the optimizer that the parameters join next"
+        self.states,self.slow,self.opt = states,slow,None
+
     def is_in(self, opt:Optimizer|None)->bool:
         "Whether they are in this optimizer now"
         return opt is not None and any(id(p) in self._ids() for p in opt.param_lists[-1])
@@ -201,7 +213,7 @@ class ExtraParams:
         self._enter(opt)
         try: yield
         finally:
-            self._exit(opt)
+            if self.is_in(opt): self._exit(opt)
             if restore_state: self.states = before
 
     @contextmanager

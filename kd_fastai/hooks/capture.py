@@ -15,6 +15,7 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from .layers import get_module_by_name, layer_name, parse_layer
+from .layout import known_widths, standard_layout
 from .models import tensor_version, unwrap_model
 from .models import RandomStream, eval_no_grad, naming_errors, preserving_modes # noqa: F401
 
@@ -47,6 +48,7 @@ class Capture:
         self._thread = threading.get_ident()
         # look the modules up now, since SyncBatchNorm may have replaced some
         self.modules = {o.spec: get_module_by_name(self.model, o.name) for o in self.specs}
+        self.widths = {o.spec: known_widths(self.model, self.modules[o.spec], o.is_input) for o in self.specs}
         if self.specs: self.handles.append(self.model.register_forward_pre_hook(LiveHook(self._on_forward_start)))
         for o in self.specs: self.handles.append(self._add_hook(o))
         return self
@@ -84,6 +86,7 @@ class Capture:
     def _record(self, spec, value):
         if not self._listens(): return
         t = self._select(spec, value)
+        if not callable(spec.item): t = standard_layout(t, self.widths[spec.spec])
         self.outputs.setdefault(spec.spec, []).append((t, tensor_version(t)))
         if self._stop_order and [*self.outputs]==self._stop_order: raise self.StopForward
 

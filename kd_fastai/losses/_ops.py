@@ -21,16 +21,27 @@ def rows(
     "Return one row of predictions per sample and position"
     return x.movedim(1, -1).flatten(0, -2)
 
+def _check_label_range(y, n):
+    "Raise `ValueError` for labels that are not 0 to n-1. On the CPU only: reading a value there costs no time"
+    if y.device.type!='cpu' or torch.compiler.is_compiling(): return
+    try: outside = y[(y<0)|(y>=n)][:1].tolist()
+    except RuntimeError: return  # under vmap tensors have no values
+    if outside: raise ValueError(
+        f"Expected labels from 0 to {n-1} for predictions of {n} classes, got the label {outside[0]}: if it marks "
+        f"positions to leave out, tell the Learner's loss function, as in CrossEntropyLossFlat(ignore_index={outside[0]})")
+
 def labels_per_row(
     pred:Tensor,  # Predictions, `(B, C)` or `(B, C, *spatial)`
     target:Tensor # Integer labels, `(B)` or `(B, *spatial)`
 )->Tensor: # `(N,)`, in the order of `rows(pred)`
-    "Return one label per row of predictions. Raises `ValueError` if shape or dtype of the labels is wrong"
+    "Return one label per row of predictions. Raises `ValueError` if shape, dtype or a label is wrong"
     expected,got = (pred.shape[0], *pred.shape[2:]),tuple(getattr(target, 'shape', ()))
     if got!=expected or target.is_floating_point(): raise ValueError(
         f"Expected integer labels of shape {expected} for predictions of shape {tuple(pred.shape)}, "
         f"got {got} of {getattr(target, 'dtype', type(target).__name__)}")
-    return target.flatten().long()
+    target = target.flatten().long()
+    _check_label_range(target, pred.shape[1])
+    return target
 
 def batch_per_position(
     x:Tensor # Predictions, `(B, C)` or `(B, C, *spatial)`

@@ -37,11 +37,8 @@ def Attention(
 )->torch.Tensor: # Scalar
     """Return the mean squared difference of normalized attention maps (Zagoruyko & Komodakis, 2017).
 
-    Raises `ValueError` for unequal sizes, and for maps of one position."""
-    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
-    for (s,_),name in zip(pairs, fm_s):
-        if s[0,0].numel()==1: raise ValueError(
-            f"Layer {name!r} has one position, {tuple(s.shape)}: its attention map is always 1. Take an earlier layer")
+    Raises `ValueError` for unequal sizes, and for features of one position."""
+    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2)
     return sum(F.mse_loss(_attention_map(s, p), _attention_map(t, p)) for s,t in pairs)
 
 # %% ../../nbs/losses/feature.ipynb #732ad618
@@ -133,11 +130,11 @@ def AttentionNorm(
 )->torch.Tensor: # Scalar
     """Return the distance of normalized attention maps, not squared (Zagoruyko & Komodakis, 2017).
 
-    Raises `ValueError` for unequal sizes."""
+    Raises `ValueError` for unequal sizes, and for features of one position."""
     def distance(s, t):
         difference = _attention_map(s, p, torch.sum)-_attention_map(t, p, torch.sum)
         return torch.linalg.vector_norm(difference, dim=1).mean()
-    return sum(distance(s, t) for s,t in pair_features(fm_s, fm_t, must_match='size', min_ndim=3))
+    return sum(distance(s, t) for s,t in pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2))
 
 # %% ../../nbs/losses/feature.ipynb #c6029c6b
 def _mmd(s, t):
@@ -159,8 +156,8 @@ def NST(
 )->torch.Tensor: # Scalar
     """Return the maximum mean discrepancy of normalized channels (Huang & Wang, 2017).
 
-    Raises `ValueError` for unequal sizes."""
-    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
+    Raises `ValueError` for unequal sizes, and for features of one position."""
+    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2)
     return sum(_mmd(unit(s.flatten(2), 2), unit(t.flatten(2), 2)) for s,t in pairs)
 
 # %% ../../nbs/losses/feature.ipynb #05ac1c21
@@ -201,7 +198,7 @@ def FactorTransfer(
     def factor(f): return unit(f.flatten(1)) if p1 is None else _attention_map(f, p1)
     def power(d): return d.abs() if p2==1 else d.abs().pow(p2)
     if p1 is None: pairs = pair_features(fm_s, fm_t)
-    else: pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
+    else: pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2)
     return sum(power(factor(s)-factor(t)).mean() for s,t in pairs)
 
 # %% ../../nbs/losses/feature.ipynb #a96bf0ff
@@ -217,11 +214,11 @@ def CWD(
 )->torch.Tensor: # Scalar
     """Return the divergence of the distributions of channels over positions (Shu et al., 2021).
 
-    Raises `ValueError` for unequal shapes."""
+    Raises `ValueError` for unequal shapes, and for features of one position."""
     def divergence(s, t):
         s,t = ((f/T).flatten(2).log_softmax(2) for f in (s,t))
         return kl_terms(s, t).sum(2).mean()
-    return sum(T**2*divergence(s, t) for s,t in pair_features(fm_s, fm_t, min_ndim=3))
+    return sum(T**2*divergence(s, t) for s,t in pair_features(fm_s, fm_t, min_ndim=3, min_positions=2))
 
 # %% ../../nbs/losses/feature.ipynb #b7f50926
 def _standardize_channels(f):
@@ -266,7 +263,7 @@ def CATKD(
     def grid(f):
         f = pool_to(f, [r]*(f.ndim-2)).flatten(2)
         return unit(f, 2) if normalize else f
-    pairs = pair_features(fm_s, fm_t, must_match='channels', min_ndim=3)
+    pairs = pair_features(fm_s, fm_t, must_match='channels', min_ndim=3, min_positions=2 if normalize else 1)
     return sum(F.mse_loss(grid(s), grid(t)) for s,t in pairs)
 
 # %% ../../nbs/losses/feature.ipynb #79b6bf9f
@@ -361,11 +358,11 @@ def Affinity(
 )->torch.Tensor: # Scalar
     """Return the distance of the products of all positions, per channel (He et al., 2019).
 
-    Raises `ValueError` for unequal shapes."""
+    Raises `ValueError` for unequal shapes, and for features of one position."""
     def distance(s, t):
         s,t = unit(s.flatten(2), 2),unit(t.flatten(2), 2)
         return _outer_product_distance(s, t).sum(1).mean()/s.shape[2]
-    return sum(distance(s, t) for s,t in pair_features(fm_s, fm_t, min_ndim=3))
+    return sum(distance(s, t) for s,t in pair_features(fm_s, fm_t, min_ndim=3, min_positions=2))
 
 # %% ../../nbs/losses/feature.ipynb #14060263
 def _max_pool(f, window):
@@ -399,7 +396,8 @@ def PairwiseKD(
         sizes = [min(n, window) if window else max(1, int(n*scale)) for n in f.shape[2:]]
         f = _max_pool(f, sizes)
         return gram((_unit_constant_norm(f) if constant_norm else unit(f)).flatten(2).mT)
-    return sum(F.mse_loss(relations(s), relations(t)) for s,t in pair_features(fm_s, fm_t, 'size', min_ndim=3))
+    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2)
+    return sum(F.mse_loss(relations(s), relations(t)) for s,t in pairs)
 
 # %% ../../nbs/losses/feature.ipynb #c3084a76
 def _unit_positions(f):
@@ -421,11 +419,11 @@ def CIRKD(
 )->torch.Tensor: # Scalar
     """Return the divergence of similarities between the positions of all images of a batch (Yang et al., 2022).
 
-    Raises `ValueError` for unequal sizes."""
+    Raises `ValueError` for unequal sizes, and for features of one position."""
     def similarities(f):
         x = _unit_positions(f)
         return (x.flatten(0, 1)@x.flatten(0, 1).T).unflatten(1, x.shape[:2])/T  # (B N, B, N)
-    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
+    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2)
     return sum(_mean_row_kl(similarities(s), similarities(t)) for s,t in pairs)
 
 # %% ../../nbs/losses/feature.ipynb #3f54f8bc
@@ -464,7 +462,7 @@ def IFVD(
     """Return the mean squared difference of the cosines between positions and class centers (Wang et al., 2020).
 
     Raises `ValueError` for unequal sizes and for labels that are not of positions."""
-    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
+    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2)
     if valid is not None: target = torch.where(valid, target, -1)
     def distance(s, t):
         y = _labels_like(target, s)
@@ -484,9 +482,9 @@ def TokenRelationKL(
 )->torch.Tensor: # Scalar
     """Return the divergence of similarities between the tokens of a sample (LightlyTrain, 2026).
 
-    Raises `ValueError` for unequal sizes."""
+    Raises `ValueError` for unequal sizes, and for features of one position."""
     def similarities(f): return gram(_unit_positions(f))/T
-    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
+    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2)
     return sum(_mean_row_kl(similarities(s), similarities(t)) for s,t in pairs)
 
 # %% ../../nbs/losses/feature.ipynb #4f291641
@@ -516,7 +514,7 @@ def MiniLMv2(
 
     Raises `ValueError` for unequal numbers of tokens, for widths that the heads do not divide, and for another number
     of weights than pairs of layers."""
-    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
+    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2)
     weights = [1.]*len(pairs) if weights is None else weights
     if len(weights)!=len(pairs): raise ValueError(
         f"Expected a weight for each of {len(pairs)} pairs of layers, got {len(weights)}")

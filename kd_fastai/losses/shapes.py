@@ -57,10 +57,13 @@ def _check_layers(fm_s, fm_t):
         f"Expected the same number of student and teacher layers, at least one of each, "
         f"got {len(fm_s)} and {len(fm_t)}: {[*fm_s]} and {[*fm_t]}")
 
-def _check_pair(s, t, must_match, min_ndim, got):
+def _check_pair(s, t, must_match, min_ndim, min_positions, got):
     "Raise an error unless two features can be compared; `got` names them"
     if min(s.ndim, t.ndim)<min_ndim: raise ValueError(f"Expected features of at least {min_ndim} dimensions, {got}")
     s,t = channels_first(s),channels_first(t)
+    if min(s.shape[2:].numel(), t.shape[2:].numel())<min_positions: raise ValueError(
+        f"A layer has one position, {got}: this loss compares the positions of a feature with each other, and is "
+        "constant for one. Name an earlier layer, or use a loss that compares channels, such as FitNet")
     if shape_to_match(s, must_match)!=shape_to_match(t, must_match): raise ValueError(
         f"Expected equal {_EQUAL_PARTS[must_match]}, {got}: {_adapter_hint(s, t, must_match)}"
         "choose layers that agree (match_feature_layers finds some), or a loss that compares what they share "
@@ -70,17 +73,18 @@ def pair_features(
     fm_s:dict,              # Student's features by layer name
     fm_t:dict,              # Teacher's features by layer name
     must_match:str='shape', # What must be equal: 'batch', 'channels', 'size' (everything but channels) or 'shape'
-    min_ndim:int=2          # Fewest dimensions that a feature may have
+    min_ndim:int=2,         # Fewest dimensions that a feature may have
+    min_positions:int=1     # Fewest positions that a feature may have, 2 for a loss that compares positions
 )->list: # Pairs of tensors, channels first, at least float32, the teacher's detached
     """Pair features by order, and check that they can be compared.
 
     Raises `TypeError` if an argument is not a dict of tensors. Raises `ValueError` for unequal numbers of layers, for
-    no layer and for shapes that do not match; the message names layers and shapes."""
+    no layer, for shapes that do not match and for too few positions; the message names layers and shapes."""
     _check_layers(fm_s, fm_t)
     pairs = []
     for (name_s,s),(name_t,t) in zip(fm_s.items(), fm_t.items()):
         got = f"got {name_s!r} {_shape(s)} of the student and {name_t!r} {_shape(t)} of the teacher"
-        _check_pair(s, t, must_match, min_ndim, got)
+        _check_pair(s, t, must_match, min_ndim, min_positions, got)
         pairs.append((channels_first(at_least_float32(s)), channels_first(at_least_float32(t.detach()))))
     return pairs
 

@@ -87,9 +87,8 @@ class DOT(Callback):
         "Compute the gradient of the task, and leave the one of distillation to the Learner's backward pass"
         for h in self.opt.hypers: self.check_momentum(h['mom'])
         cbs,params = kd_callbacks(self.learn),[p for p,*_ in self.opt.all_params() if p.requires_grad]
-        task = cbs[0].task_weight*cbs[0].fit_state.task
-        none = torch.zeros_like(task)
-        kd = sum(cb.objective.total(none, cb.fit_state.values, cb.fit_state.weights) for cb in cbs)
+        parts = [cb.loss_parts() for cb in cbs]
+        task,kd = parts[0][0],sum(kd for _,kd in parts)
         for p in params: p.grad = None  # fastai leaves zeros, which would look like a gradient
         self.task_grads = {}
         if not kd.requires_grad: return # all weights are 0 at this time: plain momentum

@@ -19,7 +19,7 @@ from ..objective import Batch
 def teacher_right(
     batch:Batch # With the teacher's logits and integer labels
 )->Tensor: # `(B,)` or `(B, *spatial)`
-    "1 where the teacher's class is the label, else 0. Of mixed samples: the share of the labels for which it is right"
+    "Return 1 where the teacher's class is the label, otherwise 0. For mixed samples: the share of the labels it predicts"
     predicted = batch.teacher_pred.argmax(1)
     right = (predicted==batch.target).float()
     if batch.mixed is None: return right
@@ -31,7 +31,7 @@ def teacher_sure(
     threshold:float, # Smallest probability of the teacher's class, 0 to 1
     T:float=1.       # Temperature of the probabilities
 )->Callable: # A function of the `Batch` for `sample_weight`
-    "1 where the largest probability of the teacher is at least `threshold`, else 0"
+    "Return a gate: 1 where the largest probability of the teacher is at least `threshold`, otherwise 0"
     if not 0<=threshold<=1: raise ValueError(f"Expected a threshold between 0 and 1, got {threshold}")
     def weight(batch): return ((batch.teacher_pred/T).softmax(1).amax(1)>=threshold).float()
     return weight
@@ -39,7 +39,7 @@ def teacher_sure(
 def by_entropy(
     T:float=1. # Temperature of the probabilities
 )->Callable: # A function of the `Batch` for `sample_weight`
-    """The entropy of the teacher's softened probabilities, in nats: samples that are hard for the teacher weigh more.
+    """Return weights: the entropy of the teacher's softened probabilities, in nats. Hard samples weigh more.
 
     With `SoftTarget`, this is ER-KD (Su et al., 2023)."""
     def weight(batch): return torch.special.entr((batch.teacher_pred/T).softmax(1)).sum(1)
@@ -48,7 +48,9 @@ def by_entropy(
 def by_position(
     values:Tensor # One weight for each sample of the training set
 )->Callable: # A function of the `Batch` for `sample_weight`
-    "The weights of the batch's samples, by their positions in the training set"
+    """Return weights that are looked up by the positions of the samples in the training set.
+
+    The function raises `ValueError` for a batch without positions."""
     def weight(batch):
         if batch.idx is None: raise ValueError(
             "by_position needs the positions of the samples in the training set, and this batch has none: "
@@ -57,10 +59,21 @@ def by_position(
     weight.uses_idx = True
     return weight
 
+def _of_positions(weights):
+    "Weights of samples and of positions, brought to one number of dimensions"
+    sizes = [tuple(w.shape) for w in weights]
+    largest = max(sizes, key=len)
+    if any(o not in (largest[:1], largest) for o in sizes): raise ValueError(
+        f"Expected weights of samples {largest[:1]} or of positions {largest}, got {', '.join(map(str, sizes))}")
+    return [w.reshape(*w.shape, *[1]*(len(largest)-w.ndim)) for w in weights]
+
 def all_of(
     *weights:Callable # Functions of the `Batch`
 )->Callable: # A function of the `Batch` for `sample_weight`
-    "The product of several weights: for gates, 1 where all are 1"
-    def weight(batch): return reduce(mul, (w(batch) for w in weights))
+    """Return the product of several weights: for gates, 1 where all are 1.
+
+    Weights of samples `(B,)` count at all positions of the samples. The function raises `ValueError` for other
+    shapes."""
+    def weight(batch): return reduce(mul, _of_positions([w(batch) for w in weights]))
     weight.uses_idx = any(getattr(w, 'uses_idx', False) for w in weights)
     return weight

@@ -25,7 +25,8 @@ from ..fit.columns import TermColumn
 from ..fit.internals import in_validation_context
 from ..hooks.layers import unwrap_model
 from ..losses import HardTarget, Mutual, SoftTarget
-from ..objective import Term, as_float32
+from ..losses.shapes import at_least_float32
+from ..term import Term
 from ..fit.owned import OwnedWeights
 from ..losses.facts import loss_args, loss_name
 from ..hooks.inputs import as_plain_tensor
@@ -71,7 +72,7 @@ class Ensemble(nn.ModuleList):
         if len({*shapes})>1: raise ValueError(
             f"The teachers' predictions have different shapes: {shapes}. Do all models predict the same classes?")
         if len(preds)==1: return preds[0]
-        preds = list(map(as_float32, preds))
+        preds = list(map(at_least_float32, preds))
         if self.logits: return sum(w*p for w,p in zip(self.weights, preds))
         weighted = [w.log()+(p/self.T).log_softmax(self.axis) for w,p in zip(self.weights, preds)]
         return self.T*torch.stack(weighted).logsumexp(0)
@@ -107,9 +108,9 @@ class MeanTeacher(KnowledgeDistillationCallback):
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         super().__init__(self.average.module, loss, *args, **kwargs)
 
-    def check_models(self):
+    def check_models(self, first):
         "Also raise `ValueError` if the average is that of another model"
-        super().check_models()
+        super().check_models(first)
         def shapes(m): return {k: v.shape for k,v in unwrap_model(m).state_dict().items()}
         if shapes(self.learn.model)!=shapes(self.average.module): raise ValueError(
             "The average is that of another model: "
@@ -169,7 +170,7 @@ class PeerTeacher(Teacher):
 
     def __call__(self, *xb, **kwargs)->tuple:
         "Their combined predictions, without a gradient; `preds` are the single ones"
-        self.preds = [as_float32(get_logits(m(*map(as_plain_tensor, xb)))) for m in self.model]
+        self.preds = [at_least_float32(get_logits(m(*map(as_plain_tensor, xb)))) for m in self.model]
         return self.model.combine([p.detach() for p in self.preds]),{}
 
 class MutualLearning(KnowledgeDistillationCallback):
@@ -185,7 +186,7 @@ class MutualLearning(KnowledgeDistillationCallback):
         loss:Callable|Term|list=Mutual, # As in `KnowledgeDistillationCallback`, on predictions
         weight:float|str=1.,       # Weight of bare losses
         task_weight:float=1.,      # Weight of the task loss, in each network
-        schedule:Callable|None=None# Multiplies the weights
+        schedule:Callable|str|None=None# Multiplies the weights
     ):
         super().__init__(PeerTeacher(Ensemble(peers)), loss, weight=weight, task_weight=task_weight, schedule=schedule)
         if any(o.uses_features or o.module is not None for o in self.terms): raise ValueError(
@@ -196,7 +197,7 @@ class MutualLearning(KnowledgeDistillationCallback):
         self.peers = [o for o in peers if isinstance(o, Learner)]
         self.owned = OwnedWeights(Peers(self.teacher.model))
 
-    def ask_teacher(self, *xb)->tuple:
+    def run_teacher(self, *xb)->tuple:
         "The peers draw random numbers like any network that trains"
         return self.teacher(*xb)
 
@@ -211,13 +212,10 @@ class MutualLearning(KnowledgeDistillationCallback):
 
     def peer_loss(self, pred:Tensor, others:Tensor)->Tensor:
         "The objective of one peer: `pred` learns from `others`"
-        idx = self.indices(pred.device).get('idx')
-        labels,mixed = self.labels(self.learn.yb),self.mixed_labels()
-        fields,masks = self.batch_fields(),self.fit_state.masks
-        batch = self.objective.prepare(pred, others, target=labels, idx=idx, mixed=mixed, fields=fields, masks=masks)
         task = as_plain_tensor(self.learn.loss_func(pred, *self.yb))
-        values = self.objective.values(batch, self.pct_train)
-        return self.objective.total(task, values, self.objective.weights(task, values, self.pct_train))
+        batch = self.objective.prepare(pred, others, task=task, **self.batch_inputs(pred.device))
+        values = self.objective.values(batch, self.progress)
+        return self.objective.total(batch, values, self.objective.weights(batch, values, self.progress))
 
     def make_columns(self):
         "Also a column for each metric of the peers, numbered from 2"

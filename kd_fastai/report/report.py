@@ -36,8 +36,8 @@ class MeasureTerms(Callback):
     def after_loss(self):
         "Make the table of terms and the table of layers"
         objective = self.kd.objective
-        batch,task,values,weights = self.kd.compute()
-        values = {'task_loss': task.mean(), **values}
+        batch,values,weights = self.kd.compute()
+        values = {'task_loss': batch.task.mean(), **values}
         weights = {'task_loss': objective.task_weight, **{k: float(w) for k,w in weights.items()}}
         factors = [objective.task_weight or 1., *[*weights.values()][1:]]  # a task of weight 0 is still the reference
         grads = [w*self.gradient(v) for w,v in zip(factors, values.values())]

@@ -288,7 +288,7 @@ def test_accumulation_equals_one_large_batch(teacher):
     def net(): set_seed(3); return nn.Sequential(nn.Flatten(), nn.Linear(64,16), nn.Tanh(), nn.Linear(16,10))
     t = net(); t[1].weight.data.mul_(2)
     def run(bs, cbs):
-        kd = KD(t, [SoftTarget, Term(FitNet, layers='2')])
+        kd = KD(t, [Term(SoftTarget, 0.5), Term(FitNet, 1., layers='2')])
         return weights(fit(learner([kd, *cbs], digits(100, bs=bs), net(), opt_func=SGD)))
     torch.testing.assert_close(run(20, [GradientAccumulation(100)]), run(100, []), rtol=1e-4, atol=1e-6)
 
@@ -442,7 +442,7 @@ def test_nothing_stays(teacher, captures, ex, phase, kept):
     model = small_net(4)
     if phase=='teacher': t.add_module('6', BrokenLayer(fault))
     if phase=='student': model.add_module('6', BrokenLayer(fault))
-    kd = KD(t, broken_loss(fault) if phase=='loss' else fine, '1')
+    kd = KD(t, broken_loss(fault) if phase=='loss' else fine, '1', weight=0.5)
     learn = learner(kd if kept else None, model=model)
     if phase=='metric': learn.metrics = [BrokenMetric(fault)]
     event = [BrokenEvent(phase, fault)] if phase.startswith(('before','after')) else []
@@ -462,7 +462,7 @@ def test_nothing_stays(teacher, captures, ex, phase, kept):
     pickle.dumps(learn.model)
     fresh = learner(model=small_net(4))
     learn.model.load_state_dict(fresh.model.state_dict())
-    for l,cb in ((learn, None if kept else kd), (fresh, KD(teacher, fine, '1'))):
+    for l,cb in ((learn, None if kept else kd), (fresh, KD(teacher, fine, '1', weight=0.5))):
         l.dls,l.metrics,l.loss_func = digits(100),[],CrossEntropyLossFlat()
         l.model.zero_grad()    # fastai leaves the gradients of a step that was not taken
         fit(l, cbs=cb, reset_opt=True)
@@ -610,7 +610,7 @@ BAD_TRAININGS = {
     'RKD of nothing':        (kd(partial(RKD, distance=0, angle=0), '1'), ValueError, 'compares nothing'),
     'no scalar':             (kd(vector), TypeError, 'one of shape (20,)'),
     'no tensor':             (kd(number), TypeError, 'must return a scalar tensor, got float'),
-    'nan':                   (kd(nan), FloatingPointError, 'nan is nan in epoch 0, batch 0'),
+    'nan':                   (kd(nan, weight=0.5), FloatingPointError, 'nan is nan in epoch 0, batch 0'),
     'detached':              (kd(detached, '1'), ValueError, 'gives the student no gradient'),
     'indices of mixed':      ('mixed', ValueError,
         'indexed needs idx: A sample that MixUp mixed of two has no position'),

@@ -8,6 +8,7 @@ from fastai.basics import Adam, Callback, DataLoaders, L, Learner, OptimWrapper,
 from kd_fastai.all import *
 from kd_fastai.callback import loss_layout
 from kd_fastai.demo import digits, small_net
+from kd_fastai.objective import Batch
 from support import KD, fit, history, hooks, learner, quiet, weights
 
 pytestmark = [pytest.mark.hostile, pytest.mark.filterwarnings('ignore::UserWarning')]
@@ -283,8 +284,8 @@ def test_a_nan_teacher_is_named():
         fit(learner(KD(broken, SoftTarget)))
 
 def test_balance_is_bounded_where_a_term_passes_zero():
-    objective,task = Objective([Term(Logits)], balance=True),torch.tensor(2.)
-    factors = [objective.weights(task, {'logits': torch.tensor(v)})['logits'].item() for v in (1., -1., 1e-9, 1.)]
+    objective,batch = Objective([Term(Logits, 1.)], balance=True),Batch(torch.zeros(1,2), task=torch.tensor(2.))
+    factors = [objective.weights(batch, {'logits': torch.tensor(v)})['logits'].item() for v in (1., -1., 1e-9, 1.)]
     assert max(factors)<40
 
 def test_a_callback_refuses_a_student_of_another_width(teacher):

@@ -200,8 +200,9 @@ queries = {
     'weight': 'tutorials/weights', 'temperature': 'tutorials/weights|glossary', 'loss is nan': 'tutorials/faq',
     'learning rate': 'tutorials/(faq|lesson)', 'mixup': 'tutorials/faq', 'cutmix': 'tutorials/faq',
     'object detection': 'tutorials/faq',
-    'teacher normalization': 'tutorials/|hooks/inputs', 'colab': 'tutorials/install', 'install': 'tutorials/install',
-    'timm': 'tutorials/any_learner', 'hugging face': 'tutorials/any_learner', 'onnx': 'tutorials/ship',
+    'teacher normalization': 'tutorials/|hooks/inputs', 'colab': 'index|tutorials/(install|lesson)',
+    'install': 'tutorials/install',
+    'timm': 'tutorials/any_learner', 'hugging face': 'tutorials/any_learner', 'onnx': 'tutorials/ship|ship/',
     'quantization': 'tutorials/ship', 'unlabelled': 'tutorials/unlabeled', 'segmentation': 'tutorials/segmentation',
     'cache': 'tutorials/cache', 'CRD': 'losses/|tutorials/papers', 'SoftTarget': 'losses/output'}
 

@@ -111,7 +111,7 @@ def test_names_of_all(site):
 @pytest.mark.slow
 def test_sidebar(site, pages):
     "The sidebar lists every page once, in the order of nbs/sidebar.yml, without pages that do not exist"
-    listed = re.findall(r'- (\S+\.ipynb)', (root/'nbs/sidebar.yml').read_text(encoding='utf-8'))
+    listed = re.findall(r'([\w./]+\.ipynb)', (root/'nbs/sidebar.yml').read_text(encoding='utf-8'))
     paths = {p.relative_to(root/'nbs').as_posix(): name for name,p in pages.items()}
     assert len(listed)==len(set(listed))
     assert not set(paths)-set(listed)
@@ -158,7 +158,7 @@ def test_tutorials_run_as_pasted(pages):
 @pytest.mark.slow
 def test_previous_and_next(site, pages):
     "Each page links to the next one of the sidebar, and back"
-    order = re.findall(r'- (\S+\.ipynb)', (root/'nbs/sidebar.yml').read_text(encoding='utf-8'))
+    order = re.findall(r'([\w./]+\.ipynb)', (root/'nbs/sidebar.yml').read_text(encoding='utf-8'))
     name = {nb.relative_to(root/'nbs').as_posix(): page for page,nb in pages.items()}
     order = [name[o] for o in order if o in name]
     def nav(page): return (site/page).read_text(encoding='utf-8').partition('class="page-navigation"')[2]
@@ -216,10 +216,12 @@ def test_alt_texts(site, pages):
 
 @pytest.mark.slow
 def test_llms(site, pages):
-    "llms.txt lists a Markdown copy of each page"
+    "llms.txt lists a Markdown copy of each page by part, internals last"
     from nbdev.config import get_config
-    links = re.findall(r'\]\((\S+)\)', (site/'llms.txt').read_text(encoding='utf-8'))
+    text = (site/'llms.txt').read_text(encoding='utf-8')
+    links = re.findall(r'\]\((\S+?)\)', text)
     assert len(links)==len(pages)
+    assert '## Start' in text and text.rpartition('\n## ')[2].startswith('Optional')
     for l in links:
         copy = site/l.removeprefix(get_config(root).doc_url).lstrip('/')
         assert len(copy.read_text(encoding='utf-8'))>300

@@ -8,8 +8,7 @@ from fastai.callback.core import Callback
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.hooks.capture import Capture
 from kd_fastai.hooks.layers import get_module_by_name, parse_layer
-from kd_fastai.losses import DecoupledKD, FitNet, Logits, RKD, SoftTarget
-from kd_fastai.objective import Objective
+from kd_fastai.losses import FitNet, Logits, SoftTarget
 from kd_fastai.teacher.live import Teacher, get_logits
 
 def mlp(seed, **kwargs):
@@ -470,105 +469,6 @@ def test_shared_tensors_name_the_teacher():
     other[2].weight = student[2].weight
     with pytest.raises(ValueError, match=r"student's '2.weight' and the teacher's 'b.2.weight' are the same tensor"):
         fit(student, dict(a=mlp(2), b=other), [Term(Logits, teacher=k) for k in 'ab'])
-
-# ---- teacher dropping (UNIC)
-
-def two_teachers(p, seed=0, dtype=torch.float64, **kwargs):
-    "An objective with three terms of two teachers, its values by sample, and its weights"
-    g = torch.Generator().manual_seed(seed)
-    def rand(*shape): return torch.randn(shape, generator=g, dtype=dtype)
-    terms = [Term(Logits, 2., teacher='a'), Term(FitNet, 0.5, layers='x', teacher='b'), Term(SoftTarget, teacher='b')]
-    objective = Objective(terms, teacher_drop=p, **kwargs)
-    pred,s = rand(6,5).requires_grad_(),{'x': rand(6,4,3,3)}
-    batch = objective.prepare(pred, {k: rand(6,5) for k in 'ab'}, s, {'a': {}, 'b': {'x': rand(6,4,3,3)}})
-    return objective,batch,objective.weights(None, objective.values(batch))
-
-@pytest.mark.parametrize('p', [0.3, 0.5, 1.])
-def test_dropping_equals_a_loop_over_samples(p):
-    objective,batch,w = two_teachers(p)
-    values = objective.values(batch, by_sample=True)
-    torch.manual_seed(1)
-    got = objective.drop_teachers(values, w)
-    torch.manual_seed(1)
-    drawn = torch.rand(2,6, dtype=torch.float64)
-    total,kept = 0.,0
-    for i in range(6):
-        of = dict(a=2*values['logits_a'][i], b=0.5*values['fit_net_b'][i]+values['soft_target_b'][i])
-        worst = max(of, key=of.get)
-        for k,loss in of.items():
-            if k!=worst and drawn['ab'.index(k),i]<p: continue
-            total,kept = total+loss,kept+1
-    assert 6<=kept<12
-    torch.testing.assert_close(objective.total(torch.zeros(()).double(), got, w), 2*total/kept)
-
-def test_dropping_nothing_is_the_plain_sum():
-    objective,batch,w = two_teachers(0.)
-    torch.testing.assert_close(objective.drop_teachers(objective.values(batch, by_sample=True), w),
-                               objective.values(batch))
-
-def dropping(p=0.5, lr=0.1, cbs=(), **kwargs):
-    "A Learner that has trained with two teachers, on predictions and on adapted features"
-    terms = [Term(Logits, 0.5, teacher='a'), Term(FitNet, 2., layers='0', adapt='auto', teacher='b')]
-    torch.manual_seed(5)
-    return fit(mlp(1), dict(a=mlp(2), b=backbone(16, 3)), terms, cbs=cbs, lr=lr, teacher_drop=p, **kwargs)
-
-def same_weights(a, b): return all(torch.equal(p, q) for p,q in zip(a.model.parameters(), b.model.parameters()))
-
-class KeepsRandomState(Callback):
-    order = 100
-    def after_loss(self): self.state = torch.get_rng_state()
-
-def test_dropping_in_a_learner_is_reproducible_and_moves_no_random_number():
-    keeps = [KeepsRandomState() for _ in range(3)]
-    once,again,plain = (dropping(p, cbs=[k]) for p,k in zip((0.5, 0.5, 0.), keeps))
-    assert same_weights(once, again) and not same_weights(once, plain)
-    assert all(torch.equal(k.state, keeps[2].state) for k in keeps)
-
-def test_columns_of_dropping_are_those_of_all_samples():
-    with_drop,plain = dropping(lr=0.).kd_history(),dropping(0., lr=0.).kd_history()
-    names = ['task_loss','logits_a','fit_net_b']
-    assert with_drop[names].iloc[0].tolist()==pytest.approx(plain[names].iloc[0].tolist())
-    assert with_drop.valid_loss[0]==pytest.approx(plain.valid_loss[0])
-    assert with_drop.train_loss[0]!=pytest.approx(plain.train_loss[0], rel=1e-3)
-
-def test_a_learner_trains_with_the_largest_loss_of_each_sample():
-    "With a probability of 1"
-    t,seen = dict(a=mlp(2), b=mlp(3)),[]
-    class Keep(Callback):
-        order = 100
-        def after_loss(self):
-            if self.training: seen.append((self.x.clone(), self.y.clone(), self.loss.item()))
-    learn = fit(mlp(1), t, [Term(Logits, w, teacher=k) for k,w in (('a',1.),('b',2.))], cbs=[Keep()], lr=0.,
-                teacher_drop=1)
-    x,y,loss = seen[-1]
-    with torch.no_grad():
-        pred = learn.model(x)
-        a,b = ((pred-o(x)).pow(2).mean(1) for o in t.values())
-        want = nn.functional.cross_entropy(pred, y)+2*torch.maximum(a, 2*b).mean()
-    assert loss==pytest.approx(want.item(), rel=1e-5)
-
-@pytest.mark.parametrize('given', [dict(balance=True), dict(weight='auto'), dict(schedule=lambda pos: pos)],
-                         ids=lambda o: next(iter(o)))
-def test_dropping_with_weights_that_change(given):
-    terms = [Term(Logits, given.get('weight', 1.), teacher=k) for k in 'ab']
-    learn = fit(mlp(1), dict(a=mlp(2), b=mlp(3)), terms, teacher_drop=0.5, **given)
-    assert learn.kd_history().logits_b[0]>0
-
-def test_dropping_that_cannot_work_is_named():
-    KD,two,terms = KnowledgeDistillationCallback,dict(a=mlp(2), b=mlp(3)),[Term(Logits, teacher=k) for k in 'ab']
-    with pytest.raises(ValueError, match='teacher_drop=0.5 needs several teachers, got one'):
-        KD(mlp(2), Logits, teacher_drop=0.5)
-    with pytest.raises(ValueError, match='teacher_drop to be a probability, 0 to 1, got 2'):
-        KD(two, terms, teacher_drop=2)
-    with pytest.raises(ValueError, match='needs a value for each sample, and rkd_b has none'):
-        KD(two, [terms[0], Term(RKD, layers='0', teacher='b')], teacher_drop=0.5)
-    with pytest.raises(ValueError, match='and fit_net_b has none: .*no mask for features'):
-        KD(two, [terms[0], Term(FitNet, layers='0', teacher='b', mask='m')], teacher_drop=0.5)
-    some = [terms[0], Term(DecoupledKD, teacher='b')]
-    objective,p = Objective(some, ignore_index=-100, teacher_drop=0.5),torch.randn(3,5)
-    batch = objective.prepare(p, dict(a=p, b=p), fm_t=dict(a={}, b={}), target=torch.tensor([0,-100,1]))
-    with pytest.raises(ValueError, match=r"values for \{'logits_a': 3, 'decoupled_kd_b': 2\} samples"):
-        objective.drop_teachers(objective.values(batch, by_sample=True), {k: 1. for k in ('logits_a','decoupled_kd_b')})
 
 # ---- features on one scale ----
 

@@ -1,0 +1,278 @@
+"""Does a teacher help a small network on color pictures, when both have the same labels?
+
+The teacher is EfficientNet-Lite0 with ImageNet weights, fine-tuned on the pictures that the student trains on. The
+student is small and begins from random weights. All ways make equally many steps, from the same seeds, on the same 8
+augmented views of each picture; the score is that of the last epoch, on other emoji. Methods are chosen on one half of
+the emoji (`--half choose`) and reported on the other one (`--half report`).
+
+    python benchmarks/pictures.py --half report --labels 1142 --steps 1400 --seeds 0 1 2
+
+Runs go to `tables/pictures_runs.csv`, which is completed, and their comparison to `tables/pictures.csv`."""
+import argparse, os
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+import time
+from functools import cache, partial
+from pathlib import Path
+import pandas as pd
+import torch
+from torch import nn, Tensor
+from torch.utils.data import TensorDataset
+from fastai.vision.all import *
+from kd_fastai.all import *
+from kd_fastai.report.compare import StudentInputs
+from data import CACHE, emoji, emoji_split, lite0, normalized, plain, separable
+import common
+
+VIEWS,SIZE = 8,96
+STUDENTS = dict(separable=separable, plain=plain)
+FOLDER = CACHE/'pictures'
+
+# --- pictures, and the teacher's predictions and features of them
+
+class Pictures(TensorDataset):
+    "Tensors that are indexed by a whole batch"
+    def new_empty(self): return Pictures(*(t[:0].clone() for t in self.tensors))
+
+class WholeBatches(DataLoader):
+    "Index the data set once for each batch"
+    def create_batches(self, samps):
+        for b in self.chunkify(samps): yield self.dataset[[*b]]
+
+def subset(half, labels):
+    "Positions among the training pictures of a half: all, or the first so many of a random order"
+    n = len(emoji_split(half)[0])
+    return torch.randperm(n, generator=torch.Generator().manual_seed(1))[:labels].sort().values
+
+@torch.no_grad()
+def augmented(x, seed):
+    "Random views of pictures in bytes, `(N, 8, 3, 64, 64)`"
+    view = Pipeline(aug_transforms(max_warp=0., size=64), split_idx=0)
+    def one(o): return (Tensor(view(TensorImage(o.float().div(255)))).clamp(0,1)*255).round().byte()
+    set_seed(seed)
+    views = [torch.cat([one(o) for o in x.split(64)]) for _ in range(VIEWS)]
+    return torch.stack(views, 1)
+
+def batches(x, y, bs=32, shuffle=True, tfm=None):
+    "A loader of normalized pictures"
+    def ready(b): return (normalized(b[0]).contiguous(memory_format=torch.channels_last),*b[1:])
+    return WholeBatches(Pictures(x, y), bs=bs, shuffle=shuffle, drop_last=shuffle, after_batch=tfm or ready)
+
+
+def random_view(b):
+    "One view of each picture, normalized"
+    x,y = b
+    view = torch.randint(VIEWS, (len(x),))
+    return normalized(x[range(len(x)),view]).contiguous(memory_format=torch.channels_last),y
+
+def tune(views, y, valid, epochs=6):
+    "Fine-tune EfficientNet-Lite0: its classifier for an epoch, then all of it"
+    set_seed(0)
+    dls = DataLoaders(batches(views, y, tfm=random_view), batches(*valid, bs=256, shuffle=False))
+    def split(m): return [L(m.named_parameters()).filter(lambda o: ('classifier' in o[0])==head).itemgot(1)
+                          for head in (False,True)]
+    net = lite0(9).to(memory_format=torch.channels_last)
+    learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=split)
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(common.NoValidation()):
+        learn.freeze()
+        learn.fit_one_cycle(1, 3e-3)
+        learn.unfreeze()
+        learn.fit_one_cycle(epochs, slice(1e-3, 5e-3))
+    return learn
+
+@torch.no_grad()
+def outputs(f, x, size=64):
+    "What a network returns for pictures in bytes, `(N, ..., 3, 64, 64)`, in half precision"
+    flat = x.flatten(0, -4)
+    def one(o):
+        o = normalized(o)
+        if size!=64: o = nn.functional.interpolate(o, size=(size,size), mode='bilinear')
+        return f(o.contiguous(memory_format=torch.channels_last)).half()
+    return torch.cat([one(o) for o in flat.split(64)]).unflatten(0, x.shape[:-3])
+
+@cache
+def recorded(half, labels=None):
+    "Views, labels, and what the teacher and the network before fine-tuning return for each view"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    of_half,of_labels = FOLDER/f'{half}.pt',FOLDER/f'{half}_{labels}.pt'
+    if not of_half.exists():
+        x,y,*_ = emoji()
+        train,valid = emoji_split(half)
+        start,views = time.time(),augmented(x[train], seed=0)
+        before = lite0().eval().to(memory_format=torch.channels_last)
+        torch.save(dict(views=views, y=y[train], valid=(x[valid],y[valid]), before=outputs(before, views, SIZE)),
+                   of_half)
+        print(f'{half}: views and features in {time.time()-start:.0f} s', flush=True)
+    all = torch.load(of_half, mmap=True)
+    if labels is None: return all
+    i = subset(half, labels)
+    if not of_labels.exists():
+        start,learn = time.time(),tune(all['views'][i], all['y'][i], all['valid'])
+        net = learn.model.eval()
+        pooled,head = nn.Sequential(*[*net.children()][:-1]),net.classifier
+        features = outputs(pooled, all['views'][i])
+        valid = outputs(net, all['valid'][0]).float()
+        predictions = head(features.float().flatten(0,1)).unflatten(0, features.shape[:2]).detach()
+        def said(p, y): return dict(accuracy=(p.argmax(-1)==y).float().mean().item(),
+                                    confidence=p.softmax(-1).amax(-1).mean().item())
+        scores = dict(train=said(predictions, all['y'][i][:,None]), valid=said(valid, all['valid'][1]))
+        torch.save(dict(features=features, predictions=predictions, scores=scores, i=i), of_labels)
+        torch.save(net.state_dict(), FOLDER/f'{half}_{labels}_weights.pt')
+        print(f'{half}, {labels} labels: {scores} in {time.time()-start:.0f} s', flush=True)
+    own = torch.load(of_labels)
+    return {**all, **own, **{k: all[k][i] for k in ('views','y','before')}}
+
+# --- students
+
+class Lookup(nn.Module):
+    "Returns what was recorded for `key`: pairs of picture and view, `(B, 2)`"
+    def __init__(self, values): super().__init__(); self.values = values
+    def forward(self, key): return self.values[key[:,0],key[:,1]].float()
+
+class Recorded(nn.Module):
+    "A teacher with recorded predictions, and with a layer for the features of each network"
+    def __init__(self, o):
+        super().__init__()
+        self.before,self.features,self.predictions = (Lookup(o[k]) for k in ('before','features','predictions'))
+    def forward(self, key):
+        self.before(key); self.features(key)
+        return self.predictions(key)
+
+def shrunk(x, pixels):
+    "Normalized pictures of this height and width, means of pixels"
+    return nn.functional.adaptive_avg_pool2d(normalized(x), pixels).contiguous(memory_format=torch.channels_last)
+
+def keyed_view(b, pixels):
+    "One view of each picture, and its key"
+    x,i,y = b
+    view = torch.randint(VIEWS, (len(x),))
+    return shrunk(x[range(len(x)),view], pixels),torch.stack([i,view], 1),y
+
+def whole(b, pixels): return (shrunk(b[0], pixels),*b[1:])
+
+def data(o, seed, pixels, bs=32):
+    "Loaders of pictures, keys (for the teacher alone) and classes"
+    n,(x,y) = len(o['y']),o['valid']
+    dls = DataLoaders(WholeBatches(Pictures(o['views'], torch.arange(n), o['y']), bs=bs, shuffle=True, drop_last=True,
+                                   after_batch=partial(keyed_view, pixels=pixels)),
+                      WholeBatches(Pictures(x, torch.zeros(len(y), 2), y), bs=256,
+                                   after_batch=partial(whole, pixels=pixels)))
+    dls.train.rng.seed(seed)
+    return dls
+
+def make_learner(o, student, pixels, seed):
+    "A Learner with an untrained student"
+    set_seed(seed, reproducible=True)
+    net = STUDENTS[student]().to(memory_format=torch.channels_last)
+    return Learner(data(o, seed, pixels), net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2)
+
+# --- ways to train
+
+def times(k, f=None):
+    "A schedule that multiplies by k"
+    return (lambda p: k) if f is None else (lambda p: k*f(p))
+
+def falling(k=1.): return times(k, SchedCos(1,0))
+def rising(k=1.): return times(k, SchedCos(0,1))
+def soft(schedule, T=4): return Term(SoftTarget, 'auto', schedule=schedule, T=T)
+def feature(schedule, layer='before', loss=CosineSmoothL1):
+    return Term(loss, 'auto', layers=[('>',layer)], adapt='auto', schedule=schedule)
+
+class Follow(Callback):
+    "Multiply the weights of terms on predictions by the first task loss over its running mean"
+    order = KnowledgeDistillationCallback.order-1
+    def __init__(self, cap=30., power=1., names=('soft_target',)): store_attr()
+    def before_fit(self):
+        kd = first(self.learn.cbs, lambda o: isinstance(o, KnowledgeDistillationCallback))
+        self.start = self.mean = None
+        weights = kd.objective.weights
+        def follow(task, values, progress=0.):
+            if self.training:
+                t = task.detach()
+                if self.start is None: self.start = self.mean = t
+                self.mean = torch.lerp(self.mean, t, .1 if self.mean is not t else 0.)
+            k = min(self.cap, float(self.start/self.mean))**self.power
+            return {n: w*k if n in self.names else w for n,w in weights(task, values, progress).items()}
+        kd.objective.weights = follow
+
+class TaskSchedule(Callback):
+    "Schedule the weight of the task loss"
+    order = KnowledgeDistillationCallback.order-1
+    def __init__(self, f): self.f = f
+    def before_batch(self):
+        kd = first(self.learn.cbs, lambda o: isinstance(o, KnowledgeDistillationCallback))
+        if self.training: kd.objective.task_weight = self.f(self.pct_train)
+
+def from_half(p): return float(p>=.5)
+def to_half(p): return float(p<.5)
+def second(k=1.): return lambda p: k*SchedCos(0,1)(max(0., 2*p-1))
+
+def kd(terms, *cbs, task_weight=1.):
+    "A way: the terms, and other callbacks"
+    def way(teacher):
+        return [KnowledgeDistillationCallback(teacher, terms(), task_weight=task_weight, teacher_inputs=1), *cbs]
+    return way
+
+WAYS = {
+    'student alone': lambda teacher: [StudentInputs(1)],
+    'distill 0.1': kd(lambda: [soft(rising())]),
+    'F before x.5': kd(lambda: [feature(times(.5))]),
+    'F before x3 falling': kd(lambda: [feature(falling(3))]),
+    'F before x10 falling': kd(lambda: [feature(falling(10))]),
+    'F before x3 falling, soft rising': kd(lambda: [feature(falling(3)), soft(rising())]),
+    'F before x10 falling, soft rising': kd(lambda: [feature(falling(10)), soft(rising())]),
+    'F tuned x3 falling, soft rising': kd(lambda: [feature(falling(3), 'features'), soft(rising())]),
+    'F before first half': kd(lambda: [feature(times(1., to_half))], TaskSchedule(from_half)),
+    'F before first half, soft rising': kd(lambda: [feature(times(1., to_half)), soft(second())],
+                                           TaskSchedule(from_half)),
+    'soft adapt': kd(lambda: [soft(None)], Follow()),
+    'soft adapt rising': kd(lambda: [soft(rising())], Follow()),
+    'soft .9/.1': kd(lambda: [Term(SoftTarget, .9, T=4)], task_weight=.1),
+    'F tuned x3 falling, soft adapt rising': kd(lambda: [feature(falling(3), 'features'), soft(rising())], Follow()),
+    'F before x3 falling, soft adapt rising': kd(lambda: [feature(falling(3)), soft(rising())], Follow()),
+}
+
+# --- the study
+
+def run(half, student, pixels, labels, steps, way, seed):
+    "Train one student. Returns its row"
+    o = recorded(half, labels)
+    learn = make_learner(o, student, pixels, seed)
+    epochs = max(1, round(steps/len(learn.dls.train)))
+    cbs = WAYS[way](Recorded(o))
+    set_seed(seed, reproducible=True)
+    began = time.process_time()
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, cbs=[*cbs, common.NoValidation()])
+    took = time.process_time()-began
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs([StudentInputs(1)]):
+        p,y = learn.get_preds()
+    return dict(half=half, student=student, pixels=pixels, labels=labels, steps=epochs*len(learn.dls.train), way=way,
+                seed=seed, accuracy=(p.argmax(1)==y).float().mean().item(),
+                valid_loss=nn.functional.nll_loss(p.log(), y).item(), confidence=p.amax(1).mean().item(),
+                seconds=round(took, 1))
+
+GROUP = ['half','student','pixels','labels','steps']
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--half', default='report', choices=['choose','report'])
+    p.add_argument('--student', default='separable', choices=[*STUDENTS])
+    p.add_argument('--pixels', type=int, default=64, help='height and width of the student\'s pictures')
+    p.add_argument('--labels', type=int, default=1142)
+    p.add_argument('--steps', type=int, default=1400)
+    p.add_argument('--seeds', type=int, nargs='*', default=[*range(5)])
+    p.add_argument('--ways', nargs='*', default=[*WAYS])
+    p.add_argument('--file', type=Path, default=common.TABLES/'pictures_runs.csv')
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    for seed in a.seeds:
+        for way in a.ways:
+            runs = pd.read_csv(a.file) if a.file.exists() else pd.DataFrame(columns=[*GROUP,'way','seed'])
+            case = dict(half=a.half, student=a.student, pixels=a.pixels, labels=a.labels, way=way, seed=seed)
+            same = (runs[[*case]]==[*case.values()]).all(1)
+            if len(runs) and (same & ((runs.steps-a.steps).abs()<.05*a.steps)).any(): continue
+            row = run(a.half, a.student, a.pixels, a.labels, a.steps, way, seed)
+            runs = pd.read_csv(a.file) if a.file.exists() else None
+            pd.concat([o for o in (runs, pd.DataFrame([row])) if o is not None]).to_csv(a.file, index=False)
+            print({k: round(v, 4) if isinstance(v, float) else v for k,v in row.items()}, flush=True)
+
+if __name__=='__main__': main()
