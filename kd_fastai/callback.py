@@ -22,7 +22,8 @@ from fastcore.meta import delegates
 from fastai.basics import L, Learner, find_bs, noop, rank_distrib
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
-from .fit.batch import loss_layout, read_inputs, read_labels, read_positions, tracking, uses_positions
+from .fit.batch import loss_layout, read_inputs, read_labels, read_positions, tell_class_axis, tracking
+from .fit.batch import uses_positions
 from .fit.checks import check_count, check_data, check_models, check_teacher_names, check_terms
 from .fit.columns import Columns, TermColumn, recorder_table
 from kd_fastai.fit.internals import (all_reduce_sum, in_validation_context, is_distributed, without_extra_parameters,
@@ -197,6 +198,7 @@ class DistillationFit(DistillationSettings):
         self.check_models(running[0])
         check_data(self.learn, self.teacher, self.objective, self.warn)
         self.objective.set_layout(*loss_layout(self.learn.loss_func))
+        tell_class_axis(self.teacher.model, self.objective.class_axis)
         self.teacher.prepare(self.learn.dls.train)
         capture = Capture(self.learn.model, self.objective.layers[0], who='student')
         self.fit_state = FitState(capture, self.make_columns(), running[0])
