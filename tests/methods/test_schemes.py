@@ -3,8 +3,8 @@ from copy import deepcopy
 from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
-from fastai.basics import (Callback, noop, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, MSELossFlat,
-    OptimWrapper, load_learner, mae, rmse, set_seed)
+from fastai.basics import (Callback, noop, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders,
+    Learner, MSELossFlat, OptimWrapper, load_learner, mae, rmse, set_seed)
 from fastai.callback.all import (CSVLogger, GradientAccumulation, MixUp, SaveModelCallback, SchedLin, SchedNo,
     combine_scheds)
 from kd_fastai.all import *
