@@ -62,7 +62,7 @@ class Ensemble(nn.ModuleList):
         self.axis = loss_layout(getattr(self.learner, 'loss_func', None))[0] if axis is None else axis
         self.fit_axis = None
         for i,o in enumerate(learners):
-            if o is not None: check_compatible_data(self.learner, o, who=('One teacher',f'teacher {i}'))
+            if o is not None: check_compatible_data(self.learner, o, who=('teacher 0',f'teacher {i}'))
 
     def set_class_axis(self,
         axis:int # Dimension of the classes in this fit

@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/cascade.html.md"""
 # %% auto #0
 __all__ = ['lower_bound', 'first_failure', 'Cascade']
 
-# %% ../../nbs/ship/cascade.ipynb #e16a939c
+# %% ../../nbs/ship/cascade.ipynb #b216d72a
 from collections.abc import Callable
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from .export import OnnxModel, loss_activation
 from ..hooks.models import as_plain_tensor
 from ..teacher.live import Teacher
 
-# %% ../../nbs/ship/cascade.ipynb #dff390d6
+# %% ../../nbs/ship/cascade.ipynb #6f5512d4
 def lower_bound(
     k:int,             # Successes
     n:int,             # Trials
@@ -40,7 +40,7 @@ def first_failure(
 
 _GRID = np.concatenate([np.arange(0, 0.9, 0.01), np.arange(0.9, 0.99, 0.001), np.arange(0.99, 1.00005, 0.0001)])
 
-# %% ../../nbs/ship/cascade.ipynb #75260756
+# %% ../../nbs/ship/cascade.ipynb #c6700f85
 class Cascade(nn.Module):
     """Predicts by the student where its confidence is at least the threshold, and by the teacher elsewhere.
 
@@ -113,7 +113,7 @@ class Cascade(nn.Module):
         ax.legend(handles=[*ax.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]])
         return fig
 
-# %% ../../nbs/ship/cascade.ipynb #439df5bd
+# %% ../../nbs/ship/cascade.ipynb #e28b94d4
 def _probabilities(source, activation):
     "A function from inputs to probabilities, without gradients"
     if isinstance(source, OnnxModel):

@@ -6,9 +6,9 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/export.html.md"""
 
 # %% auto #0
 __all__ = ['LogitsOnly', 'student_batch', 'deployable', 'export_onnx', 'loss_activation', 'TensorInput', 'ImageInput',
-           'TableInput', 'TokensInput', 'ChunksInput', 'OnnxModel', 'read_image', 'table_inputs']
+           'TableInput', 'TokensInput', 'ChunksInput', 'OnnxModel', 'read_image', 'table_inputs', 'runner_code']
 
-# %% ../../nbs/ship/export.ipynb #e29decb6
+# %% ../../nbs/ship/export.ipynb #675a365d
 import copy, io, json, math
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from .steps import _DOUBLE, _INT32, _INT64, _STRING, _UINT8
 from ..callback import kd_callbacks
 from ..teacher.live import Teacher
 
-# %% ../../nbs/ship/export.ipynb #2cef34c9
+# %% ../../nbs/ship/export.ipynb #928a4e18
 class LogitsOnly(nn.Module):
     "A model that returns its logits as one tensor"
     def __init__(self,
@@ -90,7 +90,7 @@ def _traced(model, xb, shapes, inputs=None, outputs=None):
     program = torch.export.export(model, xb, dynamic_shapes=shapes)
     return torch.onnx.export(program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False).model_proto
 
-# %% ../../nbs/ship/export.ipynb #3ccd44b4
+# %% ../../nbs/ship/export.ipynb #a120de34
 class _Predicts(nn.Module):
     "A network and its activation"
     def __init__(self,
@@ -120,7 +120,7 @@ def _task(loss_func, activation, ndim):
     if activation(torch.zeros(1,2)).sum()!=1 or hasattr(loss_func, 'thresh'): return 'multi-label'
     return 'segmentation' if ndim==4 else 'classification'
 
-# %% ../../nbs/ship/export.ipynb #90de1223
+# %% ../../nbs/ship/export.ipynb #62c1e0e3
 class TensorInput:
     "Tensors, as the loader gives them"
     kind,names = 'tensors',None # names of the network's inputs; the exporter's, if None
@@ -174,7 +174,7 @@ def _input_of(learn):
     kinds = dict(image=ImageInput, table=TableInput, tokens=TokensInput, tensors=TensorInput)
     return (kind or kinds[input_kind(learn.dls)])(learn)
 
-# %% ../../nbs/ship/export.ipynb #7a729be1
+# %% ../../nbs/ship/export.ipynb #fbab67ab
 def _assemble(learn, source):
     "ONNX model of the operators before the network, the network with its activation, and the operators after it"
     from onnx import helper
@@ -232,7 +232,7 @@ def _write_metadata(model, values):
     texts = {k: v if isinstance(v, str) else json.dumps(_no_nan(v)) for k,v in values.items() if v not in (None,'')}
     helper.set_model_props(model, texts)
 
-# %% ../../nbs/ship/export.ipynb #e0f42810
+# %% ../../nbs/ship/export.ipynb #30167d3d
 class OnnxModel(nn.Module):
     "An ONNX file as a module, run by ONNX Runtime on the CPU"
     def __init__(self,
@@ -245,7 +245,8 @@ class OnnxModel(nn.Module):
         options.intra_op_num_threads = threads
         self.file = Path(file)
         self.session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
-        self.info = {k: _from_json(v) for k,v in self.session.get_modelmeta().custom_metadata_map.items()}
+        info = self.session.get_modelmeta().custom_metadata_map
+        self.info = {k: _from_json(v) for k,v in info.items() if not k.startswith('onnx.')}  # those are of tools
 
     def run(self,
         **inputs # Arrays by the names of the file's inputs
@@ -320,3 +321,34 @@ def table_inputs(
     res = dict(categories=rows[columns['categories']].astype(object).astype(str).to_numpy(object),
                numbers=rows[columns['numbers']].to_numpy(float, na_value=math.nan))
     return {n: v for n,v in res.items() if columns[n]}
+
+# %% ../../nbs/ship/export.ipynb #76df83a1
+_READ = dict(
+    image=("from PIL import Image\n", "image = np.asarray(Image.open(sys.argv[1]).convert('RGB'))[None]", "{'image': image}"),
+    table=("import pandas as pd\n", "columns,rows = json.loads(info['columns']),pd.read_csv(sys.argv[1])[:1]",
+           "{n: rows[c].to_numpy(str if n=='categories' else float).astype(object if n=='categories' else float)\n"
+           "     for n,c in columns.items() if c}"),
+    tokens=("", "tokens = np.array([json.loads(sys.argv[1])], np.int64)  # ids, see info['vocab']", "{'tokens': tokens}"))
+_SHOW = {
+    'classification': "for i in out.argsort()[::-1][:3]: print(f'{names[i]}: {out[i]:.1%}')",
+    'multi-label': "print(*[n for n,o in zip(names, out) if o>float(info['threshold'])], sep=', ')",
+    'segmentation': "print(out.shape, *np.unique(out))",
+    'regression': "print(*out)"}
+
+def runner_code(
+    info:dict,        # Metadata of a file, `OnnxModel(file).info`
+    file:str|Path     # Name of the file in the script
+)->str:
+    """Return a script that runs a file of `kd_export` with onnxruntime, NumPy, and Pillow for pictures.
+
+    Raises `ValueError` for files that take the tensors of a loader, whose preprocessing is not in the file."""
+    kind,task = info.get('input'),info.get('task')
+    if kind not in _READ: raise ValueError(
+        f"A script can read pictures, rows or token ids, and {file} takes {kind or 'tensors'}: use OnnxModel")
+    imports,read,inputs = _READ[kind]
+    output = dict(segmentation='mask', regression='values').get(task, 'probabilities')
+    names = "names = json.loads(info['classes'])\n" if task in ('classification','multi-label') else ''
+    return (f"import json, sys\nimport numpy as np, onnxruntime\n{imports}\n"
+            f"session = onnxruntime.InferenceSession({str(file)!r})\n"
+            f"info = session.get_modelmeta().custom_metadata_map\n{names}{read}\n"
+            f"out = session.run([{output!r}], {inputs})[0][0]\n{_SHOW[task]}")

@@ -83,7 +83,7 @@ def _summary(found):
     worst = differences.max().item() if len(differences) else 0.
     return dict(largest_difference=worst, agreement=torch.cat(equal).float().mean().item() if equal else None)
 
-# %% ../../nbs/ship/parity.ipynb #7f243fc1
+# %% ../../nbs/ship/parity.ipynb #386fafb3
 def _student_probabilities(learn, items):
     "Probabilities of the student for files or rows, as `learn.predict` has them"
     items = items.copy() if isinstance(items, pd.DataFrame) else [*items]
@@ -126,7 +126,7 @@ def _likely_cause(learn, file, student, pred):
     best = min(rest, key=rest.get, default=None)
     return best if best is not None and rest[best]<0.2*(student-pred).abs().max() else 'unknown'
 
-# %% ../../nbs/ship/parity.ipynb #21999650
+# %% ../../nbs/ship/parity.ipynb #6e41de5e
 def _changed_inputs(dls, file):
     "Batches of one picture, each with one step of the preprocessing changed, by name"
     from PIL import Image, ImageOps
@@ -174,7 +174,7 @@ def _other_scales(dls, x):
     return res|{'normalization: none': pixels, 'normalization: values of -1 to 1': 2*pixels-1,
                 'normalization: before the division by 255': (255*pixels-mean)/std}
 
-# %% ../../nbs/ship/parity.ipynb #68b420ca
+# %% ../../nbs/ship/parity.ipynb #e9168f54
 @patch
 def kd_parity(self:Learner,
     files=None,          # Files of pictures, or a `DataFrame` of rows; batches of the validation set, if not given

@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/quantize.html.md"""
 # %% auto #0
 __all__ = ['file_inputs', 'quantize_file', 'KDQuantized']
 
-# %% ../../nbs/ship/quantize.ipynb #b911b1ff
+# %% ../../nbs/ship/quantize.ipynb #d8cc651e
 import tempfile
 from pathlib import Path
 import numpy as np
@@ -22,7 +22,7 @@ from ..report.scores import score_models, split_xy
 from ..hooks.models import isolated_rng
 from .export import OnnxModel, read_image
 
-# %% ../../nbs/ship/quantize.ipynb #4927d818
+# %% ../../nbs/ship/quantize.ipynb #37fdba8a
 def file_inputs(
     learn:Learner,   # Its data
     model:OnnxModel, # A file of `kd_export` or `export_onnx`
@@ -66,7 +66,7 @@ def quantize_file(
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=around)
     return Path(out)
 
-# %% ../../nbs/ship/quantize.ipynb #0cb71ba7
+# %% ../../nbs/ship/quantize.ipynb #d499520b
 class _Rows(nn.Module):
     "Predictions of the validation set, given out batch by batch"
     def __init__(self, rows):
@@ -99,7 +99,7 @@ def _decide(table, metric, max_loss, lower):
     if b.ms>a.ms: return f"Keep the float file unless size decides: int8 is slower ({gains}).",False
     return f"Ship the int8 file: {gains}.",True
 
-# %% ../../nbs/ship/quantize.ipynb #660974ca
+# %% ../../nbs/ship/quantize.ipynb #592d6f28
 @patch
 def kd_quantize(self:Learner,
     file:str|Path,        # ONNX file of `kd_export` or `export_onnx`

@@ -9,7 +9,7 @@ __all__ = ['ITEM_TRANSFORMS', 'BATCH_TRANSFORMS', 'TABLE_PROCS', 'Ops', 'input_k
            'item_transforms', 'Rescale', 'Standardize', 'Resample', 'batch_module', 'mask_ops', 'table_columns',
            'table_ops', 'reads_in_chunks', 'text_ops', 'class_names', 'run_versions']
 
-# %% ../../nbs/ship/steps.ipynb #e739b31d
+# %% ../../nbs/ship/steps.ipynb #3877d018
 import math, platform
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..hooks.models import as_plain_tensor, isolated_rng, library_versions
 
-# %% ../../nbs/ship/steps.ipynb #63a54fca
+# %% ../../nbs/ship/steps.ipynb #fc8794b3
 class Ops:
     "ONNX nodes, added by calls such as `op.Add(x, 1.)`; arrays and numbers become constants"
     def __init__(self,
@@ -52,7 +52,7 @@ class Ops:
 
 _FLOAT,_UINT8,_INT32,_INT64,_STRING,_DOUBLE = 1,2,6,7,8,11  # element types of ONNX
 
-# %% ../../nbs/ship/steps.ipynb #2959bfb3
+# %% ../../nbs/ship/steps.ipynb #2f7c642a
 def _shape(op, x):
     "Height and width of pictures `(N, C, H, W)`, as int64 of shape (2,)"
     return op.Shape(x, start=2)
@@ -98,7 +98,7 @@ def _bilinear(tfm):
 
 def _hw(size): return np.array([size[1], size[0]], np.int64)  # fastai keeps width, height
 
-# %% ../../nbs/ship/steps.ipynb #8ece122f
+# %% ../../nbs/ship/steps.ipynb #8ecdabc0
 def _resize_window(op, shape, tfm):
     "Start and size, both (2,), of the largest crop (or smallest padded rectangle) that has the final shape"
     final = _hw(tfm.size).astype(float)
@@ -185,7 +185,7 @@ def _cannot(tfm, what):
             f"(it can write {known}, and leaves out what is for training alone): "
             "remove it, or write the network alone with export_onnx and repeat the transform by hand")
 
-# %% ../../nbs/ship/steps.ipynb #ac790f82
+# %% ../../nbs/ship/steps.ipynb #4b8e8301
 class Rescale(nn.Module):
     "fastai's `IntToFloatTensor`"
     def __init__(self,
@@ -250,7 +250,7 @@ def batch_module(
         res.append(kind(f))
     return nn.Sequential(*res)
 
-# %% ../../nbs/ship/steps.ipynb #1a26e913
+# %% ../../nbs/ship/steps.ipynb #2f3ae4ba
 def mask_ops(
     op:Ops,   # Where the nodes are added
     logits:str, # Name of the logits, `(N, C, h, w)`
@@ -272,7 +272,7 @@ def mask_ops(
         mask = op.Sub(mask, np.int32(1))
     return op.Squeeze(mask, np.array([1]))
 
-# %% ../../nbs/ship/steps.ipynb #68d395dd
+# %% ../../nbs/ship/steps.ipynb #b16af0e5
 TABLE_PROCS = ('Categorify','FillMissing','Normalize')
 _TARGET_PROCS = ('Categorize','MultiCategorize','EncodedMultiCategorize','RegressionSetup','OneHotEncode')
 
@@ -323,7 +323,7 @@ def table_ops(
         numbers = op.Div(op.Sub(numbers, mean), std)
     return op.Concat(*codes, axis=1) if codes else None, op.Cast(numbers, to=_FLOAT) if numbers else None
 
-# %% ../../nbs/ship/steps.ipynb #8781f2a7
+# %% ../../nbs/ship/steps.ipynb #f1881274
 def reads_in_chunks(
     model:nn.Module # A model
 )->bool:
@@ -365,7 +365,7 @@ def text_ops(
     largest,mean = (f(x, np.array([0]), keepdims=0) for f in (op.ReduceMax, op.ReduceMean))
     return op.Concat(last, largest, mean, axis=1)
 
-# %% ../../nbs/ship/steps.ipynb #bb86c1d2
+# %% ../../nbs/ship/steps.ipynb #0c639558
 def class_names(
     dls # `DataLoaders`
 )->list|None: # None without names

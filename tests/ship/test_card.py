@@ -5,7 +5,8 @@ import pytest, torch, yaml
 from fastai.basics import *
 from fastai.callback.all import *
 from kd_fastai.all import *
-from kd_fastai.ship.card import data_fingerprint, recall_by_class, resize_batch
+from kd_fastai.report.measure import resize_batch
+from kd_fastai.ship.card import data_fingerprint, recall_by_class
 from kd_fastai.demo import digits, small_net
 
 for o in [*globals()]:
@@ -73,8 +74,10 @@ def test_lost_samples_are_where_they_are_said_to_be(card, trained, teacher):
 
 def test_front_matter_and_tables_are_valid(card):
     front = re.match(r'---\n(.*?)\n---\n\n# ', card.markdown, re.S)[1]
-    assert yaml.safe_load(front)==dict(library_name='fastai', tags=['knowledge-distillation','fastai','kd_fastai'],
-                                       metrics=['accuracy'], license='apache-2.0')
+    front = yaml.safe_load(front)
+    front.pop('model-index', None)
+    assert front==dict(library_name='fastai', tags=['knowledge-distillation','fastai','kd_fastai'],
+                       metrics=['accuracy'], license='apache-2.0')
     tables = re.findall(r'(?:^\|.*\|\n)+', card.markdown, re.M)
     assert len(tables)==3
     for t in tables: assert len({len(re.findall(r'(?<!\\)\|', l)) for l in t.splitlines()})==1
@@ -84,6 +87,9 @@ def test_the_hub_reads_it(card):
                               reason='the Hub reads cards by huggingface_hub, which is not installed')
     data = hub.ModelCard(card.markdown).data
     assert (data.library_name, data.license, data.metrics)==('fastai','apache-2.0',['accuracy'])
+    result, = data.eval_results
+    assert (data.model_name,result.metric_type)==('A | title','accuracy')
+    assert result.metric_value==pytest.approx(card.scores.accuracy['student'])
 
 def test_says_how_it_was_trained(card, trained):
     for o in (repr(trained[1]), 'epochs: 6', 'training samples: 100', data_fingerprint(trained[0].dls.valid),
@@ -145,3 +151,61 @@ def test_fingerprint():
 def test_resized_batches():
     assert [*resize_batch((torch.arange(3),), 7)[0]]==[0,1,2,0,1,2,0]
     assert len(resize_batch((torch.zeros(5,2),), 1)[0])==1
+
+# ---- what a newcomer read in a card
+
+def test_no_object_addresses(card, trained):
+    "fastai's schedules, losses and optimizers have representations that name them"
+    assert not re.search(r'0x[0-9a-f]{6}', card.markdown) and 'sched_cos(0, 1)' in card.markdown
+
+def test_models_of_one_architecture_have_one_latency(card):
+    assert card.scores.ms_batch_1['student']==card.scores.ms_batch_1['alone']!=card.scores.ms_batch_1['teacher']
+
+def test_epochs_without_validation_count(teacher):
+    class LastOnly(Callback):
+        "Validates in the last epoch alone"
+        def before_validate(self):
+            if self.epoch<self.n_epoch-1: raise CancelValidException
+    assert 'epochs: 3' in learner(epochs=3, cbs=LastOnly()).kd_card(teacher).markdown
+
+def test_titles_fit_their_pictures(teacher):
+    "Long class names are wrapped: no two titles of a row overlap"
+    learn = learner(epochs=1)
+    learn.dls.vocab = [f'Travel and many other places {i}' for i in range(10)]
+    fig = dict(p for p in learn.kd_card(teacher).parts if isinstance(p, tuple))['wrong_now']
+    fig.canvas.draw()
+    boxes = [ax.title.get_window_extent() for ax in fig.axes if ax.get_title()]
+    assert len(boxes)>1 and not any(a.overlaps(b) for i,a in enumerate(boxes) for b in boxes[:i])
+
+def test_class_map_of_the_training():
+    "Two models that agree everywhere, in other columns"
+    x,y = torch.eye(5).repeat(8,1)*6,torch.arange(5).repeat(8)
+    perm = [3,0,5,1,2]
+    student,teacher = nn.Linear(5,5,bias=False),nn.Linear(5,6,bias=False)
+    student.weight.data,teacher.weight.data = torch.eye(5),torch.zeros(6,5)
+    for c,k in enumerate(perm): teacher.weight.data[k,c] = 1.
+    data = [*zip(x,y)]
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, class_map=perm)
+    dls = DataLoaders(DataLoader(data, bs=40), DataLoader(data, bs=40))
+    learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), metrics=error_rate, cbs=kd)
+    for card in (learn.kd_card(teacher), learn.remove_cb(kd).kd_card(teacher, kd=kd)):
+        assert card.scores.agreement['student']==1 and card.scores.error_rate['teacher']==0 and not len(card.lost)
+
+@pytest.mark.slow
+def test_files_and_a_script(tmp_path):
+    "Samples are named by file, and the card has the script that runs the ONNX file"
+    for o in ('onnx','onnxruntime','onnxscript'): pytest.importorskip(o, reason=f'{o} is not installed')
+    from fastai.vision.all import ImageDataLoaders, Resize, get_image_files
+    from PIL import Image
+    (tmp_path/'pictures').mkdir()
+    for i in range(24):
+        x = np.random.default_rng(i).integers(0, 255, (20+i,30,3), dtype=np.uint8)
+        Image.fromarray(x).save(tmp_path/f'pictures/{i%2}_{i}.png')
+    files = get_image_files(tmp_path)
+    dls = ImageDataLoaders.from_name_func(tmp_path, files, lambda o: o[0], bs=8, item_tfms=Resize(16), device='cpu')
+    def net(): return nn.Sequential(nn.Flatten(), nn.Linear(768,2))
+    learn = Learner(dls, net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    file = learn.kd_export(tmp_path/'student.onnx', scores={})
+    card = learn.kd_card(net(), file=file)
+    assert card.lost.file.str.startswith('pictures').all() and card.lost.file.str.endswith('.png').all()
+    assert "InferenceSession('student.onnx')" in card.markdown and '<pre>' in card.html

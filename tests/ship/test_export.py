@@ -1,10 +1,11 @@
 "Files of `kd_export`: each kind of data against `learn.predict`, from files on disk, and a process without PyTorch."
+import subprocess, sys
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from PIL import Image, ImageOps
 from fastai.vision.all import *
 from kd_fastai.all import *
-from kd_fastai.ship.export import read_image
+from kd_fastai.ship.export import read_image, runner_code
 from support import quiet
 
 for o in [*globals()]:
@@ -277,3 +278,55 @@ def test_parity_says_what_it_needs(exported):
     with pytest.raises(ValueError, match='at least one file'): exported[0].kd_parity([], onnx=exported[1])
     with pytest.raises(TypeError, match='takes images before the preprocessing'):
         exported[0].kd_parity(rounds=1, onnx=exported[1])
+
+# ---- a script without PyTorch, and int8
+
+BLOCK = """import sys
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        banned = ('torch','fastai','fastcore','kd_fastai')
+        if name.split('.')[0] in banned: raise ImportError(f'{name} is forbidden here')
+sys.meta_path.insert(0, Forbid())
+"""
+
+def run_script(code, folder, *args):
+    "What a script prints in a process that cannot import PyTorch, fastai or kd_fastai"
+    (folder/'run.py').write_text(BLOCK+code)
+    res = subprocess.run([sys.executable, 'run.py', *map(str, args)], cwd=folder, capture_output=True, text=True)
+    assert res.returncode==0, res.stderr
+    return res.stdout
+
+def test_the_printed_script_runs_without_pytorch(exported, folder, tmp_path):
+    learn,model = exported
+    shutil.copy(model.file, tmp_path/'m.onnx')
+    code = runner_code(model.info, 'm.onnx')
+    assert len([o for o in code.splitlines() if o])<=10
+    for file in get_image_files(folder)[:2]:
+        with learn.no_bar(): name,_,prob = learn.predict(file)
+        said = run_script(code, tmp_path, file).splitlines()[0]
+        assert said.startswith(f'{name}: ')
+        assert float(said.split(': ')[1][:-1])==pytest.approx(100*prob.max().item(), abs=0.1)
+
+def test_the_process_without_pytorch_has_none(tmp_path):
+    with pytest.raises(AssertionError, match='torch is forbidden here'): run_script('import torch', tmp_path)
+
+@pytest.mark.slow
+def test_int8_from_files(exported, folder, tmp_path):
+    "The int8 file takes pictures, is smaller, and its table is that of both files"
+    learn,model = exported
+    res = learn.kd_quantize(model.file, tmp_path/'int8.onnx', samples=12, rounds=3)
+    names = [OnnxModel(res.file).predict(f)[0] for f in get_image_files(folder)]
+    assert {*names}<={'a','b'} and OnnxModel(res.file).info==model.info
+    assert [*res.table.index]==['float','int8'] and res.table.agreement['int8']>0.8
+    assert res.table.accuracy['float']==pytest.approx(learn.validate()[1])
+    assert res.ship==res.decision.startswith('Ship the int8 file')
+    assert 'accuracy' in res.decision and 'times as fast' in res.decision
+
+def test_the_decision_for_int8():
+    from kd_fastai.ship.quantize import _decide
+    def table(ms, accuracy):
+        return pd.DataFrame(dict(kb=[100.,30.], ms=[1.,ms], accuracy=[0.9,accuracy]), index=["float","int8"])
+    assert _decide(table(0.5, 0.895), 'accuracy', 0.01, False)[1]
+    assert 'int8 loses 0.02' in _decide(table(0.5, 0.88), 'accuracy', 0.01, False)[0]
+    assert 'int8 is slower' in _decide(table(1.5, 0.9), 'accuracy', 0.01, False)[0]
+    assert not _decide(table(0.5, math.nan), 'accuracy', 0.01, False)[1]

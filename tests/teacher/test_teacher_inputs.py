@@ -9,8 +9,7 @@ from fastai.data.transforms import RandomSplitter
 from fastai.learner import load_learner
 from kd_fastai.all import (CachedTeacher, FitNet, MeanTeacher, SoftTarget, StoredTeacher, Term, kd_compare,
     layer_similarity, match_feature_layers, plot_attention, plot_similarity)
-from kd_fastai.ship.card import metric_values
-from kd_fastai.report.scores import predicted_classes
+from kd_fastai.report.scores import predicted_classes, score_models
 from kd_fastai.ship.export import deployable
 from kd_fastai.demo import digits, small_net
 from support import KD, KeepBatches, fit, history, hooks, learner, weights
@@ -196,7 +195,7 @@ def test_predicted_classes_and_metrics(teacher):
     pred,teacher_pred = by_hand(learn, teacher)
     assert answers.student.tolist()==pred.argmax(1).tolist()
     assert answers.teacher.tolist()==teacher_pred.argmax(1).tolist()
-    assert metric_values(learn, learn.model)['accuracy']==pytest.approx(learn.validate()[1])
+    assert score_models(learn).metrics.accuracy['student']==pytest.approx(learn.validate()[1])
 
 def test_parity_and_example_inputs_are_the_students(teacher):
     learn = fit(taught(teacher))
