@@ -1,7 +1,7 @@
-"""Which terms and weights should `learn.distill(teacher)` have? Students alone and with a teacher, in several regimes
-of digits and of Fashion-MNIST (14x14 pixels), where the teacher has more labels than the student.
+"""Which terms and weights should `learn.distill(teacher)` have? Baselines and students with a teacher, in several
+regimes of digits and of Fashion-MNIST (14x14 pixels), where the teacher has more labels than the student.
 
-    python benchmarks/defaults.py [--regimes ...] [--seeds 5] [--ways ...] [--folder FOLDER]
+    python benchmarks/defaults.py [--regimes ...] [--seeds 5] [--methods ...] [--folder FOLDER]
 
 Runs go to `tables/defaults_runs.csv`, which is completed, and their comparison to `tables/defaults.csv`."""
 import argparse, time
@@ -12,10 +12,9 @@ import torch
 from fastai.basics import *
 from fastai.callback.schedule import ParamScheduler  # gives Learner its fit_one_cycle  # noqa: F401
 from kd_fastai.all import *
-from kd_fastai.report.compare import comparison_table
 from kd_fastai.demo import digits, fashion, small_net
-import common
-from pictures import Follow, feature, falling, rising, soft
+from sweep import NoValidation, TABLES
+from pictures import Follow, feature, falling, rising, soft, write_table
 
 # data, labels, epochs, batch size
 REGIMES = {'digits short': ('digits', 200, 5, 20), 'digits': ('digits', 200, 20, 20),
@@ -41,9 +40,9 @@ def last(schedule, loss=CosineSmoothL1): return feature(schedule, '>', loss)
 def kd(terms, *cbs, task_weight=1.):
     return lambda teacher: [KnowledgeDistillationCallback(teacher, terms(), task_weight=task_weight), *cbs]
 
-WAYS = {
-    'student alone': lambda teacher: [],
-    'distill 0.1': kd(lambda: [soft(rising())]),
+METHODS = {
+    'baseline': lambda teacher: [],
+    'soft rising': kd(lambda: [soft(rising())]),
     'soft adapt': kd(lambda: [soft(None)], Follow()),
     'soft adapt rising': kd(lambda: [soft(rising())], Follow()),
     'soft adapt rising cap 10': kd(lambda: [soft(rising())], Follow(10.)),
@@ -54,38 +53,36 @@ WAYS = {
     'F x10 falling, soft adapt rising': kd(lambda: [last(falling(10)), soft(rising())], Follow()),
 }
 
-def run(regime, way, seed, folder):
+def run(regime, method, seed, folder):
     "Train one student. Returns its row"
     name,labels,epochs,bs = REGIMES[regime]
     t = teacher(name, folder)
     set_seed(seed, reproducible=True)
     learn = Learner(data(name, labels, seed, bs, folder), small_net(8), lr=1e-2, loss_func=CrossEntropyLossFlat(),
                     metrics=accuracy)
-    cbs = WAYS[way](t)
+    cbs = METHODS[method](t)
     set_seed(seed, reproducible=True)
     began = time.process_time()
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, cbs=[*cbs, common.NoValidation()])
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, cbs=[*cbs, NoValidation()])
     took = time.process_time()-began
     with learn.no_bar(), learn.no_logging(): loss,acc = learn.validate()
-    return dict(regime=regime, way=way, seed=seed, accuracy=acc, valid_loss=loss, seconds=round(took, 1))
+    return dict(regime=regime, method=method, seed=seed, accuracy=acc, valid_loss=loss, seconds=round(took, 1))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--regimes', nargs='*', default=[*REGIMES], choices=[*REGIMES])
     p.add_argument('--seeds', type=int, default=5)
-    p.add_argument('--ways', nargs='*', default=[*WAYS])
+    p.add_argument('--methods', nargs='*', default=[*METHODS])
     p.add_argument('--folder', type=Path)
-    p.add_argument('--file', type=Path, default=common.TABLES/'defaults_runs.csv')
+    p.add_argument('--file', type=Path, default=TABLES/'defaults_runs.csv')
     a = p.parse_args()
     torch.set_num_threads(1)
     for regime in a.regimes:
         for seed in range(a.seeds):
-            runs = pd.read_csv(a.file) if a.file.exists() else pd.DataFrame(columns=['regime','way','seed'])
-            done = {*zip(runs.regime, runs.way, runs.seed)}
-            rows = [run(regime, w, seed, a.folder) for w in a.ways if (regime,w,seed) not in done]
+            runs = pd.read_csv(a.file) if a.file.exists() else pd.DataFrame(columns=['regime','method','seed'])
+            done = {*zip(runs.regime, runs.method, runs.seed)}
+            rows = [run(regime, w, seed, a.folder) for w in a.methods if (regime,w,seed) not in done]
             pd.concat([o for o in (runs, pd.DataFrame(rows)) if len(o)]).to_csv(a.file, index=False)
-        runs = pd.read_csv(a.file)
-        print(regime, comparison_table(runs[runs.regime==regime].drop(columns='regime'), 'accuracy', 'student alone')
-              .mul(1).round(4), sep='\n', flush=True)
+    write_table(pd.read_csv(a.file), ['regime'], a.file.with_name('defaults.csv'))
 
 if __name__=='__main__': main()

@@ -1,9 +1,9 @@
 """Does a teacher help a small network on color pictures, when both have the same labels?
 
 The teacher is EfficientNet-Lite0 with ImageNet weights, fine-tuned on the pictures that the student trains on. The
-student is small and begins from random weights. All ways make equally many steps, from the same seeds, on the same 8
-augmented views of each picture; the score is that of the last epoch, on other emoji. Methods are chosen on one half of
-the emoji (`--half choose`) and reported on the other one (`--half report`).
+student is small and begins from random weights. All methods train for equally many steps, from the same seeds, on the
+same 8 augmented views of each picture; the score is that of the last epoch, on other emoji. `--half choose` and
+`--half report` share no emoji: methods are chosen on one and reported on the other.
 
     python benchmarks/pictures.py --half report --labels 1142 --steps 1400 --seeds 0 1 2
 
@@ -19,9 +19,10 @@ from torch import nn, Tensor
 from torch.utils.data import TensorDataset
 from fastai.vision.all import *
 from kd_fastai.all import *
-from kd_fastai.report.compare import StudentInputs
+from kd_fastai.report.compare import comparison_table
+from kd_fastai.report.runs import StudentInputs
 from data import CACHE, emoji, emoji_split, lite0, normalized, plain, separable
-import common
+from sweep import NoValidation, TABLES
 
 VIEWS,SIZE = 8,96
 STUDENTS = dict(separable=separable, plain=plain)
@@ -72,7 +73,7 @@ def tune(views, y, valid, epochs=6):
                           for head in (False,True)]
     net = lite0(9).to(memory_format=torch.channels_last)
     learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=split)
-    with learn.no_bar(), learn.no_logging(), learn.added_cbs(common.NoValidation()):
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(NoValidation()):
         learn.freeze()
         learn.fit_one_cycle(1, 3e-3)
         learn.unfreeze()
@@ -165,7 +166,7 @@ def make_learner(o, student, pixels, seed):
     net = STUDENTS[student]().to(memory_format=torch.channels_last)
     return Learner(data(o, seed, pixels), net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2)
 
-# --- ways to train
+# --- methods
 
 def times(k, f=None):
     "A schedule that multiplies by k"
@@ -207,14 +208,14 @@ def to_half(p): return float(p<.5)
 def second(k=1.): return lambda p: k*SchedCos(0,1)(max(0., 2*p-1))
 
 def kd(terms, *cbs, task_weight=1.):
-    "A way: the terms, and other callbacks"
-    def way(teacher):
+    "A method: the terms, and other callbacks"
+    def method(teacher):
         return [KnowledgeDistillationCallback(teacher, terms(), task_weight=task_weight, teacher_inputs=1), *cbs]
-    return way
+    return method
 
-WAYS = {
-    'student alone': lambda teacher: [StudentInputs(1)],
-    'distill 0.1': kd(lambda: [soft(rising())]),
+METHODS = {
+    'baseline': lambda teacher: [StudentInputs(1)],
+    'soft rising': kd(lambda: [soft(rising())]),
     'F before x.5': kd(lambda: [feature(times(.5))]),
     'F before x3 falling': kd(lambda: [feature(falling(3))]),
     'F before x10 falling': kd(lambda: [feature(falling(10))]),
@@ -233,22 +234,31 @@ WAYS = {
 
 # --- the study
 
-def run(half, student, pixels, labels, steps, way, seed):
+def run(half, student, pixels, labels, steps, method, seed):
     "Train one student. Returns its row"
     o = recorded(half, labels)
     learn = make_learner(o, student, pixels, seed)
     epochs = max(1, round(steps/len(learn.dls.train)))
-    cbs = WAYS[way](Recorded(o))
+    cbs = METHODS[method](Recorded(o))
     set_seed(seed, reproducible=True)
     began = time.process_time()
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, cbs=[*cbs, common.NoValidation()])
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, cbs=[*cbs, NoValidation()])
     took = time.process_time()-began
     with learn.no_bar(), learn.no_logging(), learn.added_cbs([StudentInputs(1)]):
         p,y = learn.get_preds()
-    return dict(half=half, student=student, pixels=pixels, labels=labels, steps=epochs*len(learn.dls.train), way=way,
-                seed=seed, accuracy=(p.argmax(1)==y).float().mean().item(),
+    return dict(half=half, student=student, pixels=pixels, labels=labels, steps=epochs*len(learn.dls.train),
+                method=method, seed=seed, accuracy=(p.argmax(1)==y).float().mean().item(),
                 valid_loss=nn.functional.nll_loss(p.log(), y).item(), confidence=p.amax(1).mean().item(),
                 seconds=round(took, 1))
+
+def write_table(runs, group, file):
+    "Compare the methods within each group of runs that has a baseline"
+    groups = [(k, o) for k,o in runs.groupby(group) if 'baseline' in {*o.method}]
+    tables = [comparison_table(o.drop(columns=group), 'accuracy', 'baseline').rename_axis('method').reset_index()
+              .assign(**dict(zip(group, k))) for k,o in groups]
+    table = pd.concat(tables, ignore_index=True)
+    table[[*group, *(c for c in table if c not in group)]].round(4).to_csv(file, index=False)
+    print(table.to_string(), flush=True)
 
 GROUP = ['half','student','pixels','labels','steps']
 
@@ -260,19 +270,20 @@ def main():
     p.add_argument('--labels', type=int, default=1142)
     p.add_argument('--steps', type=int, default=1400)
     p.add_argument('--seeds', type=int, nargs='*', default=[*range(5)])
-    p.add_argument('--ways', nargs='*', default=[*WAYS])
-    p.add_argument('--file', type=Path, default=common.TABLES/'pictures_runs.csv')
+    p.add_argument('--methods', nargs='*', default=[*METHODS])
+    p.add_argument('--file', type=Path, default=TABLES/'pictures_runs.csv')
     a = p.parse_args()
     torch.set_num_threads(1)
     for seed in a.seeds:
-        for way in a.ways:
-            runs = pd.read_csv(a.file) if a.file.exists() else pd.DataFrame(columns=[*GROUP,'way','seed'])
-            case = dict(half=a.half, student=a.student, pixels=a.pixels, labels=a.labels, way=way, seed=seed)
+        for method in a.methods:
+            runs = pd.read_csv(a.file) if a.file.exists() else pd.DataFrame(columns=[*GROUP,'method','seed'])
+            case = dict(half=a.half, student=a.student, pixels=a.pixels, labels=a.labels, method=method, seed=seed)
             same = (runs[[*case]]==[*case.values()]).all(1)
             if len(runs) and (same & ((runs.steps-a.steps).abs()<.05*a.steps)).any(): continue
-            row = run(a.half, a.student, a.pixels, a.labels, a.steps, way, seed)
+            row = run(a.half, a.student, a.pixels, a.labels, a.steps, method, seed)
             runs = pd.read_csv(a.file) if a.file.exists() else None
             pd.concat([o for o in (runs, pd.DataFrame([row])) if o is not None]).to_csv(a.file, index=False)
             print({k: round(v, 4) if isinstance(v, float) else v for k,v in row.items()}, flush=True)
+    write_table(pd.read_csv(a.file), GROUP, a.file.with_name('pictures.csv'))
 
 if __name__=='__main__': main()

@@ -6,7 +6,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 
 # %% auto #0
 __all__ = ['kd_callbacks', 'make_terms', 'DistillationSettings', 'FitState', 'first_forward', 'DistillationFit',
-           'DistillationBatch', 'KnowledgeDistillationCallback']
+           'DistillationBatch', 'KnowledgeDistillationCallback', 'advice_for']
 
 # %% ../nbs/callback.ipynb #d260f0dc
 import inspect, warnings
@@ -22,16 +22,19 @@ from fastcore.meta import delegates
 from fastai.basics import L, Learner, find_bs, noop, rank_distrib
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
-from .fit.batch import loss_layout, read_inputs, read_labels, read_positions, tracking, uses_positions
-from .fit.checks import check_count, check_data, check_models, check_teacher_names, check_terms
+from .fit.batch import (find_mixer, first_tensors, loss_layout, read_inputs, read_labels, read_positions,
+    tracking, uses_positions)
+from .fit.checks import (check_count, check_data, check_effect, check_models, check_outputs,
+    check_predictions_of_teacher, check_targets, check_teacher_names, check_terms, check_words)
 from .fit.columns import Columns, TermColumn, recorder_table
 from kd_fastai.fit.internals import (all_reduce_sum, in_validation_context, is_distributed, without_extra_parameters,
     without_last_inputs)
 from .fit.owned import OwnedWeights, OwningCallback
 from .hooks.capture import Capture, LiveHook
 from .hooks.inputs import as_plain_tensor, split_inputs
+from torch.nn.parameter import is_lazy
 from .hooks.layers import parse_layer_pairs, unique_names
-from .hooks.models import RandomStream, get_logits, unwrap_model
+from .hooks.models import RandomStream, digest, get_logits, unwrap_model
 from .losses import Attention, SoftTarget
 from .losses.adapters import check_adapt
 from .losses.masks import check_mask
@@ -57,6 +60,7 @@ def make_terms(
     schedule,adapt,mask# Defaults of the terms
 )->list:
     "Return the terms. Raises `TypeError` if teacher and loss are swapped, `ValueError` without a loss"
+    check_words(loss, pairs)
     is_swapped = isinstance(loss, (nn.Module,Learner)) and not isinstance(
         teacher, (nn.Module,Learner,str,Path,BaseTeacher,dict))
     if is_swapped: raise TypeError(
@@ -68,7 +72,7 @@ def make_terms(
     terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
     return [o.with_defaults(pairs, schedule, adapt, mask) for o in terms]
 
-# %% ../nbs/callback.ipynb #095b4413
+# %% ../nbs/callback.ipynb #eddcc754
 class DistillationSettings(OwningCallback):
     "The settings of a `KnowledgeDistillationCallback`"
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
@@ -135,6 +139,11 @@ class DistillationSettings(OwningCallback):
         "Whether the teacher should agree with the labels: not if the task loss is left out, as with placeholder labels"
         return self.has_trained_teacher and self.task_weight!=0 and not self.objective.class_maps
 
+    def sidecar_key(self)->str:
+        "Return the name of its part of a sidecar: by its terms and, if it does not change, the teacher"
+        mark = digest(*[p.flatten()[:16].tolist() for p in self.teacher.model.parameters()])
+        return f"{self.name}: {' + '.join(o.name for o in self.terms)}"+(f' from {mark}' if self.has_trained_teacher else '')
+
     def reset_weights(self):
         "Forget the weights that 'auto' found: the next fit finds them again, on its first batch"
         self.objective.found_weights.clear()
@@ -156,6 +165,7 @@ class FitState:
         self.epoch = ExitStack()    # closed at the end of the epoch's training
         self.is_capturing = False   # whether hooks are on the models
         self.is_checked = False     # whether the first batch has been checked
+        self.is_first_epoch = True  # of this fit
         self.uses_idx = False       # whether positions of the samples are used
         self.confusion = None       # of the teacher and the labels, in the first epoch
         self.teacher_random = RandomStream() # for teachers that draw random numbers
@@ -185,7 +195,7 @@ def first_forward(
     finally:
         if handle: handle.remove()
 
-# %% ../nbs/callback.ipynb #3e50231d
+# %% ../nbs/callback.ipynb #719b4d67
 class DistillationFit(DistillationSettings):
     "The events of a fit and of its epochs"
     def before_fit(self):
@@ -197,6 +207,7 @@ class DistillationFit(DistillationSettings):
         self.check_models(running[0])
         check_data(self.learn, self.teacher, self.objective, self.warn)
         self.objective.set_layout(*loss_layout(self.learn.loss_func))
+        self.objective.forget_assumed()
         self.teacher.prepare(self.learn.dls.train)
         capture = Capture(self.learn.model, self.objective.layers[0], who='student')
         self.fit_state = FitState(capture, self.make_columns(), running[0])
@@ -215,6 +226,14 @@ class DistillationFit(DistillationSettings):
         if first.teacher_inputs!=self.teacher_inputs: raise ValueError(
             f"Expected one teacher_inputs in all distillation callbacks of a Learner, got {first.teacher_inputs} "
             f"and {self.teacher_inputs}: a function as teacher_tfm chooses among them")
+        mixer = find_mixer(self.learn)
+        if self.teacher_inputs and mixer: raise ValueError(
+            f"{type(mixer).__name__} mixes a single input, and would not mix the teacher's: "
+            "leave it out, or leave out teacher_inputs")
+        twice = [o.name for o in self.terms if first is not self and o.name in [t.name for t in first.terms]]
+        if twice and {*self.teacher.model.modules()} & {*first.teacher.model.modules()}: self.warn('twice',
+            f"Two distillation callbacks train {', '.join(twice)} from the same teacher, and their terms add up: "
+            "learn.distill replaces an earlier callback, fit(cbs=...) adds another one")
 
     def make_columns(self)->Columns:
         "Return the means of a fit, with column names that the Learner does not have yet"
@@ -260,6 +279,8 @@ class DistillationFit(DistillationSettings):
         if state.columns.count and not state.columns.has_labels:
             for name in needs_labels: self.warn(('labels', name),
                 f"{name} needs labels, but no sample in this epoch had one, so it had no effect. SoftTarget needs none")
+        check_effect(self.objective, state.columns, state.is_first_epoch and self.has_trained_teacher, self.warn)
+        state.is_first_epoch = False
         confusion,state.confusion = state.confusion,None
         problem = confusion and confusion.warning()
         if problem and not rank_distrib(): self.warn('agreement', problem)
@@ -269,7 +290,7 @@ class DistillationFit(DistillationSettings):
         "Also remove the hooks if the epoch was cancelled during its training"
         if self.fit_state is not None and not in_validation_context(self.learn): self.fit_state.epoch.close()
 
-# %% ../nbs/callback.ipynb #2154e757
+# %% ../nbs/callback.ipynb #8743a3f8
 class DistillationBatch(DistillationFit):
     "What is read of a batch"
     @property
@@ -323,8 +344,9 @@ class DistillationBatch(DistillationFit):
         return self.fit_state.answer
 
     def student_pred(self)->Tensor:
-        "Return the student's predictions that losses compare"
-        return get_logits(self.learn.pred)
+        "Return the student's predictions that losses compare; if none does, any tensor of its output"
+        reads = any(o.uses_predictions or o.takes_all or callable(o.sample_weight) for o in self.terms)
+        return get_logits(self.learn.pred) if reads else first_tensors(self.learn.pred)[0]
 
     def batch_inputs(self, device)->dict:
         "Return what `Objective.prepare` takes besides predictions and features: labels, fields, masks, positions"
@@ -349,7 +371,7 @@ class DistillationBatch(DistillationFit):
         self.owned.created(self.learn)
         self.owned.attach(self.learn, self.scope)
 
-# %% ../nbs/callback.ipynb #ccce11e6
+# %% ../nbs/callback.ipynb #de9e2655
 class KnowledgeDistillationCallback(DistillationBatch):
     """Train a student with a teacher.
 
@@ -380,7 +402,9 @@ class KnowledgeDistillationCallback(DistillationBatch):
     def find_weights(self, batch, values):
         "Find the weights that are 'auto', equal in all processes, and print them"
         params = [p for p in self.learn.model.parameters() if p.requires_grad]
-        norms = self.objective.gradient_norms(batch, values, params)
+        try: norms = self.objective.gradient_norms(batch, values, params)
+        except RuntimeError:  # compiled models and reentrant checkpoints have one backward pass: compare at the output
+            norms = self.objective.gradient_norms(batch, values, first_tensors(self.learn.pred))
         if is_distributed(self.learn):
             sums = iter(all_reduce_sum([n for pair in norms.values() for n in pair], batch.task.device))
             norms = {k: (next(sums), next(sums)) for k in norms}
@@ -393,10 +417,14 @@ class KnowledgeDistillationCallback(DistillationBatch):
         if not is_silent: print(f"Weights found on the first batch: {found}")
 
     def check_first_batch(self, batch, values, weights):
-        "Raise or warn about terms that cannot have an effect, once a fit"
+        "Raise or warn about terms that cannot have an effect, and about predictions and labels, once a fit"
         state = self.fit_state
-        if not state.is_checked: check_terms(self.objective, batch, values, weights, state.capture.modules, self.warn)
+        if state.is_checked: return
         state.is_checked = True
+        check_terms(self.objective, batch, values, weights, state.capture.modules, self.warn)
+        check_predictions_of_teacher(batch, self.warn)
+        check_targets(self.objective, batch, self.warn)
+        check_outputs(self.learn.pred, self.warn)
 
     def record(self, batch, values, weights):
         "Keep the numbers of this batch, and add them to the columns"
@@ -443,6 +471,17 @@ class KnowledgeDistillationCallback(DistillationBatch):
             try: yield
             finally: learn.metrics,learn.dls = metrics,dls
 
+# %% ../nbs/callback.ipynb #ced62482
+def advice_for(
+    name:str, # An argument that there is not
+    value     # Its value
+)->str:
+    "Return what to write instead"
+    if name=='weights': return f"give one weight, weight={value!r}, or one for each term, [Term(SoftTarget, 0.5), ...]"
+    if name in ('alpha','kd_weight','lambda_kd'): return f"the weights are task_weight=1. and weight={value!r}"
+    name = 'T' if name in ('temp','temperature','tau') else name
+    return f"parameters of a loss are given by Term(loss, {name}=...), as in Term(SoftTarget, {name}={value!r})"
+
 # %% ../nbs/callback.ipynb #2091d77b
 @patch
 @delegates(KnowledgeDistillationCallback)
@@ -456,10 +495,14 @@ def distill(self:Learner,
     "Attach a `KnowledgeDistillationCallback`, and remove an earlier one. Trains nothing; returns the Learner"
     for k in kwargs:
         if k not in inspect.signature(KnowledgeDistillationCallback).parameters: raise TypeError(
-            f"distill has no argument {k!r}: parameters of a loss are given by Term(loss, {k}=...)")
+            f"distill has no argument {k!r}: {advice_for(k, kwargs[k])}")
     losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
     if layers is not None: losses.append(Term(features, layers=layers))
     kd = KnowledgeDistillationCallback(teacher, losses, **kwargs)
+    n_s,n_t = (sum(p.numel() for p in m.parameters() if p.layout==torch.strided and not is_lazy(p))
+               for m in (self.model, kd.teacher.model))
+    if kd.has_trained_teacher and 0<4*n_t<n_s: warnings.warn(
+        f"The teacher has {n_t:,} parameters and the student {n_s:,}: student.distill(teacher) is the order")
     self.remove_cbs(L(kd_callbacks(self)))
     return self.add_cb(kd)
 

@@ -95,7 +95,7 @@ class Batch(NamedTuple):
         "Return whether any position has a label"
         return self.mask is None or bool(self.mask.any())
 
-# %% ../nbs/objective.ipynb #44c451b7
+# %% ../nbs/objective.ipynb #8b3174f3
 def keep_positions(
     batch:Batch, # A batch
     mask:Tensor  # Positions to keep, `(B, *spatial)`
@@ -116,7 +116,7 @@ def keep_positions(
     idx = None if batch.idx is None else batch.idx[mask.to(batch.idx.device)]
     return res._replace(fm_s=fm_s, fm_t=fm_t, idx=idx)
 
-# %% ../nbs/objective.ipynb #2d9c6536
+# %% ../nbs/objective.ipynb #ed771ff7
 class TermList:
     "Terms with names that differ, and the teachers and layers that they name"
     def __init__(self,
@@ -181,7 +181,7 @@ def default_schedule(
     rises = term.weight=='auto' and not term.uses_features and task_weight
     return SchedCos(0, 1) if rises else None
 
-# %% ../nbs/objective.ipynb #65129b10
+# %% ../nbs/objective.ipynb #7fba4a29
 class OwnedTerms(TermList):
     "Terms whose losses may own weights"
     built,params,channels = False,(),{} # until `build`; without modules there is nothing to build
@@ -371,7 +371,7 @@ def find_layout(
     axis = find_class_axis(class_axis, pred, target)
     return noop if axis==1 else lambda p: p.movedim(axis, 1) if p.ndim>2 else p
 
-# %% ../nbs/objective.ipynb #26f9f19b
+# %% ../nbs/objective.ipynb #5002a356
 def class_labels(
     target,     # Labels
     pred:Tensor # Predictions, classes in dimension 1
@@ -472,7 +472,7 @@ class PreparedTerms(WeightedTerms):
         by_teacher = {k: with_teacher(batch, p, fm_t[k], layout, maps.get(k)) for k,p in teacher_pred.items()}
         return batch._replace(by_teacher=by_teacher)
 
-# %% ../nbs/objective.ipynb #e3a4293b
+# %% ../nbs/objective.ipynb #14ed2e4d
 class Objective(PreparedTerms):
     "The task loss plus weighted terms, for one batch after another: `prepare`, `values`, `weights`, `total`"
     def __init__(self,
@@ -532,7 +532,7 @@ class Objective(PreparedTerms):
         self.load_loss_states(state['losses'])
         self.found_weights,self.magnitudes = dict(state['found_weights']),dict(state['magnitudes'])
 
-# %% ../nbs/objective.ipynb #0b3dfd22
+# %% ../nbs/objective.ipynb #1341dd26
 def value_of(
     term:Term,      # A term
     batch:Batch,    # From `prepare`

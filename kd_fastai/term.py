@@ -9,7 +9,7 @@ __all__ = ['check_number', 'check_weight', 'check_schedule', 'sample_values', 'm
            'of_mixed_labels', 'of_weighted_samples', 'LossCall', 'BatchLoss', 'check_scalar', 'Term', 'check_term',
            'check_term_layers']
 
-# %% ../nbs/term.ipynb #2bbc0fbe
+# %% ../nbs/term.ipynb #4cdab41d
 import copy, math
 from functools import partial
 from typing import Callable
@@ -21,7 +21,7 @@ from .losses.facts import get_loss_info, has_sample_values, loss_args, loss_name
 from .hooks.layers import layer_name, parse_layer_pairs, unique_names
 from .losses.masks import check_mask, check_maskable, masked_loss
 
-# %% ../nbs/term.ipynb #5f3391a2
+# %% ../nbs/term.ipynb #c3bd21c1
 def check_number(
     x,        # A number
     what:str  # Its name in error messages
@@ -57,7 +57,7 @@ def check_schedule(
         f"got {schedule!r}")
     for pos in (0., 0.5, 1.): check_number(schedule(pos), f"A schedule's value at {pos}")
 
-# %% ../nbs/term.ipynb #b0febf90
+# %% ../nbs/term.ipynb #b32f1c55
 def sample_values(
     loss:Callable # A loss, or one that was made by `mean_of`
 )->Callable|None: # A function of the same arguments, by keyword, that returns `(B,)`
@@ -115,7 +115,7 @@ def of_weighted_samples(
         return weight.to(res)*res
     return mean_of(weighted)
 
-# %% ../nbs/term.ipynb #fc2015d1
+# %% ../nbs/term.ipynb #82c43e34
 class LossCall:
     """A loss with its parameters, constant or scheduled, and what it reads.
 
@@ -159,7 +159,7 @@ class LossCall:
         params = {**unwrap_loss(self.loss)[1], **dict.fromkeys(self.params, 'schedule')}
         return loss_name(self.loss)+(f"({', '.join(f'{k}={v}' for k,v in params.items())})" if params else '')
 
-# %% ../nbs/term.ipynb #fb39c3fb
+# %% ../nbs/term.ipynb #1fcf11b6
 class BatchLoss(LossCall):
     "A loss with layers, a mask and weights of samples, and its value for a batch"
     layers,teacher,mask,sample_weight,name = ([],[]),None,None,None,'loss'
@@ -216,7 +216,7 @@ def check_scalar(
     got = f"one of shape {tuple(value.shape)}: take its mean" if isinstance(value, Tensor) else type(value).__name__
     raise TypeError(f"{name} must return a scalar tensor, got {got}")
 
-# %% ../nbs/term.ipynb #d13dc19b
+# %% ../nbs/term.ipynb #35dc27a7
 class Term(BatchLoss):
     """One part of the objective: `weight * schedule(progress) * loss`.
 
@@ -285,7 +285,7 @@ class Term(BatchLoss):
         if pairs: res += f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in pairs)}"
         return res if self.adapt is None else res+', adapted'
 
-# %% ../nbs/term.ipynb #a2918260
+# %% ../nbs/term.ipynb #3cbae763
 def check_term(
     term:Term # A new term
 ):

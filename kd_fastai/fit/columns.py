@@ -81,7 +81,7 @@ class Columns:
         *sums,self.count = all_reduce_sum([*self.sums.values(), self.count], device)
         self.sums = dict(zip(self.names, sums))
 
-# %% ../../nbs/fit/columns.ipynb #188a0d8e
+# %% ../../nbs/fit/columns.ipynb #51a2ee8c
 def recorder_table(
     learn:Learner # A Learner that has trained
 )->pd.DataFrame|None: # None if the recorder has no values

@@ -9,7 +9,7 @@ __all__ = ['SIDECAR_FORMAT', 'tensors_of', 'OwnedWeights', 'sidecar_path', 'file
            'save_sidecar', 'load_sidecar', 'OwningCallback']
 
 # %% ../../nbs/fit/owned.ipynb #daf56b4f
-import copy, hashlib, os, warnings
+import copy, hashlib, os, warnings, weakref
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -36,7 +36,13 @@ class OwnedWeights:
     def __init__(self,
         source # What owns the weights
     ):
-        self.source,self.extra,self.pending = source,ExtraParams(),None
+        self.source,self.extra,self.pending,self.student = source,ExtraParams(),None,None
+
+    def __deepcopy__(self, memo):
+        "A copy belongs to the copied student"
+        res = memo[id(self)] = copy.copy(self)
+        res.__dict__.update({k: copy.deepcopy(v, memo) for k,v in vars(self).items() if k!='student'}, student=None)
+        return res
 
     @property
     def params(self)->list:
@@ -57,6 +63,10 @@ class OwnedWeights:
     ):
         "Let the optimizer train the parameters until `scope` closes. `lr_find` leaves them as they were"
         if not self.source.built: return
+        if self.student is not None and self.student() is not learn.model: warnings.warn(
+            "The weights of the losses were trained with another student and go on from there: "
+            "give each student a callback of its own")
+        self.student = weakref.ref(learn.model)
         if learn.opt is None: return  # learn.summary, for one, calls before_fit without an optimizer
         trial = any(isinstance(cb, LRFinder) for cb in learn.cbs)
         if trial: scope.callback(self.source.load_state_dict, copy.deepcopy(self.source.state_dict()))
@@ -118,6 +128,7 @@ class OwnedWeights:
         self.pending = None if self.source.built else state
         if not self.source.built: return
         self.source.load_state_dict(state['source'])
+        self.student = None  # they are those of the file
         if not self.params: self.extra.params = [*self.source.parameters()]
         def on_device(s, p):
             return {k: v.to(p.device) if isinstance(v, Tensor) and v.shape==p.shape else v for k,v in s.items()}
@@ -190,7 +201,7 @@ def load_sidecar(
     warnings.warn(f"{sidecar.name} {why}: the weights of losses were not loaded")
     return {}
 
-# %% ../../nbs/fit/owned.ipynb #81a2deb9
+# %% ../../nbs/fit/owned.ipynb #af53227b
 class OwningCallback(ScopedCallback):
     "A callback with `owned` weights that are saved next to the student's file, in a sidecar"
     def after_backward(self):

@@ -161,9 +161,9 @@ def model_scores(
 class PeerTeacher(Teacher):
     "Networks that answer while they train: in training mode, and with gradients of their own"
     @contextmanager
-    def ready(self, device=None):
+    def ready(self, device=None, epoch=None):
         "Ready to answer, in training mode"
-        with super().ready(device):
+        with super().ready(device, epoch):
             self.model.train()
             try: yield self
             finally: self.preds = None

@@ -194,7 +194,7 @@ class Scores:
         def row(n):
             confidence,right = self.classes[f'{n}_confidence'],self.right(n)
             res = dict(accuracy=right.mean(), confidence=confidence.mean(),
-                       calibration_error=calibration_error(confidence.values, right.values))
+                       calibration_error=calibration_error(torch.tensor(confidence.values), torch.tensor(right.values)))
             return res if reference is None else res | dict(agreement=self.agreement(n, reference))
         return pd.DataFrame.from_dict({n: row(n) for n in self.metrics.index}, orient='index')
 

@@ -6,10 +6,11 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-script = Path(__file__).parents[2]/'benchmarks/fashion.py'
+script = Path(__file__).parents[2]/'benchmarks/accuracy.py'
 
 def run(cwd, *args):
-    return subprocess.run([sys.executable, str(script), *map(str, args)], cwd=cwd, text=True, capture_output=True)
+    command = [sys.executable, str(script), 'fashion', *map(str, args)]
+    return subprocess.run(command, cwd=cwd, text=True, capture_output=True)
 
 @pytest.fixture(scope='module')
 def done(tmp_path_factory, fashion_folder):

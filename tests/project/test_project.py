@@ -136,3 +136,20 @@ def test_ruff():
     if not ruff.exists(): pytest.skip('ruff is not installed')
     r = run(ruff, 'check', '--no-cache', '--output-format', 'concise', '.', cwd=root)
     assert r.returncode==0, r.stdout+r.stderr
+
+def test_tables_of_benchmarks_are_listed():
+    "The README of the tables names each of them, with a script and a part that exist"
+    tables,parts = root/'benchmarks/tables',re.compile(r'`benchmarks/(\w+(?:\.py)?)(?: (\w+))?[^`]*`')
+    text = (tables/'README.md').read_text(encoding='utf-8')
+    rows = [l for l in text.splitlines() if l.startswith('| `')]
+    assert sorted(re.findall(r'`(\w+\.csv)`', '\n'.join(rows)))==sorted(p.name for p in tables.glob('*.csv'))
+    folders = {'cost.py': 'costs', 'accuracy.py': 'studies'}
+    for script,part in (parts.search(row).groups() for row in rows):
+        assert (root/'benchmarks'/script).exists(), script
+        if script in folders: assert (root/'benchmarks'/folders[script]/f'{part}.py').exists(), part
+
+def test_tables_that_pages_read_exist():
+    "Tables that pages and the package name are in the folder of tables"
+    texts = '\n'.join(p.read_text(encoding='utf-8') for p in (root/'nbs').rglob('*.ipynb'))
+    named = {*re.findall(r'tables/(\w+\.csv)', texts)}
+    assert len(named)>5 and not [n for n in named if not (root/'benchmarks/tables'/n).exists()]

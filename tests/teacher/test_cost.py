@@ -184,8 +184,8 @@ def benchmarks(monkeypatch): monkeypatch.syspath_prepend(str(Path(__file__).pare
 
 @pytest.mark.slow
 def test_saves_no_more_for_backward_than_a_loop_by_hand(benchmarks):
-    from common import saved_mib
-    import step
+    from clock import saved_mib
+    from costs import step
     ways = step.ways(*step.tiny())
     for f in ways.values(): f()
     saved = {n: saved_mib(f) for n,f in ways.items()}
@@ -193,7 +193,7 @@ def test_saves_no_more_for_backward_than_a_loop_by_hand(benchmarks):
     assert saved['by hand']>saved['teacher and loss']>0
 
 def test_every_loss_can_be_measured(benchmarks):
-    import losses
+    from costs import losses
     for name in losses.LOSSES:
         row = losses.measure(name, 4, 16, seconds=0)
         assert row['ms']>0 and row['MiB']>0, row

@@ -1,6 +1,6 @@
 """Time and peak memory of every loss, forward and backward, compared with torchdistill's form where it has one.
 
-    python benchmarks/losses.py [--seconds 0.7] [--batch 64 256] [--channels 256 512] [--only NST RKD]
+    python benchmarks/cost.py losses [--seconds 0.7] [--batch 64 256] [--channels 256 512] [--only NST RKD]
 
 Maps are (B, C, 8, 8), embeddings (B, C), predictions (B, 100). Ours and theirs take turns, for some seconds; times
 are medians. Memory is what tensors hold at most beyond the inputs, as PyTorch's operations hand them out. Peers
@@ -10,7 +10,7 @@ import argparse, time
 from functools import partial
 import torch, torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
-from common import ms, peak_mib, ratio, take_turns, target, write
+from clock import ms, peak_mib, ratio, take_turns, target, write
 from kd_fastai.losses.facts import loss_args
 from kd_fastai.losses import output, feature, relation
 try: from torchdistill.losses import mid_level as td
@@ -129,4 +129,4 @@ if __name__=='__main__':
     p.add_argument('--channels', type=int, nargs='+', default=[256,512])
     p.add_argument('--only', nargs='*', choices=LOSSES)
     torch.set_num_threads(1)
-    write('targets.losses', main(**vars(p.parse_args())), 'Targets')
+    main(**vars(p.parse_args()))

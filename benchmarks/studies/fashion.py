@@ -1,6 +1,6 @@
 """Losses on Fashion-MNIST: small students with few labels, alone and with a teacher, over paired seeds.
 
-    python benchmarks/fashion.py [--students thin mixer] [--labels 100 1000 10000] [--steps 2400] [--seeds 8]
+    python benchmarks/accuracy.py fashion [--students thin mixer] [--labels 100 1000 10000] [--steps 2400] [--seeds 8]
         [--only WAY ...] [--folder FOLDER] [--download] [--cache FOLDER] [--hours 1] [--picture FILE] [--quick]
 
 Every way of a seed has the same initial weights, labeled images, batches, shifts and flips; ways with 10,000 images
@@ -16,7 +16,6 @@ all ways of a seed. `--hours` ends the benchmark after the run that exceeds them
 
 Writes `benchmarks/tables/fashion_runs.csv`, a row a run, `fashion.csv`, a row a way, and `fashion.md`."""
 import argparse, hashlib, tempfile, time
-from collections import OrderedDict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -33,45 +32,9 @@ from kd_fastai.demo import fashion
 from kd_fastai.losses.facts import get_loss_info
 from kd_fastai.objective import AUTO_RATIO
 from kd_fastai.losses import Attention, DecoupledKD, FitNet, Logits, RKD, Similarity, SoftTarget
-import common
-from common import NoValidation
-
-# --- networks
-
-def conv(ni, nf, stride=1):
-    "A convolution with normalization"
-    return nn.Conv2d(ni, nf, 3, stride, 1, bias=False),nn.BatchNorm2d(nf)
-
-class Residual(nn.Module):
-    "A convolution that adds to its input"
-    def __init__(self, n):
-        super().__init__()
-        self.conv = nn.Sequential(*conv(n, n))
-    def forward(self, x): return (x+self.conv(x)).relu()
-
-def resnet(width):
-    "Three stages of 14x14, 7x7 and 4x4, and a linear head"
-    def stage(ni, nf): return nn.Sequential(*conv(ni, nf, 2), nn.ReLU(), Residual(nf))
-    return nn.Sequential(OrderedDict(
-        early=stage(1, width), middle=stage(width, 2*width), late=stage(2*width, 4*width),
-        pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(4*width, 10)))
-
-class Mix(nn.Module):
-    "One block of a mixer: mix positions, then channels. Features stay maps"
-    def __init__(self, positions, channels):
-        super().__init__()
-        def mlp(n): return nn.Sequential(nn.LayerNorm(n), nn.Linear(n, 2*n), nn.GELU(), nn.Linear(2*n, n))
-        self.positions,self.channels = mlp(positions),mlp(channels)
-    def forward(self, x):
-        flat = x.flatten(2)
-        flat = flat+self.positions(flat)
-        return (flat+self.channels(flat.transpose(1, 2)).transpose(1, 2)).view_as(x)
-
-def mixer(channels):
-    "An MLP-mixer: patches of 4x4 in three blocks of 7x7, and a linear head"
-    return nn.Sequential(OrderedDict(
-        patches=nn.Conv2d(1, channels, 4, 4), early=Mix(49, channels), middle=Mix(49, channels),
-        late=Mix(49, channels), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(channels, 10)))
+import clock
+from nets import mixer, resnet
+from sweep import TABLES, NoValidation
 
 STUDENTS = {'thin': partial(resnet, 6), 'mixer': partial(mixer, 32)}
 LR = {'thin': 1e-2, 'mixer': 1e-2}  # thin: that of the digits; mixer: by --choose
@@ -337,7 +300,7 @@ def main():
     p.add_argument('--folder', type=Path)
     p.add_argument('--download', action='store_true')
     p.add_argument('--cache', type=Path, default=Path.home()/'.cache/kd_fastai/fashion')
-    p.add_argument('--out', type=Path, default=common.TABLES)
+    p.add_argument('--out', type=Path, default=TABLES)
     p.add_argument('--hours', type=float, default=24.)
     p.add_argument('--choose', action='store_true')
     p.add_argument('--picture', type=Path, help='file for the picture of the front page')
@@ -364,11 +327,11 @@ def main():
     runs,table = results(a.cache, {**{n: default_steps(n) for n in LABELS}, **steps})
     table = pd.concat([teacher_row(teacher, score), table], ignore_index=True)[[*table]]
     runs.to_csv(a.out/'fashion_runs.csv', index=False)
-    common.TABLES = a.out
-    common.write('fashion', table.round(5).to_dict('records'),
+    clock.TABLES = a.out
+    clock.write('fashion', table.round(5).to_dict('records'),
                  f"Students on Fashion-MNIST. The teacher has {100*score:.2f}% of 10,000 test images, after "
                  f"{teacher_epochs} epochs on 60,000 images. {len(runs)} students took {runs.seconds.sum()/3600:.2f} "
-                 "hours of processor time.", 'fashion.py')
+                 "hours of processor time.")
     if a.picture: picture(runs, score, a.picture)
 
 if __name__=='__main__': main()

@@ -1,7 +1,7 @@
 """Which temperature and strength should `learn.distill(teacher)` have? Students alone and with `SoftTarget`, in several
 regimes of digits (to choose) and of Fashion-MNIST (to check what was chosen).
 
-    python benchmarks/distill_default.py [--data digits] [--seeds 8] [--ways T=2 T=4] [--regimes short]
+    python benchmarks/accuracy.py distill_default [--data digits] [--seeds 8] [--ways T=2 T=4] [--regimes short]
         [--runs FOLDER] [--folder FOLDER]
 
 If a regime does not say otherwise, its networks are those of `which_loss`, with 200 labels (digits) or 1000
@@ -21,9 +21,11 @@ from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.report.compare import comparison_table, kd_compare
 from kd_fastai.demo import digits, small_net
 from kd_fastai.losses import SoftTarget
-import funmatch, which_loss
+from nets import three_stages
+from studies import funmatch, which_loss
+from sweep import TABLES, replace_rows
 
-FILE = Path(__file__).parent/'tables/distill_default.csv'
+FILE = TABLES/'distill_default.csv'
 # temperature, and a schedule that multiplies the weight that was found
 ALL,THIRD,RISING,LATE = SchedNo(1, 1),SchedNo(1/3, 1/3),SchedCos(0, 1),SchedPoly(0, 1, 2)
 WAYS = {'T=1': (1, ALL), 'T=2': (2, ALL), 'T=4': (4, ALL), 'T=2, a third': (2, THIRD), 'T=4, a third': (4, THIRD),
@@ -43,7 +45,7 @@ def make_learner(data, folder, regime, seed):
     "A student of a regime"
     labels = int(which_loss.LABELS[data]*REGIMES[regime][0])
     dls = make_data(data, folder, labels, seed, regime=='other augmentation')
-    net = small_net(8) if regime=='other architecture' else which_loss.net(True)
+    net = small_net(8) if regime=='other architecture' else three_stages(True)
     learn = Learner(dls, net, lr=1e-2, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     learn.more = make_data(data, folder, (1+MORE)*labels, seed) if 'unlabeled' in regime else None
     return learn
@@ -78,11 +80,7 @@ def measure(regime, names, a, runs):
 
 def write(made):
     "Write the runs, and keep those of other regimes"
-    again = {*zip(made.data, made.regime)}
-    if FILE.exists():
-        old = pd.read_csv(FILE)
-        made = pd.concat([old[[o not in again for o in zip(old.data, old.regime)]], made])
-    made.round(5).to_csv(FILE, index=False)
+    replace_rows(FILE, made, ['data','regime']).round(5).to_csv(FILE, index=False)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])

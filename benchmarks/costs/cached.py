@@ -1,6 +1,6 @@
 """What a teacher costs that is asked once, that is only its answers, or that runs in a faster copy.
 
-    python benchmarks/cached.py [--rounds 15] [--device cuda]
+    python benchmarks/cost.py cached [--rounds 15] [--device cuda]
 
 A resnet18 teaches a network of four stages on random images, flipped and shifted at random: small ones of 32x32 pixels
 in batches of 64, and of 96x96 in batches of 32. Targets are for the latter: a step of the former takes 15 ms, of which
@@ -16,9 +16,10 @@ from kd_fastai.all import CachedTeacher, KnowledgeDistillationCallback, SoftTarg
 from kd_fastai.teacher.cached import StoredTeacher
 from kd_fastai.demo import shift_and_flip
 from kd_fastai.teacher.fast import fast_copy
-import common
-from common import ms, peak_mib, ratio, synchronize, take_turns, target, write
-import step
+import clock
+from nets import stages
+from clock import ms, peak_mib, ratio, synchronize, take_turns, target, write
+from costs import step
 
 BATCH = {32: 64, 96: 32}  # images of so many pixels
 
@@ -41,7 +42,7 @@ def data(pixels=32, n=256):
 def learner(dls, teacher=None):
     set_seed(0)
     cbs = [] if teacher is None else KnowledgeDistillationCallback(teacher, SoftTarget)
-    learn = Learner(dls, step.stages(16), loss_func=CrossEntropyLossFlat(), cbs=cbs)
+    learn = Learner(dls, stages(16), loss_func=CrossEntropyLossFlat(), cbs=cbs)
     learn.remove_cb(ProgressCallback)
     learn.logger,learn._do_epoch_validate = noop,noop
     return learn
@@ -147,5 +148,5 @@ if __name__=='__main__':
     p.add_argument('--rounds', type=int, default=15); p.add_argument('--device', default='cpu')
     a = p.parse_args()
     torch.set_num_threads(1)
-    common.use_device(a.device)
-    write('targets.cached', main(a.rounds), 'Targets')
+    clock.use_device(a.device)
+    main(a.rounds)

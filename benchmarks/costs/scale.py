@@ -1,25 +1,21 @@
 """How the cost of a step grows: with the batch, the layers looked at, their channels, and the number of classes.
 
-    python benchmarks/scale.py [--rounds 7]
+    python benchmarks/cost.py scale [--rounds 7]
 
 One thing grows, the others stay at 32 images of 32x32, one layer, 64 channels and 100 classes. Teacher and student
 are alike, so that neither hides the other."""
 import argparse
 import torch
-from torch import nn
 from fastai.basics import set_seed
 from kd_fastai.all import Attention, CachedTeacher, KnowledgeDistillationCallback, SoftTarget, Term
-from common import ms, peak_mib, take_turns, write
-from step import conv, fastai_step
-
-def net(channels, classes):
-    return nn.Sequential(conv(3, channels), *(conv(channels, channels) for _ in range(3)), nn.AdaptiveAvgPool2d(1),
-                         nn.Flatten(), nn.Linear(channels, classes))
+from clock import ms, peak_mib, take_turns, write
+from costs.step import fastai_step
+from nets import plain
 
 def measure(batch=32, layers=1, channels=64, classes=100, topk=None, rounds=7):
     "A step's milliseconds and MiB, by part and by way"
     set_seed(0)
-    teacher,student,x,y = (net(channels, classes).eval(),net(channels, classes),torch.randn(batch,3,32,32),
+    teacher,student,x,y = (plain(channels, classes).eval(),plain(channels, classes),torch.randn(batch,3,32,32),
                            torch.randint(classes, (batch,)))
     def kd(t):
         return fastai_step(student, x, y,

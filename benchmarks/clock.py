@@ -1,17 +1,12 @@
-"What the benchmarks share: taking turns, bytes, tables, targets, and where it ran."
-import csv, datetime, os, platform, statistics, time, weakref
+"What measurements of cost share: taking turns, bytes, tables, targets, and where it ran."
+import csv, datetime, os, platform, statistics, sys, time, weakref
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
-from fastai.basics import Callback, CancelValidException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 TABLES = Path(__file__).parent/'tables'
-
-class NoValidation(Callback):
-    "Train without a look at the test images; their score is taken at the end"
-    def before_validate(self): raise CancelValidException
 
 def use_device(name):
     """Make new tensors and networks on this device, and keep its tables apart. Ends the program if there is no such
@@ -37,15 +32,15 @@ def seconds(f):
     synchronize()
     return res if isinstance(res, float) else time.perf_counter()-start
 
-def take_turns(ways, rounds, warm=3):
+def take_turns(methods, rounds, warm=3):
     """Seconds that each of `{name: function}` takes, in every round: `{name: [seconds]}`. The order turns from
     round to round"""
-    names,times = [*ways],{n:[] for n in ways}
+    names,times = [*methods],{n:[] for n in methods}
     for n in names:
-        for _ in range(warm): ways[n]()
+        for _ in range(warm): methods[n]()
     for r in range(rounds):
         k = r%len(names)
-        for n in names[k:]+names[:k]: times[n].append(seconds(ways[n]))
+        for n in names[k:]+names[:k]: times[n].append(seconds(methods[n]))
     return times
 
 def ratio(times, a, b):
@@ -102,15 +97,16 @@ def where():
 def shown(v):
     return f'{v:.3g}' if isinstance(v, float) and abs(v)<100 else f'{v:.0f}' if isinstance(v, float) else str(v)
 
-def write(name, rows, said, script='run'):
-    "A table of dicts as `tables/name.csv` and `tables/name.md`"
+def write(name, rows, said):
+    "A table of dicts as `tables/name.csv` and `tables/name.md`, which names the script that runs"
     TABLES.mkdir(exist_ok=True)
     head = [*dict.fromkeys(k for r in rows for k in r)]
     with open(TABLES/f'{name}.csv', 'w', newline='') as f:
         out = csv.DictWriter(f, head, lineterminator='\n'); out.writeheader(); out.writerows(rows)
     lines = [head, ['---']*len(head), *([shown(r.get(k, '')) for k in head] for r in rows)]
     text = '\n'.join(f"| {' | '.join(l)} |" for l in lines)
-    (TABLES/f'{name}.md').write_text(f"{said}\n\nMade by `benchmarks/{script}` on {where()}.\n\n{text}\n")
+    made = f"Made by `benchmarks/{Path(sys.argv[0]).name}` on {where()}."
+    (TABLES/f'{name}.md').write_text(f"{said}\n\n{made}\n\n{text}\n")
     print(f'\n{said}\n\n{text}', flush=True)
     return rows
 

@@ -1,7 +1,7 @@
 """Every loss of the package, each in addition to the labels, with the same budget and over several seeds: the tables of
 the tutorial `which_loss`.
 
-    python benchmarks/which_loss.py [--data digits] [--seeds 8] [--epochs 20] [--only SoftTarget RKD]
+    python benchmarks/accuracy.py which_loss [--data digits] [--seeds 8] [--epochs 20] [--only SoftTarget RKD]
         [--weight-by paper auto] [--runs FILE] [--out FILE] [--folder FOLDER] [--quick]
 
 One row a run: seed, loss, where its weight comes from (`paper`, `auto`, or `rising`, which is 'auto' with a schedule
@@ -22,12 +22,10 @@ The classifier is a convolution before the mean, as `CATKD` needs it. `SRRL` and
 the same function with the mean first. `SimKD` is measured with its projector and the teacher's classifier, which
 belong to its student."""
 import argparse, sys
-from collections import OrderedDict
 from functools import cache, partial
 from pathlib import Path
 import pandas as pd
 import torch
-from torch import nn
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, Metric, accuracy, noop, set_seed
 from fastai.callback.schedule import SchedCos  # its module gives Learner its fit_one_cycle
 import kd_fastai.losses as losses
@@ -35,11 +33,11 @@ from kd_fastai.report.compare import kd_compare
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.losses.facts import get_loss_info, loss_args
 from kd_fastai.demo import digits, fashion
-from common import NoValidation
+from nets import linear_head, three_stages
+from sweep import TABLES, NoValidation
 
 ERRORS = TypeError,ValueError,RuntimeError,FloatingPointError,NotImplementedError
 FIELDS = ['seed','loss','weight_by','weight','accuracy','seconds','why_not']
-WIDTH = 16
 WEIGHT_BY,RISING = ['paper','auto','rising'],SchedCos(0, 1)
 LABELS = {'digits': 200, 'fashion': 1000}
 MAPS,LAST = ['1','2'],['2']
@@ -51,28 +49,6 @@ LAYERS = {**dict.fromkeys(('PKT','RKD','DarkRank','CorrelationCongruence','SRD')
           # embeddings of samples, what the classifier reads
           **dict.fromkeys(('CRD','CRDBank','ITRD','SRRL','SimKD'), LAST),
           'CATKD': ['cam']}                                                               # a map for each class
-
-def conv(ni, nf, stride, thin):
-    "A convolution with normalisation; a thin one is separable"
-    return (nn.Sequential(nn.Conv2d(ni, ni, 3, stride, 1, groups=ni, bias=False), nn.Conv2d(ni, nf, 1, bias=False))
-            if thin
-            else nn.Conv2d(ni, nf, 3, stride, 1, bias=False))
-
-def net(thin):
-    "Three stages of 8x8, 4x4 and 2x2, a map for each class, and its mean"
-    def stage(ni, nf, stride):
-        return nn.Sequential(OrderedDict(conv=conv(ni, nf, stride, thin), norm=nn.BatchNorm2d(nf), act=nn.ReLU()))
-    w = WIDTH
-    return nn.Sequential(OrderedDict({'0': stage(1, w, 1), '1': stage(w, 2*w, 2), '2': stage(2*w, 4*w, 2),
-                                      'cam': nn.Conv2d(4*w, 10, 1), 'pool': nn.AdaptiveAvgPool2d(1),
-                                      'flat': nn.Flatten()}))
-
-def linear(model):
-    "The same function with the mean before the classifier, which then is a linear layer of the same weights"
-    *stages,cam,pool,flat = model
-    fc = nn.Linear(cam.in_channels, cam.out_channels)
-    fc.load_state_dict({'weight': cam.weight.flatten(1), 'bias': cam.bias})
-    return nn.Sequential(*stages, pool, flat, fc)
 
 class TermWeight(Metric):
     "The weight of the only term, with its schedule at the end, as a column of the runs; 0 for a student alone"
@@ -95,7 +71,7 @@ def student_data(data, seed, folder=None):
 
 def make_learner(data, folder, seed):
     "A Learner with the thin student"
-    return Learner(student_data(data, seed, folder), net(True), lr=1e-2, loss_func=CrossEntropyLossFlat(),
+    return Learner(student_data(data, seed, folder), three_stages(True), lr=1e-2, loss_func=CrossEntropyLossFlat(),
                    metrics=[accuracy, TermWeight()])
 
 @cache
@@ -103,7 +79,7 @@ def teacher(epochs, data='digits', folder=None):
     "The trained teacher"
     set_seed(0, reproducible=True)
     dls = digits() if data=='digits' else fashion14(10_000, 100, folder)
-    learn = Learner(dls, net(False), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    learn = Learner(dls, three_stages(False), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2)
     return learn
 
@@ -120,7 +96,7 @@ def fit(learn, epochs, cbs): learn.fit_one_cycle(epochs, cbs=[*cbs, NoValidation
 
 def distillation(name, weight_by, get_teacher, learn):
     "The callbacks for one loss at its default weight, or at 'auto'. Raises what does not fit"
-    loss,head = all_losses()[name],linear if name in LINEAR else noop
+    loss,head = all_losses()[name],linear_head if name in LINEAR else noop
     if isinstance(loss, type): loss = loss(n_data=len(learn.dls.train_ds)) if name=='CRDBank' else loss()
     layers = LAYERS.get(name, MAPS) if 'fm_s' in loss_args(loss).accepted else None
     learn.model = head(learn.model)
@@ -157,7 +133,7 @@ def main():
     p.add_argument('--quick', action='store_true')
     a = p.parse_args()
     if a.out is None:
-        a.out = Path(__file__).with_name('which_loss.csv' if a.data=='digits' else f'which_loss_{a.data}.csv')
+        a.out = TABLES/('which_loss.csv' if a.data=='digits' else f'which_loss_{a.data}.csv')
     if a.quick: a.seeds,a.epochs,a.out = 1,2,Path('which_loss_quick.csv')
     if unknown := {*a.only}-{*all_losses()}:
         sys.exit(f"No such loss: {', '.join(sorted(unknown))}. There are {', '.join(all_losses())}")

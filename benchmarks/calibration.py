@@ -1,6 +1,6 @@
 """How often does `kd_compare` call a way better or worse that does not differ from the baseline?
 
-    python benchmarks/compare_calibration.py [--draws 2000] [--pool 120] [--runs FILE] [--quick]
+    python benchmarks/calibration.py [--draws 2000] [--pool 120] [--runs FILE] [--quick]
 
 Simulated: the scores of a seed share a normal part, each way adds its own, and all are rounded to 1/797 as an
 accuracy is. Real: students of 100 digits that differ only in the order of batches, and such with a teacher of random
@@ -17,6 +17,7 @@ from kd_fastai.callback import KnowledgeDistillationCallback
 from kd_fastai.report.compare import kd_compare, paired_interval
 from kd_fastai.demo import digits, small_net
 from kd_fastai.losses import SoftTarget
+from sweep import TABLES
 
 LEVEL = 0.95
 
@@ -56,7 +57,7 @@ def main():
     p.add_argument('--pool', type=int, default=120)
     p.add_argument('--runs', type=Path)
     p.add_argument('--quick', action='store_true')
-    p.add_argument('--out', type=Path, default=Path(__file__).parent/'tables/compare_calibration.csv')
+    p.add_argument('--out', type=Path, default=TABLES/'compare_calibration.csv')
     a = p.parse_args()
     if a.quick: a.draws,a.pool,a.out = 20,6,Path('compare_calibration_quick.csv')
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """What DOT costs: time of an epoch with and without it, as a ratio.
 
-    python benchmarks/dot.py [--rounds 30]
+    python benchmarks/cost.py dot [--rounds 30]
 
 Both Learners have the same student, teacher (twice as wide), `SoftTarget` and SGD with momentum, on the digits, and
 take turns epoch by epoch. Ratios are medians over rounds, with quartiles."""
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from fastai.basics import SGD, CrossEntropyLossFlat, Learner, noop, set_seed
 from fastai.callback.progress import ProgressCallback
-from common import ms, ratio, take_turns, write
+from clock import ms, ratio, take_turns, write
 from kd_fastai.callback import KnowledgeDistillationCallback
 from kd_fastai.demo import digits, small_net
 from kd_fastai.methods.dot import DOT

@@ -1,8 +1,8 @@
 """How strong should a term with weight='auto' be? Trains students with several ratios of a term's gradient to the task
 loss's, on the digits of `which_loss` (to choose) and on Fashion-MNIST (to check).
 
-    python benchmarks/auto_ratio.py [--seeds 3] [--ratios 0.3 1 3] [--only SoftTarget CWD]
-    python benchmarks/auto_ratio.py --fashion FOLDER --ratios auto
+    python benchmarks/accuracy.py auto_ratio [--seeds 3] [--ratios 0.3 1 3] [--only SoftTarget CWD]
+    python benchmarks/accuracy.py auto_ratio --fashion FOLDER --ratios auto
 
 `--fashion` is the folder with the original files of Fashion-MNIST (`train-images-idx3-ubyte.gz`, ...). Its students get
 1000 labeled pictures of 14x14 pixels, its teacher 5000 pictures.
@@ -22,9 +22,10 @@ from kd_fastai.report.compare import kd_compare
 from kd_fastai.demo import find_fashion, read_idx
 from kd_fastai.objective import auto_ratio
 from kd_fastai.losses.facts import loss_args
-import which_loss
+from nets import linear_head, three_stages
+from studies import which_loss
+from sweep import TABLES
 
-TABLES = Path(__file__).parent/'tables'
 HURT = ['AFD','NST','CWD','Attention','DarkRank','SemCKD','StreamlinedKD'] # at the weights of their papers
 GOOD = ['SoftTarget','DecoupledKD','FitNet','ITRD','Logits']
 RATIOS = {**dict.fromkeys(HURT+['FitNet','ITRD'], ['0.3','1','3']),
@@ -63,7 +64,7 @@ def fashion(folder, labels, seed, bs=50):
 def fashion_teacher(folder):
     "The trained teacher"
     set_seed(0, reproducible=True)
-    learn = Learner(fashion(folder, TEACHER_LABELS, 100), which_loss.net(False), loss_func=CrossEntropyLossFlat(),
+    learn = Learner(fashion(folder, TEACHER_LABELS, 100), three_stages(False), loss_func=CrossEntropyLossFlat(),
                     metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(10, 1e-2)
     return learn
@@ -73,7 +74,7 @@ def fashion_teacher(folder):
 def make_learner(folder, seed):
     "A Learner with the thin student of `which_loss`"
     dls = which_loss.student_data('digits', seed) if folder is None else fashion(folder, LABELS, seed)
-    return Learner(dls, which_loss.net(True), lr=1e-2, loss_func=CrossEntropyLossFlat(),
+    return Learner(dls, three_stages(True), lr=1e-2, loss_func=CrossEntropyLossFlat(),
                    metrics=[accuracy, which_loss.TermWeight()])
 
 def make_loss(loss):
@@ -82,7 +83,7 @@ def make_loss(loss):
 
 def distillation(name, ratio, get_teacher, learn):
     "A callback with one loss whose gradient has this ratio to the task loss's; 'auto' is the package's own ratio"
-    loss,head = make_loss(which_loss.all_losses()[name]),which_loss.linear if name in which_loss.LINEAR else noop
+    loss,head = make_loss(which_loss.all_losses()[name]),linear_head if name in which_loss.LINEAR else noop
     layers = which_loss.LAYERS.get(name, which_loss.MAPS) if 'fm_s' in loss_args(loss).accepted else None
     learn.model = head(learn.model)
     schedule = None if ratio=='auto' else lambda _: float(ratio)/auto_ratio(loss)

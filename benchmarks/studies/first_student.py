@@ -1,6 +1,7 @@
-"""The networks of the tutorial `first_student` over many seeds: the spread within which its numbers are to be expected.
+"""The networks of the tutorial *lesson* over many seeds: the spread within which its numbers are to be expected.
 
-    python benchmarks/first_student.py [--seeds 20] [--epochs 20] [--runs FILE] [--out benchmarks/first_student.csv]
+    python benchmarks/accuracy.py first_student [--seeds 20] [--epochs 20] [--runs FILE]
+        [--out benchmarks/tables/first_student.csv]
 
 One row a seed: accuracy in percent of 797 test digits of the teacher and of three students on the page's own 200
 digits. The seed is that of the initial weights and batches, the teacher's too. `--runs` keeps the runs in a file,
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy
 from kd_fastai.report.compare import kd_compare
+from sweep import TABLES
 from kd_fastai.demo import digits, recipes, score, small_net, train
 
 @cache
@@ -31,7 +33,7 @@ def main():
     p.add_argument('--seeds', type=int, default=20)
     p.add_argument('--epochs', type=int, default=20)
     p.add_argument('--runs', type=Path)
-    p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.csv'))
+    p.add_argument('--out', type=Path, default=TABLES/'first_student.csv')
     a = p.parse_args()
     torch.set_num_threads(1)
     ways = {n: partial(way, n) for n in recipes(None, None)}

@@ -1,7 +1,7 @@
 """Prune a trained student, or train it for low precision, with the same budget: on the labels alone, or with the
 teacher. What does distillation recover?
 
-    python benchmarks/chain.py [pruned] [quantized] [--seeds 8] [--epochs 10] [--quick]
+    python benchmarks/accuracy.py chain [pruned] [quantized] [--seeds 8] [--epochs 10] [--quick]
 
 Every seed has its own labels and its own student, trained alone for 20 epochs. The teacher learned from 1000 digits,
 the students from 200. Pruned: the same share of the smallest weights of all its convolutions and of its head is set to
@@ -22,6 +22,7 @@ from kd_fastai.callback import KnowledgeDistillationCallback
 from kd_fastai.report.compare import kd_compare
 from kd_fastai.demo import digits, small_net, train
 from kd_fastai.losses import SoftTarget
+from sweep import TABLES
 
 AMOUNT,BITS = 0.8,2
 
@@ -94,7 +95,7 @@ def main():
     p.add_argument('--seeds', type=int, default=8)
     p.add_argument('--epochs', type=int, default=10)
     p.add_argument('--quick', action='store_true')
-    p.add_argument('--out', type=Path, default=Path(__file__).parent/'tables/chain.csv')
+    p.add_argument('--out', type=Path, default=TABLES/'chain.csv')
     a = p.parse_args()
     if a.quick: a.seeds,a.epochs,a.out = 2,1,Path('chain_quick.csv')
     torch.set_num_threads(1)

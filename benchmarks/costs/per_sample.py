@@ -1,15 +1,16 @@
 """Time of the values of single samples, forward and backward, as a ratio to the plain loss.
 
-    python benchmarks/per_sample.py [--rounds 200] [--batch 64 256] [--classes 100 1000] [--channels 64] [--only Logits]
+    python benchmarks/cost.py per_sample [--rounds 200] [--batch 64 256] [--classes 100 1000] [--channels 64]
+        [--only Logits]
 
 For each loss that is a mean over samples: the loss, and the mean of its `per_sample` values, weighted sample by
-sample. Both take turns on the same inputs, those of `losses.py`; ratios are medians over rounds, with quartiles. Losses
+sample. Both take turns on the same inputs, those of `losses`; ratios are medians over rounds, with quartiles. Losses
 on predictions are written by `mean_of_samples`; the others are vectorized by `torch.func.vmap`."""
 import argparse
 from functools import partial
 import torch
-from common import ms, ratio, take_turns, write
-from losses import LOSSES, inputs, step, students
+from clock import ms, ratio, take_turns, write
+from costs.losses import LOSSES, inputs, step, students
 from kd_fastai.losses.facts import has_sample_values, loss_args, per_sample
 
 def uses_features(name): return 'fm_s' in loss_args(LOSSES[name]).accepted
@@ -30,8 +31,7 @@ def main(rounds=200, batch=(64,256), classes=(100,1000), channels=(64,), only=No
     names = [n for n in only or LOSSES if has_sample_values(LOSSES[n])]
     rows = [measure(n, B, C, rounds//10 if uses_features(n) else rounds) for n in names for B in batch
             for C in (channels if uses_features(n) else classes)]
-    return write('per_sample', rows, "Weighted values of samples compared with the plain loss, forward and backward.",
-                 'per_sample.py')
+    return write('per_sample', rows, "Weighted values of samples compared with the plain loss, forward and backward.")
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])

@@ -1,8 +1,8 @@
 """Function matching on digits with shifts: same views, MixUp, no labels, a long schedule. The table of the tutorial
 `funmatch`.
 
-    python benchmarks/funmatch.py [--seeds 5] [--epochs 30] [--patience 1 5 20] [--out benchmarks/tables/funmatch.csv]
-        [--quick]
+    python benchmarks/accuracy.py funmatch [--seeds 5] [--epochs 30] [--patience 1 5 20]
+        [--out benchmarks/tables/funmatch.csv] [--quick]
 
 One row a run of `kd_compare`: seed, way, accuracy on 797 test digits. The teacher (width 16) learned from 1000 digits,
 the students (width 8) see 200. Every batch is shifted by up to two pixels in each direction. A way ends in its
@@ -19,7 +19,7 @@ from kd_fastai.report.compare import kd_compare
 from kd_fastai.demo import digits, small_net
 from kd_fastai.losses import SoftTarget
 from kd_fastai.objective import Term
-from common import NoValidation
+from sweep import TABLES, NoValidation
 
 LABELS,BATCH,PIXELS = 200,50,2
 
@@ -70,7 +70,7 @@ def main():
     p.add_argument('--seeds', type=int, default=5)
     p.add_argument('--epochs', type=int, default=30)
     p.add_argument('--patience', type=int, nargs='+', default=[1,5,20])
-    p.add_argument('--out', type=Path, default=Path(__file__).parent/'tables'/'funmatch.csv')
+    p.add_argument('--out', type=Path, default=TABLES/'funmatch.csv')
     p.add_argument('--quick', action='store_true')
     a = p.parse_args()
     if a.quick: a.seeds,a.epochs,a.patience,a.out = 1,2,[1,2],Path('funmatch_quick.csv')

@@ -1,16 +1,16 @@
 """What repeating K views costs in accuracy, against views that are drawn fresh in each epoch.
 
-    python benchmarks/views.py [--seeds 8]
+    python benchmarks/accuracy.py views [--seeds 8]
 
 Digits shifted at random by up to one pixel, 300 labels, a teacher trained on all 1000. All ways of one seed begin
 with the same student. Writes `views.csv`, which the tutorial reads; about five minutes on one core."""
 import argparse, csv, warnings
-from pathlib import Path
 warnings.filterwarnings('ignore')
 import torch
 from fastai.basics import CrossEntropyLossFlat, Learner, Tensor, Transform, accuracy, set_seed
 import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
 from kd_fastai.all import CachedTeacher, KnowledgeDistillationCallback, SoftTarget
+from sweep import TABLES
 from kd_fastai.demo import digits, score, small_net
 
 class Shift(Transform):
@@ -53,5 +53,5 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0]); p.add_argument('--seeds', type=int, default=8)
     torch.set_num_threads(1)
     rows = main(p.parse_args().seeds)
-    with open(Path(__file__).parent/'views.csv', 'w', newline='') as f:
+    with open(TABLES/'views.csv', 'w', newline='') as f:
         out = csv.DictWriter(f, rows[0], lineterminator='\n'); out.writeheader(); out.writerows(rows)

@@ -1,7 +1,7 @@
 """What one step of distillation costs, compared with a loop written by hand, fastai without a teacher, and two
 packages from PyPI.
 
-    python benchmarks/step.py [--rounds 40]
+    python benchmarks/cost.py step [--rounds 40]
 
 All ways take turns in one process, on the same batch, with torch's SGD; numbers are medians over the rounds, ratios
 are taken round by round, with quartiles."""
@@ -10,14 +10,14 @@ from copy import deepcopy
 from functools import partial
 warnings.filterwarnings('ignore')
 import torch, torch.nn.functional as F
-from torch import nn
 from torchvision.models import resnet18
 from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, OptimWrapper, noop,
                            set_seed, tensor)
 from fastai.callback.progress import ProgressCallback
 from kd_fastai.all import Attention, CachedTeacher, KnowledgeDistillationCallback, SoftTarget
 from kd_fastai.demo import small_net
-from common import ms, peak_mib, ratio, saved_mib, take_turns, target, write
+from nets import stages
+from clock import ms, peak_mib, ratio, saved_mib, take_turns, target, write
 try:
     from fasterai.distill.all import KnowledgeDistillationCallback as FasteraiCallback, SoftTarget as FasteraiSoftTarget
 except ImportError: FasteraiCallback = None
@@ -25,11 +25,6 @@ try: from torchdistill.core.distillation import DistillationBox
 except ImportError: DistillationBox = None
 logging.disable(logging.INFO)
 
-def conv(ni, nf): return nn.Sequential(nn.Conv2d(ni, nf, 3, 2, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU())
-def stages(width):
-    "Maps of 16x16 to 2x2, twice as many channels each"
-    return nn.Sequential(conv(3, width), conv(width, 2*width), conv(2*width, 4*width), conv(4*width, 8*width),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8*width, 100))
 def on_images(n, pixels):
     "A resnet18 teaches a network of four stages, on `n` images"
     return resnet18(num_classes=100).eval(),stages(16),torch.randn(n,3,pixels,pixels),torch.randint(100, (n,))
@@ -180,4 +175,4 @@ def main(rounds=40):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0]); p.add_argument('--rounds', type=int, default=40)
     torch.set_num_threads(1)
-    write('targets.step', main(p.parse_args().rounds), 'Targets')
+    main(p.parse_args().rounds)

@@ -1,0 +1,285 @@
+"Which forward pass, which batch and which labels a fit uses, and what it says about a teacher at its start."
+import pickle, warnings
+from copy import deepcopy
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from fastai.basics import (Adam, Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner,
+    SGD, noop, ranger, set_seed)
+from fastai.callback.schedule import minimum
+from kd_fastai.all import (FitNet, KnowledgeDistillationCallback, Logits, SoftTarget, Term,
+    by_position)
+
+KD = KnowledgeDistillationCallback
+
+def mlp(seed=0, n_in=6, hidden=8, n_out=5):
+    set_seed(seed)
+    return nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
+
+class Items:
+    def __init__(self, n=64):
+        g = torch.Generator().manual_seed(0)
+        self.x,self.y = torch.randn(n, 6, generator=g),torch.randint(5, (n,), generator=g)
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i],self.y[i]
+
+def data(shuffle=False):
+    ds = Items()
+    return DataLoaders(DataLoader(ds, bs=16, shuffle=shuffle), DataLoader(ds, bs=16))
+
+def learner(model, cbs=None, dls=None, **kwargs):
+    learn = Learner(dls or data(), model, cbs=cbs, **{'loss_func': CrossEntropyLossFlat(), 'opt_func': SGD, **kwargs})
+    learn.logger = noop
+    return learn
+
+def fit(learn, n=1, lr=0.1, **kwargs):
+    with learn.no_bar(): learn.fit(n, lr, **kwargs)
+    return learn
+
+class Keep(Callback):
+    "The inputs of each training batch, as the model gets them"
+    order,run_valid = 30,False
+    def __init__(self): self.x = []
+    def before_batch(self): self.x.append(self.xb[0].detach().clone())
+
+def differences(cbs, student=None, teacher=None, dls=None):
+    "Largest difference of the teacher's predictions from those for the batches that the student trains on"
+    teacher,keep,got = teacher or mlp(9),Keep(),[]
+    def loss(pred, teacher_pred): got.append(teacher_pred.clone()); return (pred-teacher_pred).pow(2).mean()
+    fit(learner(student or mlp(1), [*cbs, keep, KD(teacher, loss, weight=1.)], dls), 1, 0.)
+    with torch.no_grad(): return max((teacher(x)-t).abs().max().item() for x,t in zip(keep.x, got))
+
+class FGSM(Callback):
+    "Runs the model on the batch, and trains on another one"
+    run_valid = False
+    def __init__(self, order): self.order = order
+    def before_batch(self):
+        x = self.xb[0].clone().requires_grad_()
+        g, = torch.autograd.grad(F.cross_entropy(self.model(x), self.yb[0]), x)
+        self.learn.xb = ((x+0.5*g.sign()).detach(),)
+
+@pytest.mark.parametrize('order', [-5, 0, 20])
+def test_the_teacher_predicts_for_what_the_learner_feeds_its_model(order):
+    assert differences([FGSM(order)])<1e-6
+
+def test_features_are_those_of_the_learners_own_forward():
+    "A callback of any order may run the model before and after it."
+    class After(Callback):
+        order,run_valid = -20,False
+        def after_pred(self): self.model(torch.zeros(2,6))
+    seen = []
+    def loss(fm_s, pred): seen.append((fm_s['2'], pred)); return pred.mean()
+    fit(learner(mlp(1), [FGSM(20), After(), KD(mlp(9), loss, '2', weight=1.)]))
+    for f,pred in seen: assert torch.equal(f, pred)
+
+def test_a_pre_hook_of_the_user_does_not_change_the_teachers_input():
+    student = mlp(1)
+    student.register_forward_pre_hook(lambda m, args: (args[0]*5-2,))
+    assert differences([], student)<1e-6
+
+def test_positions_are_those_of_the_batch_that_trains():
+    "A callback may draw another batch before."
+    class Second(Callback):
+        order,run_valid = -10,False
+        def before_batch(self): self.other = self.learn.dls.train.one_batch()
+    dls,keep,got = data(shuffle=True),Keep(),[]
+    inner = by_position(dls.train_ds.x[:,0])
+    def gate(batch): got.append(inner(batch)); return got[-1].abs()
+    gate.uses_idx = True
+    fit(learner(mlp(1), [Second(), keep, KD(mlp(9), Term(SoftTarget, 1., sample_weight=gate))], dls))
+    for x,w in zip(keep.x, got): torch.testing.assert_close(x[:,0], w)
+
+def test_fields_are_read_before_the_student_takes_them():
+    class Dicts(Items):
+        def __getitem__(self, i): return {'x': self.x[i], 'w': self.x[i,0].abs()},self.y[i]
+    class Pops(nn.Module):
+        def __init__(self): super().__init__(); self.body = mlp(1)
+        def forward(self, b): b.pop('w', None); return self.body(b['x'])
+    class Reads(nn.Module):
+        def __init__(self): super().__init__(); self.body = mlp(9)
+        def forward(self, b): return self.body(b['x'])
+    dl = DataLoader(Dicts(), bs=16)
+    fit(learner(Pops(), KD(Reads(), Term(SoftTarget, 1., sample_weight='w')), DataLoaders(dl, dl)))
+
+@pytest.mark.parametrize('off', [0, 1])
+def test_one_of_two_callbacks_may_be_off(off):
+    cbs = [KD(mlp(9), SoftTarget), KD(mlp(8), Logits)]
+    cbs[off].run = False
+    learn = fit(learner(mlp(1), cbs))
+    assert [*learn.kd_history()][2:]==['task_loss', ('logits','soft_target')[off]]
+
+def test_a_validation_within_an_epoch():
+    class Look(Callback):
+        order = 80
+        def after_batch(self):
+            if not self.training or self.iter!=1: return
+            dl = self.learn.dl
+            self.learn.validate()
+            self.model.train()
+            self.learn.training,self.learn.dl = True,dl
+    fit(learner(mlp(1), [KD(mlp(9), Term(FitNet, 1., layers='0')), Look()]), 2)
+
+def test_columns_have_names_of_their_own():
+    "A metric of the user may be named as a term."
+    def soft_target(pred, y): return F.cross_entropy(pred, y)
+    columns = [*fit(learner(mlp(1), KD(mlp(9), SoftTarget), metrics=soft_target)).kd_history()]
+    assert columns[-3:]==['soft_target','task_loss','soft_target#2']
+
+def test_losses_on_features_read_no_predictions():
+    "A student may return what no loss on predictions can read."
+    class Net(nn.Module):
+        def __init__(self, seed): super().__init__(); self.body = mlp(seed)
+        def forward(self, x): return {'out': self.body(x), 'aux': x}
+    def task(pred, y): return F.cross_entropy(pred['out'], y)
+    learn = learner(Net(1), KD(Net(9), FitNet, 'body.0', weight=1.), loss_func=task)
+    assert fit(learn).kd_history().fit_net[0]>0
+
+# ---- weights that are found
+
+def test_lr_find_holds_schedules_constant():
+    "The suggestions are those of the loss at a constant weight."
+    def find(**kwargs):
+        set_seed(0)
+        learn = learner(mlp(1)).distill(mlp(9), **kwargs)
+        with learn.no_bar(): return learn.lr_find(suggest_funcs=minimum, show_plot=False).minimum
+    assert 0.1<find()/find(schedule=lambda p: 0.5)<10
+
+def test_a_frozen_phase_leaves_no_weight_behind():
+    "The weight of a term on frozen layers is found when they train."
+    def split(model): return [[*model[0].parameters()], [*model[2].parameters()]]
+    learn = learner(mlp(1), splitter=split)
+    kd = KD(mlp(9), FitNet, '0')
+    with pytest.warns(UserWarning, match='its weight is the default of the loss'), learn.no_bar():
+        learn.add_cb(kd)
+        learn.freeze(); learn.fit(1)
+    before = kd.weights['fit_net']
+    learn.unfreeze()
+    fit(learn)
+    assert kd.weights['fit_net']!=before
+
+def test_compiled_students_find_a_weight():
+    "Their graph has one backward pass, so the gradients are compared at the predictions."
+    student = torch.compile(mlp(1), backend='aot_eager')
+    learn = fit(learner(student).distill(mlp(9)))
+    assert 0<learn.knowledge_distillation.weights['soft_target']<1e3
+
+def test_reentrant_checkpoints_find_a_weight():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.body = mlp(1)
+        def forward(self, x):
+            h = self.body[0](x)
+            return self.body[2](torch.utils.checkpoint.checkpoint(self.body[1], h, use_reentrant=True))
+    learn = fit(learner(Net()).distill(mlp(9)))
+    assert 0<learn.knowledge_distillation.weights['soft_target']<1e3
+
+# ---- state
+
+def adapted(seed=9): return KD(mlp(seed, hidden=10), Term(FitNet, 2., layers='0', adapt='auto'))
+
+def adapter(kd): return kd.objective.modules[0].adapters[0]
+
+def test_each_callback_gets_its_own_weights_back(tmp_path):
+    "They are kept by terms and teacher, not by order."
+    first,second = adapted(8),adapted(9)
+    learn = fit(learner(mlp(1), [first, second], path=tmp_path))
+    learn.save('model')
+    own = deepcopy([*adapter(second).parameters()])
+    learn.remove_cb(first)
+    fit(learn)
+    learn.load('model')
+    for a,b in zip(adapter(second).parameters(), own): assert torch.equal(a, b)
+
+def test_a_sidecar_that_was_cut_short(tmp_path):
+    "Loading says so, and the next save replaces it."
+    learn = fit(learner(mlp(1), adapted(), path=tmp_path))
+    learn.save('model')
+    sidecar = tmp_path/'models'/'model.kd.pth'
+    sidecar.write_bytes(sidecar.read_bytes()[:len(sidecar.read_bytes())//2])
+    with pytest.warns(UserWarning, match='model.kd.pth is damaged'): learn.load('model')
+    learn.save('model')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.load('model')
+    assert sorted(p.name for p in sidecar.parent.iterdir())==['model.kd.pth','model.pth']
+
+class StopAndSave(Callback):
+    order = 90
+    def after_epoch(self):
+        if self.epoch==0: self.learn.save('checkpoint'); raise CancelFitException()
+
+@pytest.mark.parametrize('opt_func', [SGD, Adam, ranger])
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, opt_func):
+    "With the optimizer's state of the adapters, slow weights included, also if the callback moves to a new Learner."
+    def make(kd): return learner(mlp(1), kd, path=tmp_path, opt_func=opt_func)
+    def new(): set_seed(7); return KD(mlp(9), Term(FitNet, 5., layers='0', adapt=nn.Linear(8, 8)))
+    whole = fit(make(new()), 3, 0.05)
+    for move in (False, True):
+        stopped,kd = make(None),new()
+        stopped.add_cbs([kd, StopAndSave()])
+        fit(stopped, 3, 0.05)
+        if move: stopped.remove_cb(kd)
+        resumed = make(kd if move else new())
+        resumed.load('checkpoint')
+        fit(resumed, 3, 0.05, start_epoch=1)
+        for a,b in zip(resumed.model.parameters(), whole.model.parameters()):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+def test_a_new_optimizer_within_a_fit_trains_the_adapters():
+    kept,kd = [],adapted()
+    class New(Callback):
+        def before_epoch(self):
+            if self.epoch==1: self.learn.create_opt()
+        def after_epoch(self): kept.append(adapter(kd).channels.weight.detach().clone())
+    learn = fit(learner(mlp(1, hidden=8), [kd, New()]), 3)
+    assert not torch.equal(kept[1], kept[2])
+    assert sum(len(g) for g in learn.opt.param_lists)==len([*learn.model.parameters()])
+
+def test_a_callback_with_another_student_says_that_it_goes_on():
+    kd = adapted()
+    fit(learner(mlp(1)), cbs=kd)
+    with pytest.warns(UserWarning, match='trained with another student'): fit(learner(mlp(2)), cbs=kd)
+
+def test_a_pickled_learner_says_that_it_has_no_teacher():
+    other = pickle.loads(pickle.dumps(learner(mlp(1), KD(mlp(9), SoftTarget))))
+    with pytest.warns(UserWarning, match='was not pickled, and it trains without'): fit(other)
+
+# ---- what is said
+
+def said(teacher, loss, **kwargs):
+    "The warnings of a fit"
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        fit(learner(mlp(1), KD(teacher, loss, **kwargs)))
+    return ' '.join(str(w.message) for w in ws)
+
+def test_probabilities_are_noticed():
+    assert 'are probabilities, and losses expect logits' in said(nn.Sequential(mlp(9), nn.Softmax(1)), SoftTarget)
+    assert 'probabilities' not in said(nn.Sequential(mlp(9), nn.LogSoftmax(1)), SoftTarget)
+
+def test_a_constant_term_is_noticed():
+    def constant(fm_s, fm_t): return sum((f-f).sum() for f in fm_s.values())
+    assert 'constant was 0 in the whole epoch' in said(mlp(9), constant, layers='0', weight=1.)
+
+def test_a_second_callback_for_the_same_teacher_is_noticed():
+    teacher = mlp(9)
+    with pytest.warns(UserWarning, match='their terms add up'):
+        fit(learner(mlp(1)).distill(teacher), cbs=KD(teacher, SoftTarget))
+
+def test_a_teacher_that_is_much_smaller_is_noticed():
+    with pytest.warns(UserWarning, match=r'student.distill\(teacher\) is the order'):
+        learner(mlp(1, hidden=80)).distill(learner(mlp(9)))
+
+@pytest.mark.parametrize('kwargs,advice', [
+    (dict(T=4), 'as in Term(SoftTarget, T=4)'), (dict(temperature=4), 'as in Term(SoftTarget, T=4)'),
+    (dict(alpha=0.9), 'weight=0.9'), (dict(weights=[0.5]), 'weight=[0.5]'),
+    (dict(loss=nn.KLDivLoss()), 'take SoftTarget'), (dict(layers='auto'), 'layers=match_feature_layers(learn.model')])
+def test_words_that_do_not_exist_name_those_that_do(kwargs, advice):
+    with pytest.raises((TypeError,ValueError)) as e: learner(mlp(1)).distill(mlp(9), **kwargs)
+    assert advice in str(e.value)
+
+def test_advice_can_be_followed():
+    for loss in (Term(SoftTarget, T=4), lambda pred, teacher_pred: nn.MSELoss()(pred, teacher_pred)):
+        fit(learner(mlp(1)).distill(mlp(9), loss))
+
+def test_scripted_students_train():
+    fit(learner(torch.jit.script(mlp(1)), KD(mlp(9), SoftTarget)))
