@@ -24,7 +24,8 @@ def tidy(output):
 
 def run(path):
     "Run a notebook, and store its outputs in it"
-    subprocess.run(['nbdev-test', str(path), '--save', '--flags', 'slow', '--cell-timeout', '0'], env={**os.environ, **quiet}, check=True)
+    command = ['nbdev-test', str(path), '--save', '--flags', 'slow', '--cell-timeout', '0']
+    subprocess.run(command, env={**os.environ, **quiet}, check=True)
     nb = json.loads(path.read_text(encoding='utf-8'))
     for c in nb['cells']:
         if c['cell_type']=='code': c['outputs'] = [o for o in map(tidy, c['outputs']) if o]
