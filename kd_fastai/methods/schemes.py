@@ -26,6 +26,7 @@ from ..fit.internals import in_validation_context
 from ..hooks.layers import unwrap_model
 from ..losses import HardTarget, Mutual, SoftTarget
 from ..losses.shapes import at_least_float32
+from ..objective import find_class_axis
 from ..term import Term
 from ..fit.owned import OwnedWeights
 from ..losses.facts import loss_args, loss_name
@@ -60,7 +61,7 @@ class Ensemble(nn.ModuleList):
         self.T,self.logits = T,logits
         self.learner = next(filter(None, learners), None)  # whose vocabulary and normalization the ensemble has
         self.axis = loss_layout(getattr(self.learner, 'loss_func', None))[0] if axis is None else axis
-        if self.axis is None: self.axis = 1
+        self.fit_labels = None  # set in a fit: their shape says where the classes are
         for i,o in enumerate(learners):
             if o is not None: check_compatible_data(self.learner, o, who=('One teacher',f'teacher {i}'))
 
@@ -74,7 +75,8 @@ class Ensemble(nn.ModuleList):
         if len(preds)==1: return preds[0]
         preds = list(map(at_least_float32, preds))
         if self.logits: return sum(w*p for w,p in zip(self.weights, preds))
-        weighted = [w.log()+(p/self.T).log_softmax(self.axis) for w,p in zip(self.weights, preds)]
+        axis = find_class_axis(self.axis, preds[0], self.fit_labels) if preds[0].ndim>2 else 1
+        weighted = [w.log()+(p/self.T).log_softmax(axis) for w,p in zip(self.weights, preds)]
         return self.T*torch.stack(weighted).logsumexp(0)
 
     def forward(self,

@@ -102,7 +102,7 @@ def test_named_paths_exist(file):
 
 def exported(nb): return [c for c in code(nb) if re.match(r'#\| *exports?\b', c)]
 
-LONG_CELLS = {'callback', 'fit/owned', 'hooks/capture', 'losses/embedding', 'methods/schemes', 'objective',
+LONG_CELLS = {'callback', 'hooks/capture', 'losses/embedding', 'methods/schemes',
               'report/compare', 'report/report', 'teacher/cached', 'teacher/function', 'teacher/live',
               'teacher/positions', 'teacher/store'}   # still to be told in parts
 LONG_LINES = {'demo', 'fit/owned', 'losses/connectors', 'losses/embedding', 'losses/output', 'losses/temperature',
