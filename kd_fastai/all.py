@@ -23,6 +23,7 @@ from .methods import pretrain as _pretrain  # gives Learner its kd_pretrain
 from .report.plots import *
 from .report.report import KDReport
 from .report.runs import StudentInputs
+from .report.shrink import KDShrink
 from .methods.schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation
 from .methods.schemes import on_exits, train_generations
 from .teacher.fast import FastTeacher, fast_copy

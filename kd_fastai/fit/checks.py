@@ -118,7 +118,7 @@ def check_data(
     Raises `ValueError` if teacher and student have different classes or normalizations."""
     for name,o in teacher.by_name.items():
         compare_vocab = objective.needs_pred(name) and name not in objective.class_maps
-        if o.learner: check_compatible_data(o.learner, learn, vocab=compare_vocab, normalize=o.tfm is None)
+        if o.learner: check_compatible_data(learn, o.learner, vocab=compare_vocab, normalize=o.tfm is None)
     softmax = [o.name for o in objective.terms if getattr(get_loss_info(o.loss), 'softmax', False)]
     task = getattr(learn.loss_func, 'func', learn.loss_func)
     if softmax and is_elementwise(task): warn('softmax', f"{', '.join(softmax)} expects logits of a softmax, "

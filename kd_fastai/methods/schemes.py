@@ -63,7 +63,7 @@ class Ensemble(nn.ModuleList):
         self.axis = loss_layout(getattr(self.learner, 'loss_func', None))[0] if axis is None else axis
         self.fit_labels = None  # set in a fit: their shape says where the classes are
         for i,o in enumerate(learners):
-            if o is not None: check_compatible_data(self.learner, o, who=('One teacher',f'teacher {i}'))
+            if o is not None: check_compatible_data(self.learner, o, who=('teacher 0',f'teacher {i}'))
 
     def combine(self,
         preds:list # One prediction of each teacher, all of one shape

@@ -1,4 +1,4 @@
-"""Vocabularies, normalization and class maps
+"""Whether two Learners mean the same by their inputs and classes, and class maps
 
 Docs: https://kd-fastai.github.io/kd_fastai/teacher/classes.html.md"""
 
@@ -8,11 +8,12 @@ Docs: https://kd-fastai.github.io/kd_fastai/teacher/classes.html.md"""
 __all__ = ['match_classes', 'in_student_order', 'TeacherConfusion', 'cohen_kappa']
 
 # %% ../../nbs/teacher/classes.ipynb #f3c79c0e
+from collections.abc import Mapping
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from fastai.basics import Learner
-from ..hooks.inputs import normalization_stats, stats_repr
+from ..hooks.inputs import normalization_stats, same_stats, stats_repr
 
 # %% ../../nbs/teacher/classes.ipynb #25d26a37
 def plain_vocab(
@@ -25,22 +26,38 @@ def plain_vocab(
     vocab = getattr(dls, 'vocab', None)
     return None if vocab is None else convert(vocab)
 
+def _columns(dls):
+    "The columns of a table by kind, and the categories of each; empty for other data"
+    names = {k: [*v] for k in ('cat_names','cont_names') if (v := getattr(dls, k, None)) is not None}
+    classes = getattr(dls, 'classes', None)
+    return names,{k: [*v] for k,v in classes.items()} if isinstance(classes, Mapping) else {}
+
 def check_compatible_data(
-    teacher:Learner,       # The teacher's `Learner`
-    student:Learner,       # The student's
+    student:Learner,       # The student's `Learner`
+    teacher:Learner,       # The teacher's
     vocab:bool=True,       # Compare vocabularies? They matter to losses on predictions
-    normalize:bool=True,   # Compare the statistics of `Normalize`?
-    who:tuple=('Teacher','student') # Names of the two in messages
+    normalize:bool=True,   # Compare columns, categories and the statistics of `Normalize`?
+    who:tuple=('student','teacher') # Names of the two in messages
 ):
-    "Raise `ValueError`, naming both, if vocabularies or the statistics of `Normalize` are known and differ"
-    t,s = plain_vocab(teacher.dls),plain_vocab(student.dls)
+    "Raise `ValueError`, naming both, if classes, columns, categories or normalization are known and differ"
+    def both(s, t): return f"{who[0]}: {_truncate(s)}, {who[1]}: {_truncate(t)}. "
+    s,t = plain_vocab(student.dls),plain_vocab(teacher.dls)
     if vocab and t is not None and s is not None and t!=s: raise ValueError(
         f"{who[0]} and {who[1]} have different vocabularies, so their predictions do not mean the same classes. "
-        f"{who[0]}: {_truncate(t)}, {who[1]}: {_truncate(s)}. "
-        "class_map=match_classes(teacher, student) pairs the student's classes with the teacher's")
-    t,s = normalization_stats(teacher),normalization_stats(student)
-    if normalize and t!=s: raise ValueError(
-        f"Inputs are normalized differently. {who[0]}: {stats_repr(t)}, {who[1]}: {stats_repr(s)}. "
+        + both(s, t) + "class_map=match_classes(student, teacher) pairs the student's classes with the teacher's")
+    if not normalize: return
+    (names_s,classes_s),(names_t,classes_t) = _columns(student.dls),_columns(teacher.dls)
+    if names_s and names_t and names_s!=names_t: raise ValueError(
+        "The tables have other columns, or the same in another order. " + both(names_s, names_t) +
+        "Give both the same columns in one order, or convert the student's inputs by a function as teacher_tfm")
+    for k in classes_s.keys() & classes_t.keys():
+        if classes_s[k]!=classes_t[k]: raise ValueError(
+            f"The column {k!r} has other categories, so that its codes do not mean the same. "
+            + both(classes_s[k], classes_t[k]) + "Give both tables the teacher's categories, "
+            f"df[{k!r}] = pd.Categorical(df[{k!r}], categories), or convert the codes by a function as teacher_tfm")
+    s,t = normalization_stats(student),normalization_stats(teacher)
+    if not same_stats(s, t): raise ValueError(
+        f"Inputs are normalized differently. {who[0]}: {stats_repr(s)}, {who[1]}: {stats_repr(t)}. "
         "Give both the same Normalize, or convert the student's inputs: teacher_tfm='auto', or a function")
 
 def _truncate(v, n=200):
@@ -49,13 +66,13 @@ def _truncate(v, n=200):
 
 # %% ../../nbs/teacher/classes.ipynb #980b6246
 def match_classes(
-    teacher:Learner|list, # The teacher's `Learner`, or its vocabulary
-    student:Learner|list  # The student's
+    student:Learner|list, # The student's `Learner`, or its vocabulary
+    teacher:Learner|list  # The teacher's
 )->list: # For each class of the student the teacher's column, or -1
     """Find the student's classes among the teacher's, by name.
 
     Raises `ValueError` for unknown vocabularies, and if fewer than two classes are shared."""
-    t,s = (_vocab_of(o, who) for o,who in ((teacher,'teacher'), (student,'student')))
+    s,t = (_vocab_of(o, who) for o,who in ((student,'student'), (teacher,'teacher')))
     return check_class_map([t.index(c) if c in t else -1 for c in s])
 
 def _vocab_of(source, who):

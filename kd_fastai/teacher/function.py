@@ -25,6 +25,7 @@ class FunctionTeacher(nn.Module):
     """A model whose predictions come from a function.
 
     Raises `TypeError` and `ValueError` for predictions that are not numbers, not finite, or not one row a sample."""
+    is_function = True # A cache compares predictions, as there are no weights
     def __init__(self,
         f:Callable,               # Takes the inputs, returns predictions `(B, C, ...)` as an array or a tensor
         probabilities:bool=False, # Are these probabilities? They are turned to logits
@@ -63,7 +64,7 @@ def onnx_teacher(
     def run(*xb): return session.run(None, dict(zip(names, xb)))[output]
     return FunctionTeacher(run)
 
-# %% ../../nbs/teacher/function.ipynb #60add0d9
+# %% ../../nbs/teacher/function.ipynb #242b0f10
 def as_teacher(
     source:nn.Module|Learner|str|Path|BaseTeacher|dict, # A model, a `Learner`, its file, a teacher, or a dict of these
     dtype:torch.dtype|None=None # Type of a copy that predicts

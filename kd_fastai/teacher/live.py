@@ -24,7 +24,7 @@ from ..hooks.models import (as_plain_tensor, find_logits, float_dtype, get_logit
                                     read_model, restore_modes, set_eval_mode, unwrap_model)
 from .early_exit import Watch
 
-# %% ../../nbs/teacher/live.ipynb #91ada1a3
+# %% ../../nbs/teacher/live.ipynb #0a1d062b
 class BaseTeacher:
     "The interface of all teachers"
     model = nn.Module() # The model that predicts; an empty one for a teacher that has predictions only
@@ -82,7 +82,7 @@ class BaseTeacher:
         "Return predictions and features of one batch, without gradients"
         raise NotImplementedError
 
-# %% ../../nbs/teacher/live.ipynb #73def9b2
+# %% ../../nbs/teacher/live.ipynb #e20ed6c9
 def to_logits(
     prob:Tensor,   # Probabilities
     eps:float=1e-7 # Smallest probability
@@ -148,14 +148,18 @@ class Teacher(BaseTeacher):
         if dtype is not None: pred,features = _cast(pred, dtype),{k: _cast(f, dtype) for k,f in features.items()}
         return self._as_logits(pred),features
 
+    @property
+    def conversion(self)->Callable|None:
+        "The function that converts inputs; None without one"
+        return self._auto_tfm if self.tfm=='auto' else self.tfm
+
     def convert(self,
         xb:tuple # The student's inputs, or the teacher's own
     )->tuple:
         "Return the inputs of the model, in its own floating-point type"
         if self.tfm=='auto' and self._auto_tfm is None: raise RuntimeError(
             "teacher_tfm='auto' needs the training data: call prepare(dls.train) first")
-        tfm = self._auto_tfm if self.tfm=='auto' else self.tfm
-        if tfm is not None: xb = tuple(map(as_plain_tensor, tuplify(tfm(*xb))))
+        if self.conversion is not None: xb = tuple(map(as_plain_tensor, tuplify(self.conversion(*xb))))
         dtype = float_dtype(self.model)
         return xb if dtype is None else tuple(_cast(o, dtype) for o in xb)
 
@@ -239,7 +243,7 @@ def _result_dtype(xb, dtype):
     if not floats or floats[0]==dtype: return None
     return torch.promote_types(floats[0], torch.float32)
 
-# %% ../../nbs/teacher/live.ipynb #971d397a
+# %% ../../nbs/teacher/live.ipynb #f16d0e30
 read_teacher = read_model
 def find_teacher(learn):
     "Return the `Teacher` of the first distillation callback of a Learner; None if there is none"

@@ -134,7 +134,7 @@ def test_inputs_that_a_callback_changes_are_noticed():
     class Drift(Callback):
         def before_batch(self): self.learn.xb = (self.x+self.epoch,)
     learn = learner(loaders(), [KnowledgeDistillationCallback(CachedTeacher(net(8)), SoftTarget), Drift()])
-    with pytest.raises(ValueError, match='no longer what the cache holds'): learn.fit(2)
+    with pytest.raises(ValueError, match='differs from the cached input'): learn.fit(2)
 
 def test_where_there_are_no_positions():
     dl = torch.utils.data.DataLoader(Images(), batch_size=20)
@@ -179,11 +179,11 @@ def test_an_exception_in_training_loses_nothing(tmp_path):
 def table_file(d): return next(d.glob('*.npy'))
 def replaced(array, **kwargs): return lambda d: np.save(table_file(d), array, **kwargs)
 SPOILT = dict(values=(lambda d: os.truncate(table_file(d), table_file(d).stat().st_size-1), 'was cut short'),
-    header=(lambda d: os.truncate(d/'cache.json', 100), 'not what a cache begins with'),
+    header=(lambda d: os.truncate(d/'cache.json', 100), 'is not a valid cache index'),
     foreign=(lambda d: table_file(d).write_bytes(b'PK'+bytes(999)), 'not a table of a cache'),
     pickle=(replaced(np.array([None]*100), allow_pickle=True), 'not a table of a cache'),
     longer=(replaced(np.zeros(101, [('check', np.uint32), ('pred', np.float32, (10,))])), 'not of this cache'),
-    no_header=(lambda d: (d/'cache.json').unlink(), 'something else than a cache'))
+    no_header=(lambda d: (d/'cache.json').unlink(), 'exists and is not a cache'))
 
 @pytest.mark.parametrize('name', SPOILT)
 def test_a_spoilt_cache_is_refused(name, tmp_path):
@@ -198,7 +198,7 @@ def test_a_spoilt_cache_is_refused(name, tmp_path):
 def test_a_foreign_folder_is_left_alone(tmp_path):
     (tmp_path/'notes.txt').write_text('mine')
     for path in (tmp_path, tmp_path/'notes.txt'):
-        with pytest.raises(ValueError, match='something else than a cache'): cached_fit(CachedTeacher(net(8), path))
+        with pytest.raises(ValueError, match='exists and is not a cache'): cached_fit(CachedTeacher(net(8), path))
     assert [o.name for o in tmp_path.iterdir()]==['notes.txt']
 
 DISTRIBUTED = """
@@ -462,7 +462,7 @@ def test_some_replaced_samples_are_noticed(tmp_path):
     dls = loaders()
     dls.train.dataset.x = dls.train.dataset.x.clone(); dls.train.dataset.x[31:41] = dls.train.dataset.x[:10]
     for teacher in (CachedTeacher(t, tmp_path/'c'), StoredTeacher(tmp_path/'c')):
-        with pytest.raises(ValueError, match='no longer what the cache holds'):
+        with pytest.raises(ValueError, match='differs from the cached input'):
             cached_fit(teacher, dls, 1, SoftTarget, None)
 
 def test_a_training_set_that_is_exchanged_in_a_fit():
@@ -487,7 +487,7 @@ def test_inputs_in_dicts(tmp_path):
     assert exact_fit(CachedTeacher(t, tmp_path/'c'), t, dls(), 2, model=TakesDict(small_net(4)))==200
     assert sum(seen)==100
     ds.x = ds.x.clone(); ds.x[7] += 1
-    with pytest.raises(ValueError, match='no longer what the cache holds|another inputs'):
+    with pytest.raises(ValueError, match='differs from the cached input|another inputs'):
         exact_fit(CachedTeacher(t, tmp_path/'c'), t, dls(), 1, model=TakesDict(small_net(4)))
 
 def test_resize_of_images_that_have_the_size():
@@ -547,7 +547,7 @@ def test_stored_features():
 
 def test_what_a_stored_teacher_refuses(tmp_path):
     a = live_answers(net(8))
-    for text,answers in {'another samples': a[:90], 'No answers for all of': {'pred': a},
+    for text,answers in {'another samples': a[:90], 'No outputs for all of': {'pred': a},
                          'No predictions are stored': {'1': torch.rand(100,8,4,4)}}.items():
         with pytest.raises(ValueError, match=text):
             cached_fit(StoredTeacher(answers), layers='1' if 'No' in text else None,
@@ -556,7 +556,7 @@ def test_what_a_stored_teacher_refuses(tmp_path):
                          'Expected one row a sample': {'pred': a, '1': a[:5]},
                          'Expected numbers': np.array([['a']])}.items():
         with pytest.raises(ValueError, match=text): StoredTeacher(answers)
-    with pytest.raises(ValueError, match='not what a cache begins with'): StoredTeacher(tmp_path)
+    with pytest.raises(ValueError, match='is not a valid cache index'): StoredTeacher(tmp_path)
     with pytest.raises(ValueError, match='no use for teacher_tfm'):
         cached_fit(StoredTeacher(a), losses=SoftTarget, layers=None, teacher_tfm=halved)
     half_filled = CachedTeacher(net(8), tmp_path/'c')
@@ -644,7 +644,7 @@ def test_another_batch_size():
     assert not seen
     both = CachedTeacher(t, views=2)
     both.fill(jittered(), bar=False)
-    with pytest.raises(ValueError, match='no longer what the cache holds: batch_size was 16, is 20'):
+    with pytest.raises(ValueError, match='differs from the cached input: batch_size was 16, is 20'):
         exact_fit(both, t, jittered(bs=20), 2)
 
 class Harder(Jitter):
