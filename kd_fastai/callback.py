@@ -23,7 +23,7 @@ from fastai.basics import L, Learner, find_bs, noop, rank_distrib
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from .fit.batch import (find_mixer, first_tensors, loss_layout, read_inputs, read_labels, read_positions,
-    tracking, uses_positions)
+    tell_class_axis, tracking, uses_positions)
 from .fit.checks import (advice_for, check_count, check_data, check_effect, check_first_batch, check_models,
     check_teacher_names, check_words)
 from .fit.columns import Columns, TermColumn, recorder_table
@@ -167,12 +167,12 @@ class DistillationFit(DistillationSettings):
         self.check_models(running[0])
         check_data(self.learn, self.teacher, self.objective, self.warn)
         self.objective.set_layout(*loss_layout(self.learn.loss_func))
+        tell_class_axis(self.teacher.model, self.objective.class_axis)
         self.objective.forget_assumed()
         self.teacher.prepare(self.learn.dls.train)
         capture = Capture(self.learn.model, self.objective.layers[0], who='student')
         self.fit_state = FitState(capture, self.make_columns(), running[0])
         self.fit_state.uses_idx = uses_positions(self.objective, self.teacher)
-        self.fit_state.label_readers = [m for m in self.teacher.model.modules() if hasattr(m, 'fit_labels')]
         if self.compares_with_labels: self.fit_state.confusion = TeacherConfusion()
         self.scope.callback(self.end_fit)
         self.learn.metrics = [*self.learn.metrics, *self.fit_state.columns.metrics]
@@ -229,7 +229,7 @@ class DistillationFit(DistillationSettings):
             try: yield
             finally: learn.metrics,learn.dls = metrics,dls
 
-# %% ../nbs/callback.ipynb #6d5a968d
+# %% ../nbs/callback.ipynb #65124ca9
 class DistillationEpoch(DistillationFit):
     "The events of an epoch"
     def before_train(self):
@@ -295,14 +295,9 @@ class DistillationBatch(DistillationEpoch):
             "The batch has no target, and fastai skips the backward pass without one: "
             "give unlabeled data a placeholder target by a transform, and set task_weight=0")
         state.teacher_xb,state.inputs = own,read_inputs(learn, self.objective)
-        self.show_labels(read_labels(learn)['target'])
         state.answer = self.run_teacher(*(state.first.fit_state.teacher_xb if self.teacher_inputs else learn.xb))
         state.capture.enabled = True
         return nullcontext()
-
-    def show_labels(self, target):
-        "Give the labels, whose shape says where the classes are, to the parts of the teacher that read them"
-        for m in self.fit_state.label_readers: m.fit_labels = target
 
     def run_teacher(self, *xb)->tuple:
         "Return the teacher's predictions and features for these inputs. Random numbers stay as they are"
@@ -430,9 +425,7 @@ class KnowledgeDistillationCallback(DistillationBatch):
 
     def after_batch(self):
         "Release the losses and their graphs"
-        if self.fit_state is None: return
-        self.fit_state.next_batch()
-        self.show_labels(None)
+        if self.fit_state is not None: self.fit_state.next_batch()
 
 
 # %% ../nbs/callback.ipynb #2091d77b

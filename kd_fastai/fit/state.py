@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/state.html.md"""
 # %% auto #0
 __all__ = ['FitState', 'first_forward']
 
-# %% ../../nbs/fit/state.ipynb #a0c5bc3c
+# %% ../../nbs/fit/state.ipynb #b6030f6b
 from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn, Tensor
@@ -15,7 +15,7 @@ from .columns import Columns
 from ..hooks.capture import Capture, LiveHook
 from ..hooks.models import RandomStream
 
-# %% ../../nbs/fit/state.ipynb #ad88a85e
+# %% ../../nbs/fit/state.ipynb #635ea34c
 class FitState:
     "What exists only during a fit"
     def __init__(self,
@@ -29,7 +29,6 @@ class FitState:
         self.is_checked = False     # whether the first batch has been checked
         self.is_first_epoch = True  # of this fit
         self.uses_idx = False       # whether positions of the samples are used
-        self.label_readers = []     # parts of the teacher that read labels: those with an attribute `fit_labels`
         self.confusion = None       # of the teacher and the labels, in the first epoch
         self.teacher_random = RandomStream() # for teachers that draw random numbers
         self.next_batch()
