@@ -8,7 +8,8 @@ from fastai.basics import (Adam, Callback, CancelFitException, CrossEntropyLossF
     SGD, noop, ranger, set_seed)
 from fastai.callback.schedule import minimum
 from kd_fastai.all import (Ensemble, FitNet, KnowledgeDistillationCallback, Logits, Mutual, MutualLearning,
-    SoftTarget, Term, by_position)
+    SoftTarget, Term)
+from kd_fastai.methods.gates import by_position
 
 KD = KnowledgeDistillationCallback
 
