@@ -18,7 +18,7 @@ from torch import nn
 from fastcore.basics import patch, store_attr
 from fastai.basics import Learner, no_random, trainable_params
 from ..hooks.inputs import split_inputs
-from ..hooks.models import eval_no_grad, get_logits, model_device
+from ..hooks.models import eval_no_grad, get_logits, isolated_rng, model_device
 from .candidates import family
 from .compare import paired_interval
 from .measure import latency, multiply_adds, resize_batch, size_kb
@@ -35,8 +35,9 @@ def read_candidates(
     "Return functions that make the candidates. Raises `TypeError` for anything else and `ValueError` without any"
     if candidates is None:
         res = family(learn.model, xb)
-        if not res: raise ValueError(f"No smaller copies of {type(learn.model).__name__} can be made: give candidates=, "
-                                     "names of timm models or functions that return a network")
+        if not res: raise ValueError(
+            f"No smaller copies of {type(learn.model).__name__} can be made: give candidates=, names of timm models or "
+            "functions that return a network")
         return res
     if not isinstance(candidates, (list,tuple,dict)): candidates = [candidates]
     if not isinstance(candidates, dict): candidates = {getattr(o, '__name__', str(o)): o for o in candidates}
@@ -269,6 +270,14 @@ def _choose(pilots, costs, names, epochs, pilot_epochs, nearest):
         low,high = (low,middle) if reaches else (middle+1,high)
     return names[low]
 
+def _trained(learn, make, state, run, task):
+    "The student of the first full run, trained again if its run was read from the csv"
+    with no_random(task['seed']): res = student_learner(learn, make)
+    res.model.load_state_dict(run(**task)[1] if state is None else state)
+    res.kd_teacher = deepcopy(learn.model)
+    return res
+
+# %% ../../nbs/report/shrink.ipynb #c051adc1
 @patch
 def kd_shrink(self:Learner,
     ms:float|None=None,       # Largest latency of a forward pass, in milliseconds on this machine
@@ -291,49 +300,46 @@ def kd_shrink(self:Learner,
     csv:str|Path|None=None,   # File of the runs; those that it has are not repeated
     progress:bool=True        # Show candidate, seed, epoch and score while training
 )->KDShrink:
-    """Find a student for a budget, and train it with this Learner's model as its teacher. Changes nothing of the Learner.
+    """Find a student for a budget, and train it with this Learner's model as its teacher.
 
-    With `within` and no other limit, the fastest candidate is searched that comes so near in a full training run. With
+    Changes nothing of the Learner. With `within` and no other limit, the fastest candidate is searched that comes so near in a full training run. With
     other limits, `within` says what is near enough: otherwise `chosen` is None.
 
     Raises `ValueError` without a budget, and for a teacher without smaller copies if no candidates are given."""
     if all(o is None for o in (ms, kb, multiply_adds, faster, within)): raise ValueError(
         "Give a budget: ms, kb, multiply_adds, faster (than the teacher), or within (of the teacher's metric)")
-    xb = split_inputs(split_xy(self.dls, first_batch(self.dls.valid))[0], find_teacher_inputs(self))[0]
-    xb = tuple(o.to(model_device(self.model)) for o in resize_batch(xb, batch_size))
-    makers = read_candidates(self, candidates, xb)
-    costs = measure_candidates(self.model, makers, xb, rounds)
-    fits = fits_budget(costs, ms, kb, multiply_adds, faster)
-    metrics = ['valid_loss', *self.metrics.attrgot('name')]
-    metric = metrics[min(1, len(metrics)-1)] if metric is None else metric
-    lower = lower_is_better(metric, lower)
-    score = float(score_models(self).metrics.loc['student', metric])
-    if not fits: return KDShrink(costs, fits, pd.DataFrame(), [], None, None, [], score, metric, lower, None)
-    table,run,sign = RunTable(csv),TrainRun(fit),-1 if lower else 1
-    teacher = {'teacher': trial_learner(self, self.model), **(method or {})}
-    def task(name, method=teacher, kind='distilled'):
-        return dict(name=f'{name}: {kind}', make_learner=lambda seed: student_learner(self, makers[name]), method=method)
-    deadline = math.inf if minutes is None else time.time()+60*minutes
-    pilots = Pilots(run, table, task, [*range(pilot_seeds)], metric, sign, deadline, progress)
-    only_within = within is not None and all(o is None for o in (ms, kb, multiply_adds, faster))
-    with table.kept():
-        nearest = sign*score-within if only_within else None
-        best = _choose(pilots, costs, fits, epochs, pilot_epochs, nearest)
-        kept = {}
-        tasks = [dict(task(best, m, n), seed=FINAL+s, epochs=epochs) for s in range(seeds)
-                 for n,m in {'distilled': teacher, 'baseline': None}.items()]
-        run_all(run, tasks, table, progress=progress, finished=lambda row, state: kept.update({row['method']: state})
-                if row['seed']==FINAL else None)
-        runs = table.read().drop(columns='settings')
-        ties = pilots.ties(best)
-    res = KDShrink(costs, fits, runs, pilots.rounds, best, best, ties, score, metric, lower, None)
-    if within is not None and not res.below(res.final('distilled'))['gain']<=within: res.chosen = None
-    if res.chosen is not None: res.learner = _trained(self, makers[best], kept.get(f'{best}: distilled'), run, tasks[0])
-    return res
-
-def _trained(learn, make, state, run, task):
-    "The student of the first full run, trained again if its run was read from the csv"
-    with no_random(task['seed']): res = student_learner(learn, make)
-    res.model.load_state_dict(run(**task)[1] if state is None else state)
-    res.kd_teacher = deepcopy(learn.model)
-    return res
+    with isolated_rng(loaders=self.dls.loaders):
+        xb = split_inputs(split_xy(self.dls, first_batch(self.dls.valid))[0], find_teacher_inputs(self))[0]
+        xb = tuple(o.to(model_device(self.model)) for o in resize_batch(xb, batch_size))
+        makers = read_candidates(self, candidates, xb)
+        costs = measure_candidates(self.model, makers, xb, rounds)
+        fits = fits_budget(costs, ms, kb, multiply_adds, faster)
+        metrics = ['valid_loss', *self.metrics.attrgot('name')]
+        metric = metrics[min(1, len(metrics)-1)] if metric is None else metric
+        lower = lower_is_better(metric, lower)
+        score = float(score_models(self).metrics.loc['student', metric])
+        if not fits: return KDShrink(costs, fits, pd.DataFrame(), [], None, None, [], score, metric, lower, None)
+        table,run,sign = RunTable(csv),TrainRun(fit),-1 if lower else 1
+        teacher = {'teacher': trial_learner(self, self.model), **(method or {})}
+        def task(name, method=teacher, kind='distilled'):
+            def make(seed): return student_learner(self, makers[name])
+            return dict(name=f'{name}: {kind}', make_learner=make, method=method)
+        def keep(row, state):
+            if row['seed']==FINAL: kept[row['method']] = state
+        deadline = math.inf if minutes is None else time.time()+60*minutes
+        pilots = Pilots(run, table, task, [*range(pilot_seeds)], metric, sign, deadline, progress)
+        only_within = within is not None and all(o is None for o in (ms, kb, multiply_adds, faster))
+        with table.kept():
+            nearest = sign*score-within if only_within else None
+            best = _choose(pilots, costs, fits, epochs, pilot_epochs, nearest)
+            kept = {}
+            tasks = [dict(task(best, m, n), seed=FINAL+s, epochs=epochs) for s in range(seeds)
+                     for n,m in {'distilled': teacher, 'baseline': None}.items()]
+            run_all(run, tasks, table, progress=progress, finished=keep)
+            runs = table.read().drop(columns='settings')
+            ties = pilots.ties(best)
+        res = KDShrink(costs, fits, runs, pilots.rounds, best, best, ties, score, metric, lower, None)
+        if within is not None and not res.below(res.final('distilled'))['gain']<=within: res.chosen = None
+        if res.chosen is not None:
+            res.learner = _trained(self, makers[best], kept.get(f'{best}: distilled'), run, tasks[0])
+        return res
