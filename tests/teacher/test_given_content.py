@@ -1,18 +1,13 @@
 "What a teacher gets, and which sample it belongs to: inputs that are changed, batches drawn in between, similar data."
-import os, random
-import numpy as np, pandas as pd, pytest, torch
+import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, Normalize, Pipeline, SGD,
-                           noop, set_seed)
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, noop, set_seed
 from kd_fastai.callback import KnowledgeDistillationCallback as KD
-from kd_fastai.losses import FitNet, Logits, SoftTarget
+from kd_fastai.losses import Logits, SoftTarget
 from kd_fastai.methods.schemes import Ensemble
 from kd_fastai.teacher.cached import CachedTeacher, StoredTeacher
-from kd_fastai.teacher.classes import check_compatible_data
 from kd_fastai.teacher.function import FunctionTeacher
-from kd_fastai.teacher.live import Teacher, shared_eval_mode
-from kd_fastai.term import Term
 
 def mlp(seed=0, i=6, h=8, o=5):
     set_seed(seed)
@@ -117,90 +112,3 @@ def test_samples_that_share_a_large_part_are_told_apart(common, tmp_path):
     fit(mlp(3, i=4), KD(CachedTeacher(mlp(9, i=4), tmp_path/'c'), SoftTarget), rows(ds.x))
     with pytest.raises(ValueError, match='another inputs'):
         fit(mlp(3, i=4), KD(CachedTeacher(mlp(9, i=4), tmp_path/'c'), SoftTarget), rows(ds.x.flip(0)))
-
-def test_a_path_that_depends_on_data_is_no_early_exit():
-    class T(nn.Module):
-        def __init__(self): super().__init__(); self.a = nn.Linear(6, 6)
-        def forward(self, x):
-            for _ in range(1 if x[0,0]==1e3 else 3): x = self.a(x).tanh()
-            return x
-    ds = Items(); ds.x[0,0] = 1e3
-    with pytest.raises(RuntimeError, match='ran 3 times'):
-        fit(mlp(1, h=6), KD(T(), [Term(FitNet, layers=[('0','a')])]), data(ds))
-
-def test_stored_rows_go_by_the_index():
-    dls,keep,got = data(),Keep(),[]
-    logits = mlp(9)(dls.train_ds.x).detach()
-    frame = pd.DataFrame(logits.numpy()).sample(frac=1, random_state=0)
-    fit(mlp(3), [keep, KD(StoredTeacher(frame), keeping(got))], dls)
-    torch.testing.assert_close(torch.cat(got), logits)
-    with pytest.raises(ValueError, match='reset_index'): StoredTeacher(frame[:30])
-    with pytest.raises(ValueError, match='Expected probabilities'): StoredTeacher(logits, probabilities=True)
-
-def test_probabilities_as_logits_are_a_warning_whose_advice_helps():
-    soft = nn.Sequential(mlp(9), nn.Softmax(1))
-    with pytest.warns(UserWarning, match='predictions are probabilities'): fit(mlp(1), KD(soft, SoftTarget))
-    got = []
-    fit(mlp(1), KD(Teacher(soft, probabilities=True), keeping(got)), lr=0.)
-    torch.testing.assert_close(torch.cat(got).softmax(1), soft(Items().x).detach())
-
-def test_common_modules_of_two_teachers_keep_their_mode():
-    body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
-    a,b = (shared_eval_mode(nn.Sequential(body, nn.Linear(8, 5))) for _ in range(2))
-    with b:
-        with a: pass
-        assert not body[1].training
-    assert body[1].training
-
-def test_files_of_a_cache(tmp_path):
-    before = os.umask(0o022)
-    try: fit(mlp(1), KD(CachedTeacher(mlp(9), tmp_path/'c'), SoftTarget))
-    finally: os.umask(before)
-    assert {o.stat().st_mode & 0o777 for o in (tmp_path/'c').iterdir()}=={0o644}
-    file = next((tmp_path/'c').glob('*.npy'))
-    victim,content = tmp_path/'other.bin',bytes(8)+b'precious'*1000
-    victim.write_bytes(content)
-    file.unlink(); file.symlink_to(victim)
-    with pytest.raises(ValueError, match='is a link to another file'):
-        fit(mlp(1), KD(CachedTeacher(mlp(9), tmp_path/'c'), SoftTarget))
-    assert victim.read_bytes()==content
-
-def test_an_interrupted_fill_changes_nothing():
-    class T(nn.Module):
-        def __init__(self): super().__init__(); self.f,self.n = mlp(9),0
-        def forward(self, x):
-            self.n += 1
-            if self.n==2: raise KeyboardInterrupt
-            return self.f(x)
-    cached,dls = CachedTeacher(T(), views=2),data(shuffle=True)
-    state = dls.train.rng.getstate()
-    with pytest.raises(KeyboardInterrupt): cached.fill(dls, bar=False)
-    assert dls.train.rng.getstate()==state
-    with cached.ready(): assert not vars(dls.train).keys() & {'do_item'}
-
-def test_statistics_are_not_rounded():
-    def learner(std):
-        dls = data()
-        for dl in dls.loaders: dl.after_batch = Pipeline([Normalize.from_stats([0.], [std], dim=2, cuda=False)])
-        return Learner(dls, mlp(1), loss_func=CrossEntropyLossFlat())
-    with pytest.raises(ValueError, match='normalized differently'): check_compatible_data(learner(3e-5), learner(1e-5))
-
-@pytest.mark.parametrize('seed', range(6))
-def test_random_caches_give_the_predictions_of_the_live_teacher(seed, tmp_path):
-    "Loaders, types and views drawn at random, in two epochs and in a second fit"
-    r = random.Random(seed)
-    ds,bs = Items(r.choice([17,33,64])),r.choice([5,16])
-    settings = dict(half=r.random()<.5, topk=r.choice([None,3]), views=r.choice([None,2]))
-    dls,teacher = data(ds, bs, shuffle=r.random()<.5),mlp(9)
-    path = tmp_path/'c' if r.random()<.5 else None
-    cached = CachedTeacher(teacher, path, **settings)
-    for _ in range(2):
-        keep,got = Keep(),[]
-        fit(mlp(3), [keep, KD(cached, keeping(got))], dls, n=2)
-        expected = teacher(torch.cat(keep.x)).detach()
-        found = torch.cat(got)
-        if settings['topk']:
-            top = expected.softmax(1).topk(3).indices
-            found,expected = (o.softmax(1).gather(1, top) for o in (found, expected))
-        torch.testing.assert_close(found, expected, rtol=1e-2 if settings['half'] else 1e-4, atol=1e-3)
-        assert not np.isnan(found.numpy()).any()
