@@ -23,7 +23,7 @@ from fastai.basics import L, Learner, find_bs, noop, rank_distrib
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from .fit.batch import (find_mixer, first_tensors, loss_layout, read_inputs, read_labels, read_positions,
-    tracking, uses_positions)
+    tell_class_axis, tracking, uses_positions)
 from .fit.checks import (check_count, check_data, check_effect, check_models, check_outputs,
     check_predictions_of_teacher, check_targets, check_teacher_names, check_terms, check_words)
 from .fit.columns import Columns, TermColumn, recorder_table
@@ -207,6 +207,7 @@ class DistillationFit(DistillationSettings):
         self.check_models(running[0])
         check_data(self.learn, self.teacher, self.objective, self.warn)
         self.objective.set_layout(*loss_layout(self.learn.loss_func))
+        tell_class_axis(self.teacher.model, self.objective.class_axis)
         self.objective.forget_assumed()
         self.teacher.prepare(self.learn.dls.train)
         capture = Capture(self.learn.model, self.objective.layers[0], who='student')

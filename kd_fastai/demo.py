@@ -9,6 +9,13 @@ __all__ = ['FASHION_CLASSES', 'FASHION_FILES', 'DEBIAN_FOLDER', 'FASHION_MEAN', 
            'find_fashion', 'shift_and_flip', 'fashion', 'small_net', 'train', 'score', 'curve', 'recipes', 'DemoTask',
            'FitAndRecord', 'compare', 'table', 'plot_curves', 'picture', 'verdict', 'kd_demo']
 
+# %% ../nbs/demo.ipynb #a17c0de1
+import warnings
+
+# %% ../nbs/demo.ipynb #a17c0de2
+# PyTorch 2.14 warns of a line in fastai: the first lines of the demo are its own
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
+
 # %% ../nbs/demo.ipynb #285933de
 import gzip, sys, time
 from collections.abc import Callable

@@ -22,6 +22,7 @@ from .hooks.models import preserving_modes
 from .teacher.classes import check_class_map, shared_classes
 from .losses.shapes import at_least_float32, channels_first
 from .hooks.layers import unique_names
+from .hooks.layout import batch_first, batch_length
 from .losses.masks import find_mask, resize_mask, zero_masked
 from .losses.facts import accepted_kwargs, get_loss_info, loss_args
 from .hooks.inputs import as_plain_tensor
@@ -415,7 +416,9 @@ def with_teacher(
 )->Batch:
     "Return the batch with what a teacher returned, in the student's type and the classes that both have"
     pred,dtype = batch.pred,batch.pred.dtype
-    teacher_pred,fm_t = as_students(teacher_pred, dtype),{k: as_students(v, dtype) for k,v in fm_t.items()}
+    n = batch_length(pred, batch.target)
+    fm_t = {k: batch_first(as_students(v, dtype), n, k) for k,v in fm_t.items()}
+    teacher_pred = as_students(teacher_pred, dtype)
     if teacher_pred is not None: teacher_pred = layout(teacher_pred)
     batch = batch._replace(teacher_pred=teacher_pred, fm_t=fm_t)
     if class_map is None or teacher_pred is None: return batch
@@ -461,7 +464,8 @@ class PreparedTerms(WeightedTerms):
         Raises `ValueError` if `class_map` does not fit the predictions."""
         layout = find_layout(self.class_axis, pred, target)
         pred = layout(at_least_float32(as_plain_tensor(pred)))
-        fm_s = {k: at_least_float32(as_plain_tensor(v)) for k,v in (fm_s or {}).items()}
+        n = batch_length(pred, target)
+        fm_s = {k: batch_first(at_least_float32(as_plain_tensor(v)), n, k) for k,v in (fm_s or {}).items()}
         if mixed is not None: mixed = mixed[0],torch.as_tensor(mixed[1], device=pred.device)
         target,mixed = class_labels(target, pred),mixed and (class_labels(mixed[0], pred), mixed[1])
         mask = label_mask(self.ignore_index, pred, target, *(mixed[:1] if mixed else ()))

@@ -30,7 +30,7 @@ def main(name, *methods):
     own = [m for m in methods if (root/'tests'/'golden'/'refs'/f'{m}.py').exists()]
     if own: run(sys.executable, 'tests/golden/make.py', *own)
     chosen = ' or '.join([name, *(f'golden and {m}' for m in methods), 'reason'])
-    files = [f'tests/test_{o}.py' for o in ('losses', 'trainable', 'hostile_losses', 'hostile_trainable')]
+    files = [f'tests/losses/test_{o}.py' for o in ('losses', 'trainable', 'extreme_inputs', 'extreme_trainable')]
     run(sys.executable, '-m', 'pytest', '-q', '-k', chosen, *files)
     run('nbdev-test', 'nbs/losses.ipynb', '--save')
     run('nbdev-clean')

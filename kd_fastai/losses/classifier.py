@@ -16,6 +16,7 @@ from torch import nn
 from .shapes import check_predictions
 from .facts import loss_info, loss_name
 from ..hooks.layers import get_module_by_name, last_linear, unwrap_model
+from ..hooks.models import replace_layer
 from .base import RobustBatchNorm2d, TrainableLoss, apply_per_layer, close_enough, conv_bn
 from ._ops import pool_to_smaller_pair
 
@@ -77,11 +78,6 @@ class SRRL(TrainableLoss):
         return F.mse_loss(s, t) + F.mse_loss(logits, teacher_pred.detach().to(logits.dtype))
 
 # %% ../../nbs/losses/classifier.ipynb #620dbaf0
-def _replace(model, name, module):
-    "Replace a layer of a model"
-    parent,_,child = name.rpartition('.')
-    setattr(model.get_submodule(parent), child, module)
-
 def _to_torch(module):
     "Turn our batch norms into torch's, so that the student does not need this package"
     for m in module.modules():
@@ -143,8 +139,8 @@ class SimKD(TrainableLoss):
         def new(m): return _to_torch(copy.deepcopy(m).train(res.training))
         projector,reused = new(nn.Sequential(*self.before, self.transfer, *self.after)),new(self.classifier[0])
         if before_head: reused = projector.append(reused)
-        else: _replace(res, self.layer, projector.insert(0, get_module_by_name(res, self.layer)))
-        _replace(res, head, reused)
+        else: replace_layer(res, self.layer, projector.insert(0, get_module_by_name(res, self.layer)))
+        replace_layer(res, head, reused)
         return res
 
 # %% ../../nbs/losses/classifier.ipynb #e2982662

@@ -66,7 +66,7 @@ class FitNetRegressor(TrainableLoss):
 class VID(TrainableLoss):
     "Negative log-likelihood of the teacher's features, given the student's (Ahn et al., 2019)"
     def __init__(self,
-        mid_channels:int|None=None, # Hidden channels of the regressor; defaults to the teacher's channels
+        dim:int|None=None, # Hidden channels of the regressor; defaults to the teacher's channels
         init_pred_var:float=5.,     # Initial variance
         eps:float=1e-5              # Smallest variance
     ):
@@ -82,7 +82,7 @@ class VID(TrainableLoss):
         self.log_scales = nn.ParameterList(torch.full((ct,), initial) for _,ct in self.channels)
 
     def _regressor(self, cs, ct):
-        mid = self.mid_channels or ct
+        mid = self.dim or ct
         def conv(ni, nf): return nn.Conv2d(ni, nf, 1, bias=False)
         return nn.Sequential(conv(cs, mid), nn.ReLU(), conv(mid, mid), nn.ReLU(), conv(mid, ct))
 
@@ -152,14 +152,14 @@ class _Fusion(nn.Module):
 class ReviewKD(TrainableLoss):
     "Features fused from the last layer to the first, compared at several sizes (Chen et al., 2021)"
     def __init__(self,
-        mid_channels:int|None=None # Hidden channels; defaults to the student's last ones, at most 512
+        dim:int|None=None # Hidden channels; defaults to the student's last ones, at most 512
     ):
         super().__init__()
-        self.mid_channels = mid_channels
+        self.dim = dim
 
     def make(self, fm_s, fm_t):
         self.as_maps(fm_s, fm_t)
-        mid = self.mid_channels or min(512, self.channels[-1][0])
+        mid = self.dim or min(512, self.channels[-1][0])
         last_first = enumerate(reversed(self.channels))
         self.abfs = nn.ModuleList(_Fusion(cs, ct, mid, last=k==0) for k,(cs,ct) in last_first)
 

@@ -16,14 +16,9 @@ from torch import nn
 from .shapes import pair_features
 from .facts import loss_info
 from .base import StochasticLoss, TrainableLoss, conv_bn
-from ._ops import kl, pool_to_smaller_pair, unit
+from ._ops import gram, kl, pool_to_smaller_pair, unit, z_scores
 
 # %% ../../nbs/losses/embedding.ipynb #f2218501
-def _products(f):
-    "Return the products of all pairs of samples, `(B, B)`"
-    f = f.flatten(1)
-    return f@f.T
-
 def _row_embedding(n, d):
     "Return a network from rows of products to vectors"
     return nn.Sequential(nn.Linear(n, 2*d), nn.ReLU(), nn.Linear(2*d, d))
@@ -36,12 +31,12 @@ class SemCKD(TrainableLoss):
     "All teacher layers for each student layer, weighted by learned attention (Chen et al., 2021)"
     def __init__(self,
         factor:int=2, # Batch size divided by the length of queries and keys
-        soft:float=1. # Temperature of the attention, above 0
+        T:float=1.    # Temperature of the attention, above 0
     ):
         "Raises `ValueError` for a factor or a temperature that is not above 0"
         super().__init__()
-        if not (factor>0 and soft>0): raise ValueError(
-            f"Expected a factor and a temperature above 0, got factor={factor} and soft={soft}")
+        if not (factor>0 and T>0): raise ValueError(
+            f"Expected a factor and a temperature above 0, got factor={factor} and T={T}")
         store_attr()
 
     def as_maps(self, fm_s, fm_t):
@@ -70,7 +65,7 @@ class SemCKD(TrainableLoss):
 
     def _unit_vectors(self, embeddings, fm):
         "Return a unit vector for each sample and layer, `(B, layers, d)`, computed from which samples are similar"
-        rows = [F.pad(_products(f), (0, self.batch-len(f))) for f in fm]
+        rows = [F.pad(gram(f.flatten(1)), (0, self.batch-len(f))) for f in fm]
         return torch.stack([F.normalize(e(r), dim=1) for e,r in zip(embeddings, rows)], 1)
 
     def attention(self,
@@ -81,7 +76,7 @@ class SemCKD(TrainableLoss):
         fs = [*fm_s.values()]
         q = self._unit_vectors(self.query, fs)
         k = self._unit_vectors(self.key, [t.detach().to(fs[0].dtype) for t in fm_t.values()])
-        return (q@k.mT/self.soft).softmax(2)
+        return (q@k.mT/self.T).softmax(2)
 
     def _distance(self, project, s, t):
         "Return the mean squared difference of each sample"
@@ -101,21 +96,15 @@ class SemCKD(TrainableLoss):
         return (self.attention(fm_s, fm_t)*d.unflatten(1, (len(fm_s), len(fm_t)))).sum(2).mean()
 
 # %% ../../nbs/losses/embedding.ipynb #0508a322
-def _standardize(f):
-    "Scale each dimension to mean 0 and deviation 1 over the batch; 0 where it does not vary"
-    f = f-f.mean(0)
-    deviation = torch.linalg.vector_norm(f, dim=0)/max(len(f)-1, 1)**0.5
-    return f/deviation.clamp_min(1e-6)
-
 def _correlation_loss(s, t, alpha):
     "Return the logarithm of how far the dimensions' correlations are from 1"
-    c = (_standardize(s)*_standardize(t)).mean(0)
+    c = (z_scores(s, 0)*z_scores(t, 0)).mean(0)
     return (c-1).abs().pow(2*alpha).sum().clamp_min(1e-20).log2()
 
 def _mutual_information_loss(s, t):
     "Return the purity of the student's similarities minus the purity of those shared with the teacher"
     def purity(g): return (g/g.trace().clamp_min(1e-6)).pow(2).sum()
-    gs,gt = (_products(F.normalize(f, dim=1)) for f in (s, t))
+    gs,gt = (gram(F.normalize(f, dim=1)) for f in (s, t))
     return purity(gs)-purity(gs*gt)
 
 @loss_info('Miles et al., Information Theoretic Representation Distillation, BMVC 2022', 'https://arxiv.org/abs/2112.00459',
@@ -206,14 +195,14 @@ class CRD(_LossOfPairs):
     def __init__(self,
         dim:int=128,   # Length of the vectors
         T:float=0.07,  # Temperature, above 0
-        queue:int=4096 # How many vectors of earlier batches are negatives
+        n_queue:int=4096 # How many vectors of earlier batches are negatives
     ):
         "Raises `ValueError` for a temperature that is not above 0"
         super().__init__()
         if not T>0: raise ValueError(f"Expected a temperature above 0, got T={T}")
         store_attr()
 
-    def make_pair(self, cs, ct): return _QueueContrast(cs, ct, self.dim, self.T, self.queue)
+    def make_pair(self, cs, ct): return _QueueContrast(cs, ct, self.dim, self.T, self.n_queue)
 
 # %% ../../nbs/losses/embedding.ipynb #7b9f2684
 class _BankContrast(nn.Module):
@@ -364,17 +353,17 @@ class RRD(_LossOfPairs):
     "Similarities of each sample to a queue of the teacher's earlier vectors (Giakoumoglou & Stathaki, 2024)"
     def __init__(self,
         dim:int=128,      # Length of the vectors
-        queue:int=16384,  # How many of the teacher's vectors are compared with
+        n_queue:int=16384,  # How many of the teacher's vectors are compared with
         T_s:float=0.02,   # Temperature of the student, above 0
         T_t:float=0.1     # Temperature of the teacher, above 0
     ):
         "Raises `ValueError` for temperatures that are not above 0 and for an empty queue"
         super().__init__()
-        if not (T_s>0 and T_t>0 and queue>0): raise ValueError(
-            f"Expected T_s>0, T_t>0 and queue>0, got T_s={T_s}, T_t={T_t} and queue={queue}")
+        if not (T_s>0 and T_t>0 and n_queue>0): raise ValueError(
+            f"Expected T_s>0, T_t>0 and n_queue>0, got T_s={T_s}, T_t={T_t} and n_queue={n_queue}")
         store_attr()
 
-    def make_pair(self, cs, ct): return _QueueRelation(cs, ct, self.dim, self.queue, self.T_s, self.T_t)
+    def make_pair(self, cs, ct): return _QueueRelation(cs, ct, self.dim, self.n_queue, self.T_s, self.T_t)
 
 # %% ../../nbs/losses/embedding.ipynb #8d90dc2d
 class _QueueDivergence(nn.Module):
@@ -396,13 +385,13 @@ class _QueueDivergence(nn.Module):
 class QueueKL(_LossOfPairs):
     "Similarities of each sample to a queue of the teacher's vectors, as a divergence (Fang et al., 2021; LightlyTrain)"
     def __init__(self,
-        queue:int=8192,   # How many of the teacher's vectors are compared with
+        n_queue:int=8192,   # How many of the teacher's vectors are compared with
         T:float=0.07,     # Temperature, above 0
         project:bool=True # Map the student's vectors to the teacher's length? Otherwise lengths must be equal
     ):
         "Raises `ValueError` for a temperature that is not above 0 and for an empty queue"
         super().__init__()
-        if not (T>0 and queue>0): raise ValueError(f"Expected T>0 and queue>0, got T={T} and queue={queue}")
+        if not (T>0 and n_queue>0): raise ValueError(f"Expected T>0 and n_queue>0, got T={T} and n_queue={n_queue}")
         store_attr()
 
     def make(self, fm_s, fm_t):
@@ -412,4 +401,4 @@ class QueueKL(_LossOfPairs):
             f"{[*fm_s]} and {[*fm_t]}")
         super().make(fm_s, fm_t)
 
-    def make_pair(self, cs, ct): return _QueueDivergence(cs, ct, self.queue, self.T, self.project)
+    def make_pair(self, cs, ct): return _QueueDivergence(cs, ct, self.n_queue, self.T, self.project)

@@ -11,6 +11,7 @@ __all__ = ['Attention', 'ActivationBoundaries', 'FitNet', 'Similarity', 'pool_to
            'SRD']
 
 # %% ../../nbs/losses/feature.ipynb #d722e9ec
+import warnings
 from functools import wraps
 from itertools import product
 from typing import Callable
@@ -365,6 +366,15 @@ def Affinity(
     return sum(distance(s, t) for s,t in pair_features(fm_s, fm_t, min_ndim=3, min_positions=2))
 
 # %% ../../nbs/losses/feature.ipynb #14060263
+def _pair_positions(fm_s, fm_t):
+    "Pair features of equal sizes whose positions are related to each other. Warns for one position"
+    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3)
+    constant = [n for n,(s,_) in zip(fm_s, pairs) if s.shape[2:].numel()==1]
+    if constant: warnings.warn(
+        f"{', '.join(constant)}: one position. Relations between positions are constant there, and the student learns "
+        "nothing from them: name an earlier layer, or use a loss that compares channels, such as FitNet", stacklevel=3)
+    return pairs
+
 def _max_pool(f, window):
     "Max-pool maps with a window for each dimension; the rest at the end of a dimension is a window of its own"
     pool = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}[f.ndim]
@@ -396,7 +406,7 @@ def PairwiseKD(
         sizes = [min(n, window) if window else max(1, int(n*scale)) for n in f.shape[2:]]
         f = _max_pool(f, sizes)
         return gram((_unit_constant_norm(f) if constant_norm else unit(f)).flatten(2).mT)
-    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2)
+    pairs = _pair_positions(fm_s, fm_t)
     return sum(F.mse_loss(relations(s), relations(t)) for s,t in pairs)
 
 # %% ../../nbs/losses/feature.ipynb #c3084a76
@@ -419,11 +429,11 @@ def CIRKD(
 )->torch.Tensor: # Scalar
     """Return the divergence of similarities between the positions of all images of a batch (Yang et al., 2022).
 
-    Raises `ValueError` for unequal sizes, and for features of one position."""
+    Raises `ValueError` for unequal sizes. Warns for features of one position."""
     def similarities(f):
         x = _unit_positions(f)
         return (x.flatten(0, 1)@x.flatten(0, 1).T).unflatten(1, x.shape[:2])/T  # (B N, B, N)
-    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2)
+    pairs = _pair_positions(fm_s, fm_t)
     return sum(_mean_row_kl(similarities(s), similarities(t)) for s,t in pairs)
 
 # %% ../../nbs/losses/feature.ipynb #3f54f8bc
@@ -482,9 +492,9 @@ def TokenRelationKL(
 )->torch.Tensor: # Scalar
     """Return the divergence of similarities between the tokens of a sample (LightlyTrain, 2026).
 
-    Raises `ValueError` for unequal sizes, and for features of one position."""
+    Raises `ValueError` for unequal sizes. Warns for features of one position."""
     def similarities(f): return gram(_unit_positions(f))/T
-    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2)
+    pairs = _pair_positions(fm_s, fm_t)
     return sum(_mean_row_kl(similarities(s), similarities(t)) for s,t in pairs)
 
 # %% ../../nbs/losses/feature.ipynb #4f291641
@@ -514,7 +524,7 @@ def MiniLMv2(
 
     Raises `ValueError` for unequal numbers of tokens, for widths that the heads do not divide, and for another number
     of weights than pairs of layers."""
-    pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2)
+    pairs = _pair_positions(fm_s, fm_t)
     weights = [1.]*len(pairs) if weights is None else weights
     if len(weights)!=len(pairs): raise ValueError(
         f"Expected a weight for each of {len(pairs)} pairs of layers, got {len(weights)}")

@@ -34,7 +34,7 @@ from ..teacher.live import Teacher, get_logits, read_teacher
 
 # %% ../../nbs/methods/schemes.ipynb #4f51efe5
 class Ensemble(nn.ModuleList):
-    """Several teachers that answer as one, by the mean of their probabilities.
+    """Several teachers with one prediction, the mean of their probabilities.
 
     A layer of the first is named `'0.layer1'`, and so on.
 
@@ -45,7 +45,7 @@ class Ensemble(nn.ModuleList):
         weights:list|None=None, # One number for each teacher, scaled to a sum of 1; default: equal
         T:float=1.,             # Temperature of the loss: the mean is that of `softmax(pred/T)`
         logits:bool=False,      # Average logits instead
-        axis:int|None=None      # Dimension of the classes; default: that of the Learners' loss function, or 1
+        axis:int|None=None      # Dimension of the classes; default: that of the Learners' loss function, or of the fit
     ):
         if not isinstance(teachers, (list,tuple)): raise TypeError(
             f"Expected a list of teachers, got {type(teachers).__name__}")
@@ -60,21 +60,36 @@ class Ensemble(nn.ModuleList):
         self.T,self.logits = T,logits
         self.learner = next(filter(None, learners), None)  # whose vocabulary and normalization the ensemble has
         self.axis = loss_layout(getattr(self.learner, 'loss_func', None))[0] if axis is None else axis
-        if self.axis is None: self.axis = 1
+        self.fit_axis = None
         for i,o in enumerate(learners):
             if o is not None: check_compatible_data(self.learner, o, who=('teacher 0',f'teacher {i}'))
+
+    def set_class_axis(self,
+        axis:int # Dimension of the classes in this fit
+    ):
+        "Called at the start of a fit. The `axis` of the ensemble comes first"
+        self.fit_axis = axis
+
+    def find_class_axis(self, ndim:int)->int:
+        "Return the dimension of the classes. Raises `ValueError` for three dimensions without a known axis"
+        for axis in (self.axis, self.fit_axis):
+            if axis is not None: return axis
+        if ndim!=3: return 1
+        raise ValueError("Expected the dimension of the classes for predictions of three dimensions, which may be "
+                         "(B, T, C) or (B, C, T): give Ensemble(teachers, axis=-1) or axis=1")
 
     def combine(self,
         preds:list # One prediction of each teacher, all of one shape
     )->Tensor: # The same shape
-        "One prediction of several. Raises `ValueError` for unequal shapes"
+        "Return one prediction for several. Raises `ValueError` for unequal shapes, and for an unknown class axis"
         shapes = [tuple(p.shape) for p in preds]
         if len({*shapes})>1: raise ValueError(
             f"The teachers' predictions have different shapes: {shapes}. Do all models predict the same classes?")
         if len(preds)==1: return preds[0]
         preds = list(map(at_least_float32, preds))
         if self.logits: return sum(w*p for w,p in zip(self.weights, preds))
-        weighted = [w.log()+(p/self.T).log_softmax(self.axis) for w,p in zip(self.weights, preds)]
+        axis = self.find_class_axis(preds[0].ndim)
+        weighted = [w.log()+(p/self.T).log_softmax(axis) for w,p in zip(self.weights, preds)]
         return self.T*torch.stack(weighted).logsumexp(0)
 
     def forward(self,
@@ -159,10 +174,10 @@ def model_scores(
 
 # %% ../../nbs/methods/schemes.ipynb #db7c68e6
 class PeerTeacher(Teacher):
-    "Networks that answer while they train: in training mode, and with gradients of their own"
+    "Networks that predict while they train: in training mode, and with gradients of their own"
     @contextmanager
     def ready(self, device=None, epoch=None):
-        "Ready to answer, in training mode"
+        "Context of an epoch's training, in training mode"
         with super().ready(device, epoch):
             self.model.train()
             try: yield self
@@ -307,7 +322,7 @@ def label_loss(pred, target):
     return F.cross_entropy(pred, target)
 
 class NoTeacher(Teacher):
-    "A teacher that does not answer, for students that teach themselves"
+    "A teacher without predictions, for students that teach themselves"
     def __init__(self): super().__init__(nn.Identity())
     def __call__(self, *xb, **kwargs)->tuple: return None,{}
 

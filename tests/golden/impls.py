@@ -196,12 +196,12 @@ class Tokens(Owned):
 HEADS = {r'embed_s\.': 'pairs.0.heads.student.', r'embed_t\.': 'pairs.0.heads.teacher.'}
 TRAINABLE = dict(
     fitnet_regressor=Owned(FitNetRegressor, {'conv': 'regressors.0.0', 'bn': 'regressors.0.1'}),
-    vid=Owned(VID, {'regressor': 'regressors.0', 'log_scale': 'log_scales.0'}), pad_l2=PAD(PADL2), reviewkd=Owned(ReviewKD),
+    vid=Owned(renamed(VID, dict(mid_channels='dim')), {'regressor': 'regressors.0', 'log_scale': 'log_scales.0'}), pad_l2=PAD(PADL2), reviewkd=Owned(ReviewKD),
     ofd_connector=Owned(partial(OFD, margin='batch'), {'connector': 'connectors.0'}, lambda **case: dict(teacher=None)),
     ofd_authors=Summed(partial(OFD, distance=weighted_sum_over_layers(PartialL2)), {'Connectors': 'connectors'}, norms),
     srrl=Owned(SRRL, {r'srrl\.': '', 'cls_t': 'classifier.0'}, headed), simkd=Owned(SimKD, given=headed),
     mgd=Masked(MGD, 2e-5), mgd_channel=Masked(partial(MGD, 'channel'), 7e-5),
-    semckd=Owned(SemCKD, {r'(query|key)_(\d)\.linear1': r'\1.\2.0', r'(query|key)_(\d)\.linear2': r'\1.\2.2',
+    semckd=Owned(renamed(SemCKD, dict(soft='T')), {r'(query|key)_(\d)\.linear1': r'\1.\2.0', r'(query|key)_(\d)\.linear2': r'\1.\2.2',
                           r'regressor(\d)(\d)\.regressor': r'project.\1_\2'}),
     itrd_corr=Owned(renamed(partial(ITRD, corr=1, mutual=0), dict(alpha_it='alpha')), {r'embed\.linear': 'embed.0'}),
     itrd_mutual=Owned(renamed(partial(ITRD, corr=0, mutual=1), dict(alpha_it='alpha')), {r'embed\.linear': 'embed.0'}),
@@ -214,7 +214,7 @@ TRAINABLE = dict(
     ofa=Owned(renamed(OFA, dict(temperature='T'))),
     dcd=Sized(DCD, {**HEADS, r'params\.tau': 'pairs.0.tau'}, lambda state: dict(dim=len(state['embed_s.weight']))),
     rrd=Sized(renamed(RRD, dict(nce_t_s='T_s', nce_t_t='T_t')), {**HEADS, 'queue_ptr': 'pairs.0.position', 'queue$': 'pairs.0.queue'},
-              lambda state: dict(dim=len(state['embed_s.weight']), queue=len(state['queue']))),
+              lambda state: dict(dim=len(state['embed_s.weight']), n_queue=len(state['queue']))),
     queue_kl=Queued(renamed(partial(QueueKL, project=False), dict(temperature='T'))),
 )
 IMPLS = {**OUTPUT, **FEATURE, **RELATION, **TRAINABLE}

@@ -59,19 +59,19 @@ LOSSES = {
     'ITRD': Row(ITRD, ((8,),(8,)), ((12,),(8,)), layers='4'),
     'ICKDEmbed': Row(ICKDEmbed, ((4,6,6),(8,3,3)), ((6,4,4),(12,3,3)), ('ickd_embed',)),
     'AFD': Row(AFD, two, two, ('afd_zoo',), width=4),
-    'CRD': Row(partial(CRD, dim=8, queue=40), ((8,),), ((12,),), (), '4'),
+    'CRD': Row(partial(CRD, dim=8, n_queue=40), ((8,),), ((12,),), (), '4'),
     'CRDBank': Row(partial(CRDBank, n_data=100, K=30, dim=8), ((8,),), ((12,),), ('crd',), '4'),
     'CTKD': Row(partial(CTKD, warmup=5), two, two),
     'PEFD': Row(PEFD, ((8,),(8,)), ((12,),(8,)), ('pefd',), '4'),
     'ViTKD': Row(ViTKD, two, wider, ('vitkd',)),
     'OFA': Row(OFA, two, wider, ('ofa',), {'student': ['0','1'], 'teacher': []}),
     'DCD': Row(partial(DCD, dim=8), ((8,),), ((12,),), ('dcd',), '4'),
-    'RRD': Row(partial(RRD, dim=8, queue=40), ((8,),), ((12,),), ('rrd',), '4'),
-    'QueueKL': Row(partial(QueueKL, queue=40), ((8,),), ((12,),), ('queue_kl',), '4'),
+    'RRD': Row(partial(RRD, dim=8, n_queue=40), ((8,),), ((12,),), ('rrd',), '4'),
+    'QueueKL': Row(partial(QueueKL, n_queue=40), ((8,),), ((12,),), ('queue_kl',), '4'),
 }
 VARIANTS = {
-    'VID, narrow': Row(partial(VID, mid_channels=3, init_pred_var=2.), two, wider),
-    'ReviewKD, other sizes': Row(partial(ReviewKD, mid_channels=5), two, ((6,4,4),(12,2,2))),
+    'VID, narrow': Row(partial(VID, dim=3, init_pred_var=2.), two, wider),
+    'ReviewKD, other sizes': Row(partial(ReviewKD, dim=5), two, ((6,4,4),(12,2,2))),
     'OFD, batch margins': Row(partial(OFD, margin='batch'), two, wider, ('ofd_connector',), ['0.1','1.1','2.1']),
     'SRRL, maps': Row(SRRL, ((8,4,4),), ((12,3,3),), (), '2'),
     'SimKD, embedding': Row(partial(SimKD, factor=4), ((8,),), ((12,),), (), '4'),
@@ -448,14 +448,14 @@ def test_bad_sizes_of_a_regressor():
     (lambda: ITRD(corr=0, mutual=0), 'compares nothing'),
     (lambda: CTKD(T=.5), '0 < low < T < high'), (lambda: CTKD(low=0.), '0 < low < T < high'),
     (lambda: CTKD(high=math.inf), '0 < low < T < high'),
-    (lambda: SemCKD(soft=0.), 'got factor=2 and soft=0.0'), (lambda: SemCKD(factor=0), 'got factor=0'),
+    (lambda: SemCKD(T=0.), 'got factor=2 and T=0.0'), (lambda: SemCKD(factor=0), 'got factor=0'),
     (lambda: CRD(T=0.), 'above 0, got T=0.0'),
     (lambda: CRDBank(1), 'got n_data=1,'), (lambda: CRDBank(10, K=0), 'K=0 and'),
     (lambda: PEFD(0), 'at least 1 projector'), (lambda: ViTKD(ratio=0.), 'ratio above 0'),
     (lambda: OFA(T=0.), 'got eps=1.0 and T=0.0'),
     (lambda: OFA(eps=0.), 'got eps=0.0'), (lambda: DCD(max_tau=0.), 'max_tau above 0'),
     (lambda: RRD(T_t=0.), 'T_t=0.0'),
-    (lambda: RRD(queue=0), 'queue=0'), (lambda: QueueKL(T=0.), 'got T=0.0'),
+    (lambda: RRD(n_queue=0), 'n_queue=0'), (lambda: QueueKL(T=0.), 'got T=0.0'),
     (lambda: CRDBank(10, T=math.nan), 'and T=nan')])
 def test_bad_parameters(make, match):
     with pytest.raises(ValueError, match=match): make()
@@ -852,7 +852,7 @@ def test_masked_positions_are_unseen():
 def test_semckd_by_hand(ns, nt):
     "Sample by sample and pair by pair; weights of the authors' names, for any number of layers"
     x = inputs('SemCKD', dtype=torch.float64, shapes=([(3+i,4,4) for i in range(ns)], [(5+j,4,4) for j in range(nt)]))
-    loss,s,t = SemCKD(soft=2.).build(**x),[*x['fm_s'].values()],[*x['fm_t'].values()]
+    loss,s,t = SemCKD(T=2.).build(**x),[*x['fm_s'].values()],[*x['fm_t'].values()]
     named = {TRAINABLE['semckd'].name(f'regressor{i}{j}.regressor.0.weight'): (2*(5+j),3+i,1,1) for i in range(ns)
              for j in range(nt)}
     assert {k: tuple(v.shape) for k,v in loss.state_dict().items() if k in named}==named
@@ -1047,14 +1047,14 @@ def test_divergence_of_the_queue_by_hand():
 def test_queue_wraps_around():
     "A queue whose size is no multiple of the batch's, and one smaller than the batch"
     x = inputs('RRD', dtype=torch.float64)
-    loss = RRD(dim=8, queue=6).build(**x)
+    loss = RRD(dim=8, n_queue=6).build(**x)
     pair,(t,) = loss.pairs[0],x['fm_t'].values()
     loss(x['fm_s'], x['fm_t'])
     first = pair.queue.clone()
     loss(x['fm_s'], x['fm_t'])
     v = unit(pair.heads.teacher(t)).detach()
     torch.testing.assert_close(pair.queue, torch.cat([v[2:], first[2:4], v[:2]]))
-    small = RRD(dim=8, queue=3).build(**x)
+    small = RRD(dim=8, n_queue=3).build(**x)
     assert small(x['fm_s'], x['fm_t']).isfinite()
 
 def test_relation_to_the_queue_by_hand():

@@ -3,11 +3,12 @@ from copy import deepcopy
 from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
-from fastai.basics import (Callback, noop, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat,
-    OptimWrapper, load_learner, mae, rmse, set_seed)
+from fastai.basics import (Callback, noop, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders,
+    Learner, MSELossFlat, OptimWrapper, load_learner, mae, rmse, set_seed)
 from fastai.callback.all import (CSVLogger, GradientAccumulation, MixUp, SaveModelCallback, SchedLin, SchedNo,
     combine_scheds)
 from kd_fastai.all import *
+from kd_fastai.methods.schemes import on_exits
 from kd_fastai.demo import digits, small_net
 from support import (CPUMixedPrecision, KD, KeepBatches, KeepLosses, fit, history, hooks, learner, quiet, same, state,
     weights)
@@ -554,7 +555,7 @@ def test_report_equals_values_computed_by_hand(teachers):
     assert r.layers['shape of teacher'][1]==(20,16,4,4)
     assert 'They agree on' in repr(r)
     assert '<table' in r._repr_html_()
-    assert not any('no better' in o for o in r.warnings)
+    assert not any('not better' in o for o in r.warnings)
 
 def test_report_warns(teachers):
     good = fit(learner(width=8, dls=digits()), 6)
@@ -643,3 +644,41 @@ def test_report_raises_the_errors_of_a_fit(teachers):
     assert same(before, state(learn))
     assert all(m.training for m in t.modules())
     assert not hooks(t, learn.model)
+
+# ---- the class axis of sequences
+
+class PerStep(nn.Module):
+    "Logits `(B, T, C)`"
+    def __init__(self, seed): super().__init__(); set_seed(seed); self.layer = nn.Linear(3, 5)
+    def forward(self, x): return self.layer(x)
+
+@pytest.fixture
+def sequences(): return torch.randn(8, 7, 3, generator=torch.Generator().manual_seed(0))
+
+def mean_of_two(x, models):
+    "KL of the student from the mean of the probabilities of two networks"
+    p,*others = [m(x) for m in models]
+    q = sum(o.softmax(-1) for o in others)/2
+    return (q*(q.log()-p.log_softmax(-1))).sum(-1).mean().item()
+
+def fit_sequences(student, cb, x):
+    ds = [*zip(x, torch.zeros(8, 7, dtype=torch.long))]
+    dls = DataLoaders(DataLoader(ds, bs=8), DataLoader(ds, bs=8))
+    learn = quiet(Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=cb))
+    return fit(learn, 1, 0.)
+
+def from_an_ensemble(*models): return KD(Ensemble(models), Mutual, weight=1.)
+
+@pytest.mark.parametrize('scheme', [MutualLearning, from_an_ensemble])
+def test_probabilities_of_sequences_are_averaged_over_classes(scheme, sequences):
+    models = [PerStep(i) for i in range(3)]
+    expected = mean_of_two(sequences, models)
+    learn = fit_sequences(models[0], scheme(*models[1:]), sequences)
+    assert history(learn)['mutual'].iloc[0]==pytest.approx(expected, rel=1e-4)
+
+def test_an_ensemble_of_sequences_without_an_axis(sequences):
+    "The advice gives the mean over classes"
+    models = [PerStep(1),PerStep(2)]
+    with pytest.raises(ValueError, match=r'give Ensemble\(teachers, axis=-1\) or axis=1'): Ensemble(models)(sequences)
+    got = Ensemble(models, axis=-1)(sequences).softmax(-1)
+    torch.testing.assert_close(got, (models[0](sequences).softmax(-1)+models[1](sequences).softmax(-1))/2)

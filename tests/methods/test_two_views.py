@@ -8,6 +8,8 @@ from torch.utils.data import TensorDataset
 from fastai.basics import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, ItemTransform, Learner, Pipeline,
     Recorder)
 from kd_fastai.all import *
+from kd_fastai.methods.gates import teacher_right, teacher_sure
+from kd_fastai.methods.two_views import across_views, by_view, on_two_views
 from kd_fastai.demo import digits, small_net
 from support import KD, KeepBatches, fit, history, learner, quiet, weights
 

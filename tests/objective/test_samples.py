@@ -5,6 +5,7 @@ from torch import nn
 from fastai.basics import Callback, DataLoader, DataLoaders, set_seed
 from fastai.callback.all import CutMix, MixUp, SchedLin
 from kd_fastai.all import *
+from kd_fastai.methods.gates import all_of, by_entropy, by_position, teacher_right, teacher_sure
 from kd_fastai.demo import digits, small_net
 from kd_fastai.objective import Batch
 from support import KD, KeepBatches, fit, history, learner, weights

@@ -1,5 +1,5 @@
 "The command, as a user types it."
-import subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 import pandas as pd
 import pytest
@@ -8,9 +8,9 @@ from kd_fastai.demo import kd_demo
 
 pytestmark = pytest.mark.slow
 
-def demo(*args, cwd=None):
-    return subprocess.run([str(Path(sys.executable).parent/'kd-demo'), *map(str, args)], text=True, capture_output=True,
-                          cwd=cwd)
+def demo(*args, **kwargs):
+    command = [str(Path(sys.executable).parent/'kd-demo'), *map(str, args)]
+    return subprocess.run(command, text=True, capture_output=True, **kwargs)
 
 @pytest.fixture(scope='module')
 def done(tmp_path_factory):
@@ -41,7 +41,9 @@ def test_a_word_instead_of_a_number(tmp_path):
     assert r.returncode and 'invalid int value' in r.stderr and 'Traceback' not in r.stderr
 
 def test_help():
-    r = demo('--help')
+    "It is the first that a user sees: no warning of another library comes before it"
+    r = demo('--help', env={k: v for k,v in os.environ.items() if k!='PYTHONWARNINGS'})
+    assert not r.stderr
     options = '--seeds','--labels','--epochs','--temperature','--data','--out'
     assert r.returncode==0 and all(o in r.stdout for o in options)
 
