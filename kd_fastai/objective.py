@@ -429,6 +429,8 @@ def with_teacher(
     unknown = None if known is None else ~known
     return batch._replace(pred=pred, teacher_pred=teacher_pred, target=target, mixed=mixed, unknown=unknown)
 
+
+# %% ../nbs/objective.ipynb #9a341094
 class PreparedTerms(WeightedTerms):
     "Terms, and the form in which they read a batch"
     class_axis,ignore_index = 1,None

@@ -69,6 +69,8 @@ class LeftOut(Callback):
         "Warn that the Learner trains without it"
         warnings.warn(f"The {self.what} of this Learner was not pickled, and it trains without: attach a new one")
 
+
+# %% ../../nbs/fit/internals.ipynb #5e12fbf7
 class ScopedCallback(Callback):
     "A callback whose `scope` is closed when a fit ends for any reason, and when it is removed from its Learner"
     # methods of the Learner that run inside `around_fit`, ...

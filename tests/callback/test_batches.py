@@ -7,8 +7,9 @@ from torch import nn
 from fastai.basics import (Adam, Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner,
     SGD, noop, ranger, set_seed)
 from fastai.callback.schedule import minimum
-from kd_fastai.all import (FitNet, KnowledgeDistillationCallback, Logits, SoftTarget, Term,
-    by_position)
+from kd_fastai.all import (Ensemble, FitNet, KnowledgeDistillationCallback, Logits, Mutual, MutualLearning,
+    SoftTarget, Term)
+from kd_fastai.methods.gates import by_position
 
 KD = KnowledgeDistillationCallback
 
@@ -283,3 +284,18 @@ def test_advice_can_be_followed():
 
 def test_scripted_students_train():
     fit(learner(torch.jit.script(mlp(1)), KD(mlp(9), SoftTarget)))
+
+def test_networks_that_teach_each_other_share_the_class_axis():
+    "Probabilities of several teachers are averaged over classes, where these are the last dimension."
+    class Net(nn.Module):
+        def __init__(self, seed): super().__init__(); set_seed(seed); self.body = nn.Linear(3, 5)
+        def forward(self, x): return self.body(x)
+    set_seed(0)
+    x,y = torch.randn(8, 7, 3),torch.randint(5, (8,7))
+    dl = DataLoader(list(zip(x, y)), bs=8)
+    p = [Net(i)(x) for i in (1,2,3)]
+    q = (p[1].softmax(-1)+p[2].softmax(-1))/2
+    want = (q*(q.log()-p[0].log_softmax(-1))).sum(-1).mean().item()
+    for cb,name in ((MutualLearning(Net(2), Net(3)), 'mutual'), (KD(Ensemble([Net(2), Net(3)]), Mutual), 'mutual')):
+        learn = fit(learner(Net(1), cb, DataLoaders(dl, dl)), 1, 0.)
+        assert learn.kd_history()[name][0]==pytest.approx(want, rel=1e-5)

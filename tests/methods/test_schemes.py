@@ -87,7 +87,7 @@ def test_ensembles_of_other_vocabularies_are_an_error():
     "Teachers with other vocabularies, among themselves or than the student, are an error."
     a,b = (with_vocab(learner(), v) for v in (['x','y'], ['y','x']))
     with pytest.raises(ValueError, match=r"teacher 0: \['x', 'y'\], teacher 1: \['y', 'x'\]"): Ensemble([a, b])
-    with pytest.raises(ValueError, match=r"Teacher: \['y', 'x'\], student: \['x', 'y'\]"):
+    with pytest.raises(ValueError, match=r"student: \['x', 'y'\], teacher: \['y', 'x'\]"):
         fit(a, cbs=KD(Ensemble([b, small_net(4)]), SoftTarget))
 
 def test_ensembles_check_weights_and_teachers():
