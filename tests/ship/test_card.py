@@ -201,11 +201,17 @@ def test_files_and_a_script(tmp_path):
     for i in range(24):
         x = np.random.default_rng(i).integers(0, 255, (20+i,30,3), dtype=np.uint8)
         Image.fromarray(x).save(tmp_path/f'pictures/{i%2}_{i}.png')
-    files = get_image_files(tmp_path)
-    dls = ImageDataLoaders.from_name_func(tmp_path, files, lambda o: o[0], bs=8, item_tfms=Resize(16), device='cpu')
-    def net(): return nn.Sequential(nn.Flatten(), nn.Linear(768,2))
-    learn = Learner(dls, net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    files = get_image_files(tmp_path).sorted()
+    dls = ImageDataLoaders.from_name_func(tmp_path, files, lambda o: o[0], valid_pct=0.5, seed=0, bs=8,
+        item_tfms=Resize(16), device='cpu')
+    def always(c):
+        "A network that predicts class `c`"
+        linear = nn.Linear(768,2)
+        with torch.no_grad(): linear.weight.zero_(); linear.bias.copy_(torch.eye(2)[c])
+        return nn.Sequential(nn.Flatten(), linear)
+    learn = Learner(dls, always(0), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     file = learn.kd_export(tmp_path/'student.onnx', scores={})
-    card = learn.kd_card(net(), file=file)
+    card = learn.kd_card(always(1), file=file)
+    assert len(card.lost)
     assert card.lost.file.str.startswith('pictures').all() and card.lost.file.str.endswith('.png').all()
     assert "InferenceSession('student.onnx')" in card.markdown and '<pre>' in card.html
