@@ -336,7 +336,7 @@ def learner_with(vocab=None, norm=None, width=4):
 
 def test_other_vocabulary_or_normalization_is_an_error():
     fit(learner_with(['a','b']), cbs=KD(learner_with(['a','b']), SoftTarget))
-    with pytest.raises(ValueError, match=r"different vocabularies.*Teacher: \['b', 'a'\], student: \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"different vocabularies.*student: \['a', 'b'\], teacher: \['b', 'a'\]"):
         fit(learner_with(['a','b']), cbs=KD(learner_with(['b','a']), SoftTarget))
     # features do not depend on the order of classes
     fit(learner_with(['a','b']), cbs=KD(learner_with(['b','a']), FitNet, '1'))

@@ -557,7 +557,7 @@ def test_what_a_stored_teacher_refuses(tmp_path):
                          'Expected numbers': np.array([['a']])}.items():
         with pytest.raises(ValueError, match=text): StoredTeacher(answers)
     with pytest.raises(ValueError, match='is not a valid cache index'): StoredTeacher(tmp_path)
-    with pytest.raises(ValueError, match='no use for teacher_tfm'):
+    with pytest.raises(ValueError, match='teacher_tfm has no effect'):
         cached_fit(StoredTeacher(a), losses=SoftTarget, layers=None, teacher_tfm=halved)
     half_filled = CachedTeacher(net(8), tmp_path/'c')
     half_filled.prepare(loaders().train)

@@ -331,7 +331,7 @@ def test_training_on_features_of_a_headless_model(make):
     layer = layer or next(n for n in get_model_layers(model) if n.endswith('layers.1'))
     before = copy.deepcopy(model.state_dict())
     student = Words() if x.ndim==2 else Conv()
-    learn = headless_fit(model, student, x, Term(FitNet, layers=[('0',layer)], adapt='auto', name='feature'))
+    learn = headless_fit(model, student, x, Term(FitNet, 1., layers=[('0',layer)], adapt='auto', name='feature'))
     values = learn.kd_history().feature
     assert values.iloc[-1]<0.9*values.iloc[0]
     assert all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
