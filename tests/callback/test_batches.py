@@ -299,3 +299,14 @@ def test_networks_that_teach_each_other_share_the_class_axis():
     for cb,name in ((MutualLearning(Net(2), Net(3)), 'mutual'), (KD(Ensemble([Net(2), Net(3)]), Mutual), 'mutual')):
         learn = fit(learner(Net(1), cb, DataLoaders(dl, dl)), 1, 0.)
         assert learn.kd_history()[name][0]==pytest.approx(want, rel=1e-5)
+
+def test_a_first_callback_that_does_not_run_leaves_the_inputs_to_the_second():
+    "The first running callback gives the teacher its inputs"
+    ds = Items()
+    rows = [(x, x.flip(-1), y) for x,y in zip(ds.x, ds.y)]
+    dls = DataLoaders(*(DataLoader(rows, bs=16, num_workers=0, n_inp=2) for _ in range(2)))
+    def kd(weight): return KD(mlp(1), SoftTarget, weight=weight, teacher_inputs=1)
+    def trained(*cbs): return list(fit(learner(mlp(), [*cbs], dls)).model.parameters())
+    off,alone = kd(2.),trained(kd(1.))
+    off.run = False
+    assert all(torch.equal(a, b) for a,b in zip(trained(off, kd(1.)), alone))

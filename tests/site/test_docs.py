@@ -175,7 +175,7 @@ def shows_something(source):
     return is_value and not isinstance(last.value, (ast.Constant, ast.Yield))
 
 silent = """append backward clear close extend fill freeze load load_state_dict mkdir register_forward_hook remove
-    remove_cb rmtree save set_seed simplefilter step test_close test_eq unfreeze write_text export""".split()
+    assert_close remove_cb rmtree save set_num_threads set_seed simplefilter step test_close test_eq unfreeze write_text export""".split()
 
 def is_silent(source):
     "Whether the last expression calls something that returns nothing"
