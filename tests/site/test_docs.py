@@ -174,8 +174,9 @@ def shows_something(source):
     is_value = isinstance(last, ast.Expr) and not source.rstrip().endswith(';')
     return is_value and not isinstance(last.value, (ast.Constant, ast.Yield))
 
-silent = """append backward clear close extend fill freeze load load_state_dict mkdir register_forward_hook remove
-    assert_close remove_cb rmtree save set_num_threads set_seed simplefilter step test_close test_eq unfreeze write_text export""".split()
+silent = """append assert_close backward clear close extend fill freeze load load_state_dict mkdir register_forward_hook
+    remove set_num_threads
+    remove_cb rmtree save set_seed simplefilter step test_close test_eq unfreeze write_text export""".split()
 
 def is_silent(source):
     "Whether the last expression calls something that returns nothing"
