@@ -16,6 +16,7 @@ from .hooks.matching import classifier_input, layer_similarity, linear_cka, matc
 from .objective import Objective, Term
 from .ship.cascade import Cascade
 from .ship.export import OnnxModel, deployable, export_onnx
+from .ship.hub import *
 from .ship.parity import KDParity
 from .ship.quantize import KDQuantized
 from .methods import pretrain as _pretrain  # gives Learner its kd_pretrain
