@@ -259,8 +259,8 @@ def score_models(
                 if n!='student': preds[n] = m(*xb, axis=axis)
             preds = {n: first if p is None else p for n,p in preds.items()}
             batch = ScoredBatch(xb, yb, preds, axis)
+            each(batch)  # it may refuse predictions of another shape
             sums.add(batch)
-            each(batch)
     return sums.result()
 
 def predicted_classes(
