@@ -2,7 +2,8 @@
 import random
 import pytest, torch
 import torch.nn.functional as F
-from kd_fastai.all import DecoupledKD, FitNet, Logits, Mutual, SoftTarget, Term, teacher_right
+from kd_fastai.all import DecoupledKD, FitNet, Logits, Mutual, SoftTarget, Term
+from kd_fastai.methods.gates import teacher_right
 from kd_fastai.objective import Objective
 
 def soft_target(s, t, T): return T**2*F.kl_div((s/T).log_softmax(-1), (t/T).softmax(-1), reduction='none').sum(-1)
