@@ -24,13 +24,14 @@ from ..teacher.classes import check_compatible_data
 from ..fit.columns import TermColumn
 from ..fit.internals import in_validation_context
 from ..hooks.layers import unwrap_model
+from ..hooks.models import read_model
 from ..losses import HardTarget, Mutual, SoftTarget
 from ..losses.shapes import at_least_float32
 from ..term import Term
 from ..fit.owned import OwnedWeights
 from ..losses.facts import loss_args, loss_name
 from ..hooks.inputs import as_plain_tensor
-from ..teacher.live import Teacher, get_logits, read_teacher
+from ..teacher.live import Teacher, get_logits
 
 # %% ../../nbs/methods/schemes.ipynb #4f51efe5
 class Ensemble(nn.ModuleList):
@@ -50,7 +51,7 @@ class Ensemble(nn.ModuleList):
         if not isinstance(teachers, (list,tuple)): raise TypeError(
             f"Expected a list of teachers, got {type(teachers).__name__}")
         if not teachers: raise ValueError("An ensemble needs at least one teacher, got none")
-        models,learners = zip(*map(read_teacher, teachers))
+        models,learners = zip(*map(read_model, teachers))
         super().__init__(models)
         w = torch.ones(len(models)) if weights is None else torch.tensor([float(o) for o in weights])
         if len(w)!=len(models) or not (w>=0).all() or not 0<w.sum()<torch.inf: raise ValueError(
@@ -119,7 +120,7 @@ class MeanTeacher(KnowledgeDistillationCallback):
     ):
         if kwargs.get('teacher_dtype') is not None: raise ValueError(
             "The average changes with each step, a copy of it would not: leave teacher_dtype out")
-        model = unwrap_model(read_teacher(student)[0])
+        model = unwrap_model(read_model(student)[0])
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         super().__init__(self.average.module, loss, *args, **kwargs)
 

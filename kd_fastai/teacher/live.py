@@ -243,16 +243,6 @@ def _result_dtype(xb, dtype):
     if not floats or floats[0]==dtype: return None
     return torch.promote_types(floats[0], torch.float32)
 
-# %% ../../nbs/teacher/live.ipynb #f16d0e30
-read_teacher = read_model
-def find_teacher(learn):
-    "Return the `Teacher` of the first distillation callback of a Learner; None if there is none"
-    return next((o for cb in learn.cbs if isinstance(o := vars(cb).get('teacher'), BaseTeacher)), None)
-
-def find_teacher_inputs(learn):
-    "Return `teacher_inputs` of the distillation callback of a Learner; 0 if there is none"
-    return max((vars(cb).get('teacher_inputs', 0) for cb in getattr(learn, 'cbs', [])), default=0)
-
 # %% ../../nbs/teacher/live.ipynb #f02600b9
 def shared_tensors(
     a:nn.Module, # A model, such as the student
