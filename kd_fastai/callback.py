@@ -30,7 +30,7 @@ from .fit.columns import Columns, TermColumn, recorder_table
 from kd_fastai.fit.internals import (all_reduce_sum, in_validation_context, is_distributed, without_extra_parameters,
     without_last_inputs)
 from .fit.owned import OwnedWeights, OwningCallback
-from .fit.state import FitState, first_forward
+from .fit.state import FitState, capture_one_forward
 from .hooks.capture import Capture
 from .hooks.inputs import as_plain_tensor, split_inputs
 from torch.nn.parameter import is_lazy
@@ -247,7 +247,7 @@ class DistillationEpoch(DistillationFit):
         self.owned.before_train(learn)
         device = next((p.device for p in learn.model.parameters()), None)
         contexts = (tracking(learn.dl, state.uses_idx), self.teacher.ready(device, learn.epoch),
-                    first_forward(learn.model, state.capture), state.capture)
+                    capture_one_forward(learn.model, state.capture), state.capture)
         for o in contexts: state.epoch.enter_context(o)
         state.epoch.callback(setattr, state, 'is_capturing', False)
         state.is_capturing = True
@@ -306,7 +306,7 @@ class DistillationBatch(DistillationEpoch):
             "give unlabeled data a placeholder target by a transform, and set task_weight=0")
         state.teacher_xb,state.inputs = own,read_inputs(learn, self.objective)
         state.answer = self.run_teacher(*(state.first.fit_state.teacher_xb if self.teacher_inputs else learn.xb))
-        state.capture.enabled = True
+        state.capture.enabled = True  # until the student's forward pass ends: see `capture_one_forward`
         return nullcontext()
 
     def run_teacher(self, *xb)->tuple:
