@@ -245,6 +245,10 @@ class Objective(TrainedTerms):
         balance:bool=False       # Scale each term, batch by batch, to the size of the task loss
     ):
         super().__init__(terms, task_weight)
+        auto = [o.name for o in self.terms if balance and o.weight=='auto']
+        if auto: raise ValueError(
+            f"With balance=True a weight is a share of the task loss, a number, and {', '.join(auto)} has the weight "
+            "'auto': give it one, as in Term(SoftTarget, 0.5) or weight=0.5")
         self.class_axis,self.ignore_index,self.balance = class_axis,ignore_index,balance
         self.class_maps = class_maps_by_teacher(class_map, self.terms)
         users = [o.teacher for o in self.terms if o.needs_pred]

@@ -17,7 +17,7 @@ from ..hooks.layers import layer_name, unique_names
 from .masks import resize_mask, zero_masked
 
 
-# %% ../../nbs/losses/batch.ipynb #d74dd297
+# %% ../../nbs/losses/batch.ipynb #38a5b76f
 class Batch(NamedTuple):
     "The inputs of all losses for one batch: made by `prepare` of an `Objective`"
     pred:Tensor                   # Predictions of the student, `(B, C)` or `(B, C, *spatial)`
