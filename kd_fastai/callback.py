@@ -177,7 +177,7 @@ class DistillationFit(DistillationSettings):
         self.objective.assumed_weights.clear()
         self.teacher.prepare(self.learn.dls.train)
         capture = Capture(self.learn.model, [n for o in self.terms for n in o.layers[0]], who='student')
-        self.fit_state = FitState(capture, self.make_columns(), running[0])
+        self.fit_state = FitState(capture, self.make_columns())
         self.fit_state.uses_idx = uses_positions(self.objective, self.teacher)
         if self.compares_with_labels: self.fit_state.confusion = TeacherConfusion()
         self.scope.callback(self.end_fit)
@@ -285,6 +285,11 @@ class DistillationBatch(DistillationEpoch):
         return self.fit_state is not None and self.fit_state.is_capturing and self.learn.training
 
     @property
+    def first(self):
+        "The first distillation callback that computes this batch: others may be removed or turned off in a fit"
+        return next(cb for cb in running_callbacks(self.learn) if cb.is_capturing)
+
+    @property
     def progress(self)->float:
         "Progress of the fit, from 0 to 1. `lr_find` sees the middle of a fit: schedules are constant in it"
         return 0.5 if any(isinstance(cb, LRFinder) for cb in self.learn.cbs) else self.learn.pct_train
@@ -305,7 +310,7 @@ class DistillationBatch(DistillationEpoch):
             "The batch has no target, and fastai skips the backward pass without one: "
             "give unlabeled data a placeholder target by a transform, and set task_weight=0")
         state.teacher_xb,state.inputs = own,read_inputs(learn, self.objective)
-        state.answer = self.run_teacher(*(state.first.fit_state.teacher_xb if self.teacher_inputs else learn.xb))
+        state.answer = self.run_teacher(*(self.first.fit_state.teacher_xb if self.teacher_inputs else learn.xb))
         state.capture.enabled = True  # until the student's forward pass ends: see `capture_one_forward`
         return nullcontext()
 
@@ -344,7 +349,7 @@ class DistillationBatch(DistillationEpoch):
         """Return the Learner's own loss. 0 if the batch has no labels, where it would be the mean of nothing.
 
         A second callback gets the weighted one of the first."""
-        if self.fit_state.first is not self: return self.fit_state.first.loss_parts()[0]
+        if self.first is not self: return self.first.loss_parts()[0]
         task,ignore = as_plain_tensor(self.learn.loss_grad),self.objective.ignore_index
         if ignore is None or not isinstance(batch.target, Tensor): return task
         return torch.where((batch.target!=ignore).any(), task, 0.)
@@ -425,7 +430,7 @@ class KnowledgeDistillationCallback(DistillationBatch):
         """Make the sum the loss of this batch; another distillation callback adds to it.
 
         In several processes every parameter must take part, or `DistributedDataParallel` waits for it."""
-        if self.fit_state.first is not self: batch = batch._replace(task=self.learn.loss_grad)
+        if self.first is not self: batch = batch._replace(task=self.learn.loss_grad)
         total = self.objective.total(batch, values, weights)
         if is_distributed(self.learn): total = total + 0*get_logits(self.learn.pred).sum()
         self.learn.loss_grad,self.learn.loss = total,total.detach().clone()

@@ -20,10 +20,9 @@ class FitState:
     "What exists only during a fit"
     def __init__(self,
         capture:Capture,  # Of the student's layers
-        columns:Columns,  # Means for the progress table
-        first             # The first distillation callback of the Learner
+        columns:Columns   # Means for the progress table
     ):
-        self.capture,self.columns,self.first = capture,columns,first
+        self.capture,self.columns = capture,columns
         self.epoch = ExitStack()    # closed at the end of the epoch's training
         self.is_capturing = False   # whether hooks are on the models
         self.is_checked = False     # whether the first batch has been checked

@@ -16,7 +16,7 @@ import torch
 from torch import nn, Tensor
 from .layers import get_module_by_name, layer_name, parse_layer
 from .layout import known_widths, standard_layout
-from .models import tensor_version, unwrap_model
+from .models import own_copy, tensor_version, unwrap_model
 from .models import RandomStream, eval_no_grad, naming_errors, preserving_modes # noqa: F401
 
 # %% ../../nbs/hooks/capture.ipynb #7d4c350e
@@ -87,6 +87,8 @@ class Capture:
         if not self._listens(): return
         t = self._select(spec, value)
         if not callable(spec.item): t = standard_layout(t, self.widths[spec.spec])
+        if t.is_inference():  # autograd cannot use one, and it does not count changes in place
+            with torch.inference_mode(False): t = own_copy(t)
         self.outputs.setdefault(spec.spec, []).append((t, tensor_version(t)))
         if self._stop_order and [*self.outputs]==self._stop_order: raise self.StopForward
 
@@ -148,7 +150,7 @@ class Capture:
         if tensor_version(t)!=version: raise RuntimeError(
             f"{label}: its {_side(spec)} was changed in place by a later layer (a ReLU with inplace=True?): "
             "take that later layer, or set inplace=False")
-        return t.clone() if t.is_inference() else t  # autograd cannot use an inference tensor
+        return t
 
 class LiveHook:
     "A hook that calls a function. A copied or pickled model gets one of Python's own that does nothing"

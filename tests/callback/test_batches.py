@@ -109,6 +109,28 @@ def test_one_of_two_callbacks_may_be_off(off):
     learn = fit(learner(mlp(1), cbs))
     assert [*learn.kd_history()][2:]==['task_loss', ('logits','soft_target')[off]]
 
+@pytest.mark.parametrize('leave', [lambda learn, kd: learn.remove_cb(kd), lambda learn, kd: setattr(kd, 'run', False)],
+                         ids=['removed','off'])
+def test_the_first_of_two_callbacks_leaves_in_mid_epoch(leave):
+    "The second trains on as if it were alone."
+    first,second = KD(mlp(9), Term(SoftTarget, 1.)),KD(mlp(8), Term(Logits, 0.5))
+    class Leave(Callback):
+        order = 50
+        def after_batch(self):
+            if self.training and first.run and first in self.learn.cbs: leave(self.learn, first)
+    class Sum(Callback):
+        order = KD.order+1
+        def __init__(self): self.expected,self.loss = [],[]
+        def after_loss(self):
+            if not self.training: return
+            task = F.cross_entropy(self.pred, self.yb[0])
+            self.expected.append((task+0.5*Logits(self.pred, mlp(8)(self.xb[0]))).item())
+            self.loss.append(self.learn.loss.item())
+    seen = Sum()
+    fit(learner(mlp(1), [first, second, Leave(), seen]), 2)
+    assert len(seen.loss)==8 and seen.loss[0]>seen.expected[0]
+    assert seen.loss[1:]==pytest.approx(seen.expected[1:])
+
 def test_a_validation_within_an_epoch():
     class Look(Callback):
         order = 80
