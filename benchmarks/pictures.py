@@ -151,7 +151,7 @@ def keyed_view(b, pixels):
 def whole(b, pixels): return (shrunk(b[0], pixels),*b[1:])
 
 def data(o, seed, pixels, bs=32):
-    "Loaders of pictures, keys (for the teacher alone) and classes"
+    "Loaders of pictures, keys (for the teacher only) and classes"
     n,(x,y) = len(o['y']),o['valid']
     dls = DataLoaders(WholeBatches(Pictures(o['views'], torch.arange(n), o['y']), bs=bs, shuffle=True, drop_last=True,
                                    after_batch=partial(keyed_view, pixels=pixels)),

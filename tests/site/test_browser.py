@@ -207,7 +207,7 @@ queries = {
     'cache': 'tutorials/cache', 'CRD': 'losses/|tutorials/papers', 'SoftTarget': 'losses/output'}
 
 def test_search_order(url, new_tab):
-    "The first result of a search is on the page that answers it"
+    "The first result of a search is on the expected page"
     tab = new_tab('desktop')
     tab.goto(url)
     first = tab.evaluate('''async (queries) => {
