@@ -163,6 +163,13 @@ class LossCall:
 class BatchLoss(LossCall):
     "A loss with layers, a mask and weights of samples, and its value for a batch"
     layers,teacher,mask,sample_weight,name = ([],[]),None,None,None,'loss'
+    from_layers = False # are the predictions those of its layers, instead of the models' own?
+
+    @property
+    def reads_output(self)->bool:
+        "Whether it may read the models' own predictions"
+        reads = self.uses_predictions and not self.from_layers
+        return reads or self.takes_all or callable(self.sample_weight)
 
     def features(self,
         fm_s:dict, # All captured features of the student
@@ -178,6 +185,7 @@ class BatchLoss(LossCall):
     ):
         "Return what this loss sees of a batch: one teacher, the positions that count, weights of its samples"
         batch = batch.of(self.teacher)
+        if self.from_layers: batch = batch.with_predictions(**self.features(batch.fm_s, batch.fm_t))
         if self.name in batch.masks: batch = batch.masked(batch.masks[self.name])
         if self.sample_weight is not None: batch = batch.weighted(self.sample_weight, self.name)
         is_dense = batch.pred.ndim>2 and self.uses_predictions
@@ -221,7 +229,8 @@ class Term(BatchLoss):
     """One part of the objective: `weight * schedule(progress) * loss`.
 
     A parameter of the loss that is a function, but not a schedule, is given by `partial`. With `sample_weight` the
-    loss is the mean over samples of weight times value.
+    loss is the mean over samples of weight times value. A loss on predictions with layers of its own reads them there:
+    `Term(SoftTarget, layers='head_b')`, or `layers=':1'` for an item of the models' output.
 
     Raises what `LossCall` raises; `TypeError` and `ValueError` for a weight that is not a finite number, and
     `ValueError` for `sample_weight` with a loss that is not a mean over samples."""
@@ -242,10 +251,12 @@ class Term(BatchLoss):
         self.layers = None if layers is None else parse_layer_pairs(layers)
         self.name = '_'.join(filter(None, [camel2snake(loss_name(loss)), teacher])) if name is None else name
         self.schedule,self.adapt,self.mask,self.teacher,self.sample_weight = schedule,adapt,mask,teacher,sample_weight
+        self.from_layers = self.uses_predictions and not self.uses_features and any(self.layers or ())
         for check,o in (check_schedule,schedule), (check_adapt,adapt), (check_mask,mask): check(o)
         check_term(self)
         self.uses_idx = self.uses_idx or getattr(sample_weight, 'uses_idx', False)
-        self.uses_teacher_pred = 'teacher_pred' in self.args.accepted or self.takes_all or callable(sample_weight)
+        self.uses_teacher_pred = self.reads_output and (
+            'teacher_pred' in self.args.accepted or self.takes_all or callable(sample_weight))
 
     def with_defaults(self,
         layers:tuple=([],[]),     # Layers of student and teacher, for a term without layers
@@ -280,7 +291,7 @@ class Term(BatchLoss):
         res = ('auto·' if auto else f'{self.weight:g}·')+('schedule·' if schedule else '')+super().__repr__()
         if self.teacher: res += f" from {self.teacher}"
         if self.sample_weight is not None: res += ' of weighted samples'
-        if not self.uses_features: return res
+        if not self.uses_features and not self.from_layers: return res
         pairs = [(layer_name(s), layer_name(t)) for s,t in zip(*(self.layers or ([],[])))]
         if pairs: res += f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in pairs)}"
         return res if self.adapt is None else res+', adapted'
@@ -294,6 +305,8 @@ def check_term(
     if term.mask is not None: check_maskable(term.loss)
     if term.adapt is not None and not term.uses_features: raise ValueError(
         f"adapt is for losses on features, got {name}, which compares none")
+    if term.from_layers and len(term.layers[0])>1: raise ValueError(
+        f"{name} compares predictions, those of one layer: expected one name, got {term.layers[0]}")
     if weight is None: return
     if not isinstance(weight, str) and not callable(weight): raise TypeError(
         f"sample_weight must be the name of a field of the batch or a function of the Batch, "
