@@ -6,8 +6,9 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/checks.html.md"""
 
 # %% auto #0
 __all__ = ['check_count', 'check_words', 'advice_for', 'check_teacher_names', 'stateful_modules', 'check_models',
-           'is_elementwise', 'check_data', 'check_terms', 'check_frozen', 'check_negligible', 'check_first_batch',
-           'check_probabilities', 'check_targets', 'check_outputs', 'check_effect', 'AgreementCheck']
+           'is_elementwise', 'check_data', 'check_terms', 'check_frozen', 'check_negligible', 'check_channels',
+           'check_first_batch', 'check_probabilities', 'check_targets', 'check_outputs', 'check_effect',
+           'AgreementCheck']
 
 # %% ../../nbs/fit/checks.ipynb #2003981d
 from typing import Callable
@@ -16,7 +17,8 @@ from torch import nn, Tensor
 from fastai.basics import Learner, rank_distrib
 from ..losses.facts import get_loss_info, loss_name, unwrap_loss
 from ..losses.output import MultiLabel
-from ..objective import Batch, Objective
+from ..losses.batch import Batch
+from ..objective import Objective, built_channels
 from ..teacher.classes import TeacherConfusion, check_compatible_data, compare_with_student
 from ..teacher.live import Teacher, shared_tensors
 from ..term import Term
@@ -118,7 +120,7 @@ def check_data(
 
     Raises `ValueError` if teacher and student have different classes or normalizations."""
     for name,o in teacher.by_name.items():
-        compare_vocab = objective.needs_pred(name) and name not in objective.class_maps
+        compare_vocab = objective.needs_pred[name] and name not in objective.class_maps
         if o.learner: check_compatible_data(learn, o.learner, vocab=compare_vocab, normalize=o.tfm is None)
     softmax = [o.name for o in objective.terms if getattr(get_loss_info(o.loss), 'softmax', False)]
     task = getattr(learn.loss_func, 'func', learn.loss_func)
@@ -137,7 +139,7 @@ def check_terms(
     "Raise or warn about terms that cannot have an effect"
     for o in objective.terms:
         if weights[o.name]!=0 and not values[o.name].requires_grad: check_frozen(o, modules, warn)
-        if objective.balance or o.name in objective.found_weights: continue
+        if objective.balance or o.weight=='auto': continue
         check_negligible(o, values[o.name].item(), objective.task_weight*batch.task.mean().item(), warn)
 
 def check_frozen(
@@ -170,6 +172,17 @@ def check_negligible(
          f"too little to matter: {hint}, and weight='auto' finds one")
 
 # %% ../../nbs/fit/checks.ipynb #fa1bbc83
+def check_channels(
+    objective:Objective, # The objective
+    batch:Batch          # The first batch
+):
+    "Raise `ValueError` if losses were built for a student with other channels"
+    for name,channels in built_channels(objective.terms, batch).items():
+        built = objective.channels.get(name, channels)
+        if channels!=built: raise ValueError(
+            f"{name} was built for student features of {built} channels, got {channels}: "
+            "a student with other layers needs a callback of its own")
+
 def check_first_batch(
     objective:Objective, # The objective
     batch:Batch,         # The first batch
@@ -257,9 +270,9 @@ class AgreementCheck:
     def _add(self, name, batch):
         if batch.teacher_pred is None: return
         confusion = self.confusions[name]
-        confusion.add(batch.teacher_pred, batch.target, batch.mask)
+        confusion.add(batch.teacher_pred, batch.target, batch.label_mask)
         if confusion.n_batches==1:
-            yield ('student', name),compare_with_student(batch.pred, batch.teacher_pred, batch.target, batch.mask)
+            yield ('student', name),compare_with_student(batch.pred, batch.teacher_pred, batch.target, batch.label_mask)
         if confusion.is_due: yield ('agreement', name, confusion.tells_order),confusion.warning(early=True)
 
     def end(self)->list: # Of `(key, message)`

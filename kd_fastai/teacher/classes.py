@@ -111,6 +111,17 @@ def shared_classes(
     known = [i for i,c in enumerate(class_map) if c>=0]
     return pred[:,known],teacher_pred[:,[class_map[i] for i in known]]
 
+def shared_labels(
+    target,        # Labels
+    class_map:list # The teacher's column for each class of the student, or -1
+): # Labels in the numbering of the shared classes, -1 for a class that the teacher lacks
+    "Return labels in the numbering of the columns that both models have"
+    if not isinstance(target, Tensor) or target.is_floating_point() or min(class_map)>=0: return target
+    known = torch.tensor([c>=0 for c in class_map], device=target.device)
+    column = torch.where(known, known.cumsum(0)-1, -1)
+    is_class = (target>=0) & (target<len(class_map))
+    return torch.where(is_class, column[target.clamp(0, len(class_map)-1)], -1)
+
 # %% ../../nbs/teacher/classes.ipynb #13dd31de
 def in_student_order(
     teacher_pred:Tensor, # Teacher's predictions, `(B, C, ...)`
@@ -136,7 +147,7 @@ class TeacherConfusion:
     def add(self,
         pred:Tensor,   # Predictions of the teacher, `(B, C, *spatial)`
         target:Tensor, # Labels, `(B, *spatial)`; anything else is not counted
-        valid:Tensor|None=None # Positions to count, of the shape of the labels; default: all
+        mask:Tensor|None=None # Positions to count, of the shape of the labels; default: all
     ):
         "Count one batch"
         self.n_batches += 1
@@ -145,7 +156,7 @@ class TeacherConfusion:
         n = pred.shape[1]
         if self.counts is None: self.counts = torch.zeros(n, n, dtype=torch.long, device=pred.device)
         counted = (target>=0) & (target<n)
-        if valid is not None: counted &= valid
+        if mask is not None: counted &= mask
         index = (target.long()*n+pred.argmax(1)).where(counted, 0)
         self.counts.view(-1).index_add_(0, index.flatten(), counted.flatten().long())
 

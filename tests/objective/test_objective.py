@@ -121,12 +121,12 @@ def test_a_class_map_renumbers_the_labels():
 def test_a_constant_term_gets_no_weight_of_its_own():
     "Its gradient is rounding: 'auto' keeps the default, and looks again in the next fit."
     objective = Objective([Term(SoftTarget)])
-    assert objective.find_weights({'soft_target': (1., 1e-9)})==['soft_target']
-    assert objective.found_weights['soft_target']<1e3
-    objective.forget_assumed()
+    objective.find_weights({'soft_target': (1., 1e-9)})
+    assert objective.assumed_weights['soft_target']<1e3
+    objective.assumed_weights.clear()
     assert objective.unknown_weights==objective.terms
     objective.find_weights({'soft_target': (1., 0.5)})
-    objective.forget_assumed()
+    objective.assumed_weights.clear()
     assert objective.found_weights=={'soft_target': 2.}
 
 def test_default_weight_and_schedule_are_one_rule():
