@@ -242,7 +242,7 @@ def test_menu(url, new_tab):
     "On a phone the menu is hidden; it opens, and its links work"
     tab = new_tab('phone')
     tab.goto(url)
-    link = tab.locator('#quarto-sidebar a.sidebar-link[href$=".html"]').last
+    link = tab.locator('#quarto-sidebar a.sidebar-link[href$=".html"]:visible').last
     assert link.bounding_box()['x'] < 0
     tab.locator('.quarto-btn-toggle').click()
     target = link.get_attribute('href')
