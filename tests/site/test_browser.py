@@ -257,7 +257,7 @@ def test_menu(url, new_tab):
 def predicting(url, site, new_tab):
     "The page that predicts in a new tab, and the folder of its files"
     folder = site/'site_libs/predict'
-    if not folder.exists(): pytest.skip('onnxruntime-web could not be downloaded from npm, or onnxscript is not installed')
+    if not folder.exists(): pytest.skip('npm could not download onnxruntime-web, or onnxscript is not installed')
     tab = new_tab('desktop')
     requests,errors = listen(tab)
     tab.goto(f'{url}tutorials/browser.html')
