@@ -24,8 +24,8 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from .fit.batch import (find_mixer, first_tensors, loss_layout, read_inputs, read_labels, read_positions,
     tell_class_axis, tracking, uses_positions)
-from .fit.checks import (advice_for, check_channels, check_count, check_data, check_effect, check_first_batch, check_models,
-    check_teacher_names, check_words)
+from .fit.checks import (AgreementCheck, advice_for, check_channels, check_count, check_data, check_effect, check_first_batch,
+    check_models, check_teacher_names, check_words)
 from .fit.columns import Columns, TermColumn, recorder_table
 from kd_fastai.fit.internals import (all_reduce_sum, in_validation_context, is_distributed, without_extra_parameters,
     without_last_inputs)
@@ -42,7 +42,6 @@ from .losses.masks import check_mask
 from .losses.facts import loss_name
 from .losses.batch import Batch
 from .objective import Objective, gradient_norms
-from .teacher.classes import TeacherConfusion
 from .teacher.function import as_teacher
 from .teacher.live import BaseTeacher, Teacher
 from .term import Term, check_schedule, check_weight, with_defaults
@@ -179,7 +178,7 @@ class DistillationFit(DistillationSettings):
         capture = Capture(self.learn.model, [n for o in self.terms for n in o.layers[0]], who='student')
         self.fit_state = FitState(capture, self.make_columns())
         self.fit_state.uses_idx = uses_positions(self.objective, self.teacher)
-        if self.compares_with_labels: self.fit_state.confusion = TeacherConfusion()
+        if self.compares_with_labels: self.fit_state.agreement = AgreementCheck([*self.teacher.by_name])
         self.scope.callback(self.end_fit)
         self.learn.metrics = [*self.learn.metrics, *self.fit_state.columns.metrics]
         self.owned.attach(self.learn, self.scope)
@@ -247,7 +246,7 @@ class DistillationEpoch(DistillationFit):
         self.owned.before_train(learn)
         device = next((p.device for p in learn.model.parameters()), None)
         contexts = (tracking(learn.dl, state.uses_idx), self.teacher.ready(device, learn.epoch),
-                    capture_one_forward(learn.model, state.capture), state.capture)
+                    state.capture, capture_one_forward(learn.model, state.capture))
         for o in contexts: state.epoch.enter_context(o)
         state.epoch.callback(setattr, state, 'is_capturing', False)
         state.is_capturing = True
@@ -263,9 +262,7 @@ class DistillationEpoch(DistillationFit):
                 f"{name} needs labels, but no sample in this epoch had one, so it had no effect. SoftTarget needs none")
         check_effect(self.objective, state.columns, state.is_first_epoch and self.has_trained_teacher, self.warn)
         state.is_first_epoch = False
-        confusion,state.confusion = state.confusion,None
-        problem = confusion and confusion.warning()
-        if problem and not rank_distrib(): self.warn('agreement', problem)
+        for k,problem in state.agreement.end(): self.warn(k, problem)
         if is_distributed(self.learn): state.columns.sum_over_processes(self.learn.model.device)
 
     def after_epoch(self):
@@ -337,7 +334,7 @@ class DistillationBatch(DistillationEpoch):
 
     def student_pred(self)->Tensor:
         "Return the student's predictions that losses compare; if none does, any tensor of its output"
-        reads = any(o.uses_predictions or o.takes_all or callable(o.sample_weight) for o in self.terms)
+        reads = any(o.reads_output for o in self.terms)
         return get_logits(self.learn.pred) if reads else first_tensors(self.learn.pred)[0]
 
     def batch_inputs(self, device)->dict:
@@ -380,6 +377,7 @@ class KnowledgeDistillationCallback(DistillationBatch):
         if not self.is_capturing: return
         batch,values,weights = self.compute()
         self.record(batch, values, weights)
+        for k,problem in self.fit_state.agreement.add(batch): self.warn(k, problem)
         self.set_loss(batch, values, weights)
 
     def compute(self)->tuple: # A `Batch`, and the values and weights of the terms by name
@@ -423,8 +421,6 @@ class KnowledgeDistillationCallback(DistillationBatch):
         where = f"epoch {self.learn.epoch}, batch {self.learn.iter}"
         state.columns.add(where, find_bs(self.learn.yb), columns, must_be_finite)
         state.columns.has_labels |= batch.label_mask is None or bool(batch.label_mask.any())
-        is_known = batch.teacher_pred is not None and batch.mixed is None
-        if state.confusion is not None and is_known: state.confusion.add(batch.teacher_pred, batch.target, batch.label_mask)
 
     def set_loss(self, batch, values, weights):
         """Make the sum the loss of this batch; another distillation callback adds to it.
