@@ -11,6 +11,7 @@ __all__ = ['FitState', 'capture_one_forward']
 from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn, Tensor
+from .checks import AgreementCheck
 from .columns import Columns
 from ..hooks.capture import Capture, LiveHook
 from ..hooks.models import RandomStream
@@ -28,7 +29,7 @@ class FitState:
         self.is_checked = False     # whether the first batch has been checked
         self.is_first_epoch = True  # of this fit
         self.uses_idx = False       # whether positions of the samples are used
-        self.confusion = None       # of the teacher and the labels, in the first epoch
+        self.agreement = AgreementCheck([]) # of teachers with the labels, in the first epoch
         self.teacher_random = RandomStream() # for teachers that draw random numbers
         self.next_batch()
 
