@@ -1,4 +1,4 @@
-"""A model card for a trained student: scores, classes that lost, samples that are wrong now, and the training
+"""A model card for a trained student: scores, classes that lost, regressions, and the training run
 
 Docs: https://kd-fastai.github.io/kd_fastai/ship/card.html.md"""
 
@@ -53,7 +53,7 @@ class KDCard:
         parts:list,              # Headings and paragraphs (str), tables (`DataFrame`), and `(name, figure)`
         metadata:dict,           # Front matter
         scores:pd.DataFrame,     # A row a model
-        recall:pd.DataFrame|None,# A row a class; None where labels are not classes
+        recall:pd.DataFrame|None,# A row per class; None where labels are not classes
         lost:pd.DataFrame|None   # Samples that the teacher gets right and the student wrong
     ): store_attr()
 

@@ -81,7 +81,7 @@ def export_onnx(
     learn:Learner, # A trained student
     file:str|Path  # File to write
 )->Path: # The file
-    "Write the network alone as one ONNX file: normalized batches to logits, with a free batch size"
+    "Write only the network as one ONNX file: normalized batches to logits, with a free batch size"
     Path(file).write_bytes(_traced(*deployable(learn)).SerializeToString())
     return Path(file)
 
@@ -275,7 +275,7 @@ class OnnxModel(nn.Module):
         if kind in ('image','table') and isinstance(first, Tensor): raise TypeError(
             f"{self.file.name} takes {kind}s before the preprocessing, got a tensor of shape {(*first.shape,)}: give "
             f"{'files' if kind=='image' else 'a DataFrame'}, compare by learn.kd_parity(files, ...), "
-            "or write the network alone with export_onnx")
+            "or write only the network with export_onnx")
         if kind in ('image','table'):
             items = first if isinstance(first, (list,tuple)) else [first]
             return torch.cat([torch.from_numpy(next(iter(self.outputs(o).values()))) for o in items])
