@@ -1,0 +1,47 @@
+"The measured cases that `kd_report` quotes are those of the tables, and the sentences fit the Learner."
+from pathlib import Path
+import pandas as pd
+import pytest
+from kd_fastai.demo import digits
+from kd_fastai.report.compare import comparison_table
+from kd_fastai.report.expect import CASES, nearest_case
+from support import learner, trained_teacher
+
+TABLES = Path(__file__).parents[2]/'benchmarks/tables'
+
+def points(row): return tuple(round(100*row[k], 1)+0. for k in ('gain','low','high'))
+
+def of_regime(data, regime, steps):
+    "Of `distill_default.csv`"
+    runs = pd.read_csv(TABLES/'distill_default.csv').query('data==@data and regime==@regime')
+    runs = runs[runs.way.isin(['student alone','T=4, rising'])].rename(columns={'way': 'method'})
+    return steps,points(comparison_table(runs, 'accuracy', 'student alone').loc['T=4, rising'])
+
+def of_fashion(labels, steps):
+    "Of `fashion.csv`"
+    o = pd.read_csv(TABLES/'fashion.csv').query("student=='thin' and labels==@labels and way=='learn.distill(teacher)'")
+    assert o.steps.item()==steps
+    return steps,points(o.iloc[0])
+
+def of_pictures(steps):
+    "Of `pictures.csv`"
+    o = pd.read_csv(TABLES/'pictures.csv').query("half=='report' and pixels==32 and steps==@steps and method=='soft rising'")
+    return steps,points(o.iloc[0])
+
+@pytest.mark.parametrize('case,rows', zip(CASES, [
+    [of_regime('digits', 'short', 50), of_regime('digits', 'few labels', 200), of_regime('digits', 'long', 800)],
+    [of_regime('digits', 'many labels, short', 225), of_regime('digits', 'many labels', 900)],
+    [of_regime('fashion', 'short', 100), of_regime('fashion', 'few labels', 400), of_regime('fashion', 'long', 1600)],
+    [of_fashion(100, 600)], [of_fashion(10_000, 2400)], [of_pictures(455), of_pictures(1400)]], strict=True),
+    ids=[f'{o.data}, {o.labels}' for o in CASES])
+def test_cases_are_those_of_the_tables(case, rows): assert case.gains==dict(rows)
+
+def test_nearest_by_teacher_and_number_of_labels():
+    assert nearest_case(150, False).data.startswith('Fashion-MNIST') and nearest_case(180, False).labels==200
+    assert nearest_case(20, True).is_same
+
+def test_report_says_what_to_expect():
+    "In steps of this Learner, with the nearest case"
+    said = repr(learner(dls=digits(200, bs=20)).kd_report(trained_teacher(16, 5)))
+    for o in ('200 training samples, 10 batches an epoch: 500 steps are 50 epochs', 'digits of 8x8 pixels',
+              'On a batch of training samples the teacher is right'): assert o in said
