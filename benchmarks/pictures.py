@@ -296,7 +296,7 @@ def run(half, student, pixels, labels, steps, method, seed):
     return dict(half=half, student=student, pixels=pixels, labels=labels, steps=epochs*len(learn.dls.train),
                 method=method, seed=seed, accuracy=(p.argmax(1)==y).float().mean().item(),
                 valid_loss=nn.functional.nll_loss(p.log(), y).item(), confidence=p.amax(1).mean().item(),
-                seconds=round(took, 1))
+                teacher=o['scores']['valid']['accuracy'], seconds=round(took, 1))
 
 def write_table(runs, group, file):
     "Compare the methods within each group of runs that has a baseline"

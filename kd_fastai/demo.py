@@ -256,7 +256,7 @@ def normalized(
     "Return pictures as EfficientNet-Lite0 expects them"
     return x.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/demo.ipynb #f28684f9
+# %% ../nbs/demo.ipynb #47716aba
 def augmented(
     x:Tensor,   # Bytes `(N, 3, 64, 64)`
     views:int=1,# How many of each picture
@@ -304,7 +304,7 @@ def small_net(
     stages = stage(1, width, 1),stage(width, 2*width, 2),stage(2*width, 4*width, 2)
     return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, 10))
 
-# %% ../nbs/demo.ipynb #6192dd9d
+# %% ../nbs/demo.ipynb #94bef624
 def lite0(
     n_classes:int=0 # Classes of a new classifier; 0 leaves the classifier out
 )->nn.Module:
@@ -374,7 +374,7 @@ def curve(learn:Learner)->list: # Percent
     i = list(learn.recorder.metric_names).index('accuracy')-1
     return [100*o[i] for o in learn.recorder.values]
 
-# %% ../nbs/demo.ipynb #6e8f2b8d
+# %% ../nbs/demo.ipynb #ab7c20c7
 def recipes(
     teacher:nn.Module, # A trained teacher
     x,                 # A batch, to find layers with
@@ -402,7 +402,7 @@ def emoji_recipes(
         return distill(learn)
     return {'student alone': None, 'learn.distill': distill, 'kd_pretrain, then distill': start_with_features}
 
-# %% ../nbs/demo.ipynb #c0dbef08
+# %% ../nbs/demo.ipynb #5cab0512
 class DemoTask(NamedTuple):
     "What the demo trains on"
     data:Callable           # `data(labels, seed)` returns `DataLoaders`; None means all labels, for the teacher
@@ -529,7 +529,7 @@ def verdict(
         return f"{n}: {100*row.gain:+.1f} points against the {res.baseline}, {counts}: {row.verdict}"
     return '\n'.join(line(n, row) for n,row in res.table.iterrows() if n!=res.baseline)
 
-# %% ../nbs/demo.ipynb #0aeefada
+# %% ../nbs/demo.ipynb #214c2a93
 def _check(ok, message):
     if not ok: sys.exit(f"kd-demo: {message}")
 

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 from kd_fastai.demo import digits
 from kd_fastai.report.compare import comparison_table
-from kd_fastai.report.expect import CASES, nearest_case
+from kd_fastai.report.expect import CASES, nearest_cases
+from kd_fastai.report.report import KDReport
 from support import learner, trained_teacher
 
 TABLES = Path(__file__).parents[2]/'benchmarks/tables'
@@ -37,11 +38,13 @@ def of_pictures(steps):
 def test_cases_are_those_of_the_tables(case, rows): assert case.gains==dict(rows)
 
 def test_nearest_by_teacher_and_number_of_labels():
-    assert nearest_case(150, False).data.startswith('Fashion-MNIST') and nearest_case(180, False).labels==200
-    assert nearest_case(20, True).is_same
+    assert [o.labels for o in nearest_cases(180, False)]==[200,100]
+    assert all(o.is_same for o in nearest_cases(20, True))
 
 def test_report_says_what_to_expect():
     "In steps of this Learner, with the nearest case"
-    said = repr(learner(dls=digits(200, bs=20)).kd_report(trained_teacher(16, 5)))
+    report = learner(dls=digits(200, bs=20)).kd_report(trained_teacher(16, 5))
+    assert isinstance(report, KDReport)
+    said = repr(report)
     for o in ('200 training samples, 10 batches an epoch: 500 steps are 50 epochs', 'digits of 8x8 pixels',
               'On a batch of training samples the teacher is right'): assert o in said
