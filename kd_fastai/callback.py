@@ -24,8 +24,8 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from .fit.batch import (find_mixer, first_tensors, loss_layout, read_inputs, read_labels, read_positions,
     tell_class_axis, tracking, uses_positions)
-from .fit.checks import (advice_for, check_count, check_data, check_effect, check_first_batch, check_models,
-    check_teacher_names, check_words)
+from .fit.checks import (AgreementCheck, advice_for, check_channels, check_count, check_data, check_effect, check_first_batch,
+    check_models, check_teacher_names, check_words)
 from .fit.columns import Columns, TermColumn, recorder_table
 from kd_fastai.fit.internals import (all_reduce_sum, in_validation_context, is_distributed, without_extra_parameters,
     without_last_inputs)
@@ -40,11 +40,11 @@ from .losses import Attention, SoftTarget
 from .losses.adapters import check_adapt
 from .losses.masks import check_mask
 from .losses.facts import loss_name
-from .objective import Batch, Objective
-from .teacher.classes import TeacherConfusion
+from .losses.batch import Batch
+from .objective import Objective, gradient_norms
 from .teacher.function import as_teacher
 from .teacher.live import BaseTeacher, Teacher
-from .term import Term, check_schedule, check_weight
+from .term import Term, check_schedule, check_weight, with_defaults
 
 # %% ../nbs/callback.ipynb #c3515423
 def kd_callbacks(
@@ -77,7 +77,7 @@ def make_terms(
     weight,losses = check_weight(weight, 'weight'),[*loss] if isinstance(loss, (list,tuple)) else [loss]
     if not losses: raise ValueError("Expected at least one loss, got none")
     terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
-    return [o.with_defaults(pairs, schedule, adapt, mask) for o in terms]
+    return [with_defaults(o, pairs, schedule, adapt, mask) for o in terms]
 
 # %% ../nbs/callback.ipynb #eddcc754
 class DistillationSettings(OwningCallback):
@@ -114,9 +114,8 @@ class DistillationSettings(OwningCallback):
         check_teacher_names(terms, teacher)
         self.objective = Objective(terms, task_weight, class_map=class_map, balance=balance)
         self.owned = OwnedWeights(self.objective)
-        self.need_pred = self.objective.by_teacher(self.objective.needs_pred)
-        layers = self.objective.by_teacher(lambda name: [n for o in self.objective.terms_of(name) for n in o.layers[1]])
-        self.teacher = teacher.configure(layers, teacher_tfm, early_exit)
+        layers = {k: [n for o in self.terms if o.teacher==k for n in o.layers[1]] for k in self.objective.needs_pred}
+        self.teacher = teacher.configure(layers.get(None, layers), teacher_tfm, early_exit)
         self.teacher_inputs = check_count(teacher_inputs, 'teacher_inputs')
         self.teacher.set_own_inputs(self.teacher_inputs)
         self.warned = set()
@@ -154,7 +153,7 @@ class DistillationSettings(OwningCallback):
 
     def reset_weights(self):
         "Forget the weights that 'auto' found: the next fit finds them again, on its first batch"
-        self.objective.found_weights.clear()
+        for found in (self.objective.found_weights, self.objective.assumed_weights): found.clear()
 
     def warn(self, key, msg):
         "Warn once for each key"
@@ -174,12 +173,12 @@ class DistillationFit(DistillationSettings):
         check_data(self.learn, self.teacher, self.objective, self.warn)
         self.objective.set_layout(*loss_layout(self.learn.loss_func))
         tell_class_axis(self.teacher.model, self.objective.class_axis)
-        self.objective.forget_assumed()
+        self.objective.assumed_weights.clear()
         self.teacher.prepare(self.learn.dls.train)
-        capture = Capture(self.learn.model, self.objective.layers[0], who='student')
-        self.fit_state = FitState(capture, self.make_columns(), running[0])
+        capture = Capture(self.learn.model, [n for o in self.terms for n in o.layers[0]], who='student')
+        self.fit_state = FitState(capture, self.make_columns())
         self.fit_state.uses_idx = uses_positions(self.objective, self.teacher)
-        if self.compares_with_labels: self.fit_state.confusion = TeacherConfusion()
+        if self.compares_with_labels: self.fit_state.agreement = AgreementCheck([*self.teacher.by_name])
         self.scope.callback(self.end_fit)
         self.learn.metrics = [*self.learn.metrics, *self.fit_state.columns.metrics]
         self.owned.attach(self.learn, self.scope)
@@ -247,7 +246,7 @@ class DistillationEpoch(DistillationFit):
         self.owned.before_train(learn)
         device = next((p.device for p in learn.model.parameters()), None)
         contexts = (tracking(learn.dl, state.uses_idx), self.teacher.ready(device, learn.epoch),
-                    capture_one_forward(learn.model, state.capture), state.capture)
+                    state.capture, capture_one_forward(learn.model, state.capture))
         for o in contexts: state.epoch.enter_context(o)
         state.epoch.callback(setattr, state, 'is_capturing', False)
         state.is_capturing = True
@@ -263,9 +262,7 @@ class DistillationEpoch(DistillationFit):
                 f"{name} needs labels, but no sample in this epoch had one, so it had no effect. SoftTarget needs none")
         check_effect(self.objective, state.columns, state.is_first_epoch and self.has_trained_teacher, self.warn)
         state.is_first_epoch = False
-        confusion,state.confusion = state.confusion,None
-        problem = confusion and confusion.warning()
-        if problem and not rank_distrib(): self.warn('agreement', problem)
+        for k,problem in state.agreement.end(): self.warn(k, problem)
         if is_distributed(self.learn): state.columns.sum_over_processes(self.learn.model.device)
 
     def after_epoch(self):
@@ -283,6 +280,11 @@ class DistillationBatch(DistillationEpoch):
     def is_capturing(self)->bool:
         "Whether a training batch is computed, with hooks on the models"
         return self.fit_state is not None and self.fit_state.is_capturing and self.learn.training
+
+    @property
+    def first(self):
+        "The first distillation callback that computes this batch: others may be removed or turned off in a fit"
+        return next(cb for cb in running_callbacks(self.learn) if cb.is_capturing)
 
     @property
     def progress(self)->float:
@@ -305,7 +307,7 @@ class DistillationBatch(DistillationEpoch):
             "The batch has no target, and fastai skips the backward pass without one: "
             "give unlabeled data a placeholder target by a transform, and set task_weight=0")
         state.teacher_xb,state.inputs = own,read_inputs(learn, self.objective)
-        state.answer = self.run_teacher(*(state.first.fit_state.teacher_xb if self.teacher_inputs else learn.xb))
+        state.answer = self.run_teacher(*(self.first.fit_state.teacher_xb if self.teacher_inputs else learn.xb))
         state.capture.enabled = True  # until the student's forward pass ends: see `capture_one_forward`
         return nullcontext()
 
@@ -313,7 +315,8 @@ class DistillationBatch(DistillationEpoch):
         "Return the teacher's predictions and features for these inputs. Random numbers stay as they are"
         device = next((o.device for o in xb if isinstance(o, Tensor)), torch.device('cpu'))
         with self.fit_state.teacher_random.on(device):
-            return self.teacher(*xb, need_pred=self.need_pred, idx=self.fit_state.idx)
+            needs_pred = self.objective.needs_pred
+            return self.teacher(*xb, need_pred=needs_pred.get(None, needs_pred), idx=self.fit_state.idx)
 
     def read_batch(self)->Batch:
         "Return the batch as losses expect it. With the first one, losses create their weights"
@@ -322,8 +325,8 @@ class DistillationBatch(DistillationEpoch):
         batch = self.objective.prepare(pred, teacher_pred, self.fit_state.capture.pop(), fm_t, **given)
         batch = batch._replace(task=self.task_loss(batch))
         if not self.objective.built: self.build(batch)
-        if not self.fit_state.is_checked: self.objective.check_channels(batch)
-        return batch if self.objective.uses_teacher_pred else batch._replace(teacher_pred=None)
+        if not self.fit_state.is_checked: check_channels(self.objective, batch)
+        return batch if any(self.objective.needs_pred.values()) else batch._replace(teacher_pred=None)
 
     def teacher_answer(self)->tuple:
         "Return the teacher's predictions and features; a subclass may have them from elsewhere"
@@ -331,7 +334,7 @@ class DistillationBatch(DistillationEpoch):
 
     def student_pred(self)->Tensor:
         "Return the student's predictions that losses compare; if none does, any tensor of its output"
-        reads = any(o.uses_predictions or o.takes_all or callable(o.sample_weight) for o in self.terms)
+        reads = any(o.reads_output for o in self.terms)
         return get_logits(self.learn.pred) if reads else first_tensors(self.learn.pred)[0]
 
     def batch_inputs(self, device)->dict:
@@ -343,7 +346,7 @@ class DistillationBatch(DistillationEpoch):
         """Return the Learner's own loss. 0 if the batch has no labels, where it would be the mean of nothing.
 
         A second callback gets the weighted one of the first."""
-        if self.fit_state.first is not self: return self.fit_state.first.loss_parts()[0]
+        if self.first is not self: return self.first.loss_parts()[0]
         task,ignore = as_plain_tensor(self.learn.loss_grad),self.objective.ignore_index
         if ignore is None or not isinstance(batch.target, Tensor): return task
         return torch.where((batch.target!=ignore).any(), task, 0.)
@@ -374,6 +377,7 @@ class KnowledgeDistillationCallback(DistillationBatch):
         if not self.is_capturing: return
         batch,values,weights = self.compute()
         self.record(batch, values, weights)
+        for k,problem in self.fit_state.agreement.add(batch): self.warn(k, problem)
         self.set_loss(batch, values, weights)
 
     def compute(self)->tuple: # A `Batch`, and the values and weights of the terms by name
@@ -390,17 +394,19 @@ class KnowledgeDistillationCallback(DistillationBatch):
     def find_weights(self, batch, values):
         "Find the weights that are 'auto', equal in all processes, and print them"
         params = [p for p in self.learn.model.parameters() if p.requires_grad]
-        try: norms = self.objective.gradient_norms(batch, values, params)
+        values = {o.name: values[o.name] for o in self.objective.unknown_weights}
+        try: norms = gradient_norms(batch.task, values, params)
         except RuntimeError:  # compiled models and reentrant checkpoints have one backward pass: compare at the output
-            norms = self.objective.gradient_norms(batch, values, first_tensors(self.learn.pred))
+            norms = gradient_norms(batch.task, values, first_tensors(self.learn.pred))
         if is_distributed(self.learn):
             sums = iter(all_reduce_sum([n for pair in norms.values() for n in pair], batch.task.device))
             norms = {k: (next(sums), next(sums)) for k in norms}
-        without = self.objective.find_weights(norms)
+        self.objective.find_weights(norms)
+        without = self.objective.assumed_weights
         if without and self.task_weight: self.warn('auto',
             f"{', '.join(without)} has no gradient on the first batch, or one that is not finite: "
             "its weight is the default of the loss instead of one found")
-        found = ', '.join(f'{k} {w:.3g}' for k,w in self.objective.found_weights.items())
+        found = ', '.join(f'{k} {w:.3g}' for k,w in {**self.objective.found_weights, **without}.items())
         is_silent = rank_distrib() or self.learn.logger is noop  # noop: inside `learn.no_logging()`
         if not is_silent: print(f"Weights found on the first batch: {found}")
 
@@ -414,15 +420,13 @@ class KnowledgeDistillationCallback(DistillationBatch):
         must_be_finite = [k for k,w in weights.items() if isinstance(w, Tensor) or w]
         where = f"epoch {self.learn.epoch}, batch {self.learn.iter}"
         state.columns.add(where, find_bs(self.learn.yb), columns, must_be_finite)
-        state.columns.has_labels |= batch.has_labels()
-        is_known = batch.teacher_pred is not None and batch.mixed is None
-        if state.confusion is not None and is_known: state.confusion.add(batch.teacher_pred, batch.target, batch.mask)
+        state.columns.has_labels |= batch.label_mask is None or bool(batch.label_mask.any())
 
     def set_loss(self, batch, values, weights):
         """Make the sum the loss of this batch; another distillation callback adds to it.
 
         In several processes every parameter must take part, or `DistributedDataParallel` waits for it."""
-        if self.fit_state.first is not self: batch = batch._replace(task=self.learn.loss_grad)
+        if self.first is not self: batch = batch._replace(task=self.learn.loss_grad)
         total = self.objective.total(batch, values, weights)
         if is_distributed(self.learn): total = total + 0*get_logits(self.learn.pred).sum()
         self.learn.loss_grad,self.learn.loss = total,total.detach().clone()

@@ -25,7 +25,7 @@ from torch import nn
 from fastai.basics import CrossEntropyLossFlat, L, Learner, accuracy, set_seed
 import fastai.callback.schedule  # noqa: F401, gives Learner its fit_one_cycle
 from kd_fastai.teacher.cached import CachedTeacher, StoredTeacher
-from kd_fastai.callback import KnowledgeDistillationCallback, Term, rising
+from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.report.compare import comparison_table, kd_compare, paired_interval
 from kd_fastai.report.measure import size_kb
 from kd_fastai.demo import fashion
@@ -96,7 +96,7 @@ class Answers:
 # --- the ways
 
 def paper(loss, **params): return Term(loss, weight=get_loss_info(loss).weight, **params)
-def auto(loss, **params): return Term(loss, weight='auto', **params)
+def auto(loss, **params): return Term(loss, weight='auto', schedule=None, **params)
 
 ALONE,DEFAULT = 'student alone','learn.distill(teacher)'
 MAPS = {'thin': ['middle','late'], 'mixer': ['middle']}  # of the same sizes as the teacher's
@@ -105,7 +105,7 @@ LATE,POOL,HINT = dict(layers=['late']),dict(layers=['pool']),dict(layers=['middl
 def ours(maps):
     "Terms and task weight of each way"
     return {
-        DEFAULT:             lambda: ([rising(auto(SoftTarget, T=4))], 1.),
+        DEFAULT:             lambda: ([Term(SoftTarget, T=4)], 1.),
         'SoftTarget, auto':  lambda: ([auto(SoftTarget, T=4)], 1.),
         'SoftTarget, paper': lambda: ([Term(SoftTarget, weight=0.9, T=4)], 0.1),
         'DecoupledKD, auto': lambda: ([auto(DecoupledKD)], 1.),

@@ -6,17 +6,20 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/checks.html.md"""
 
 # %% auto #0
 __all__ = ['check_count', 'check_words', 'advice_for', 'check_teacher_names', 'stateful_modules', 'check_models',
-           'is_elementwise', 'check_data', 'check_terms', 'check_frozen', 'check_negligible', 'check_first_batch',
-           'check_predictions_of_teacher', 'check_targets', 'check_outputs', 'check_effect']
+           'is_elementwise', 'check_data', 'check_terms', 'check_frozen', 'check_negligible', 'check_channels',
+           'check_first_batch', 'check_probabilities', 'check_targets', 'check_outputs', 'check_effect',
+           'AgreementCheck']
 
 # %% ../../nbs/fit/checks.ipynb #2003981d
 from typing import Callable
 import torch.nn.functional as F
 from torch import nn, Tensor
-from fastai.basics import Learner
-from ..losses.facts import get_loss_info, loss_name
-from ..objective import Batch, Objective
-from ..teacher.classes import check_compatible_data
+from fastai.basics import Learner, rank_distrib
+from ..losses.facts import get_loss_info, loss_name, unwrap_loss
+from ..losses.output import MultiLabel
+from ..losses.batch import Batch
+from ..objective import Objective, built_channels
+from ..teacher.classes import TeacherConfusion, check_compatible_data, compare_with_student
 from ..teacher.live import Teacher, shared_tensors
 from ..term import Term
 
@@ -117,7 +120,7 @@ def check_data(
 
     Raises `ValueError` if teacher and student have different classes or normalizations."""
     for name,o in teacher.by_name.items():
-        compare_vocab = objective.needs_pred(name) and name not in objective.class_maps
+        compare_vocab = objective.needs_pred[name] and name not in objective.class_maps
         if o.learner: check_compatible_data(learn, o.learner, vocab=compare_vocab, normalize=o.tfm is None)
     softmax = [o.name for o in objective.terms if getattr(get_loss_info(o.loss), 'softmax', False)]
     task = getattr(learn.loss_func, 'func', learn.loss_func)
@@ -136,7 +139,7 @@ def check_terms(
     "Raise or warn about terms that cannot have an effect"
     for o in objective.terms:
         if weights[o.name]!=0 and not values[o.name].requires_grad: check_frozen(o, modules, warn)
-        if objective.balance or o.name in objective.found_weights: continue
+        if objective.balance or o.weight=='auto': continue
         check_negligible(o, values[o.name].item(), objective.task_weight*batch.task.mean().item(), warn)
 
 def check_frozen(
@@ -169,6 +172,17 @@ def check_negligible(
          f"too little to matter: {hint}, and weight='auto' finds one")
 
 # %% ../../nbs/fit/checks.ipynb #fa1bbc83
+def check_channels(
+    objective:Objective, # The objective
+    batch:Batch          # The first batch
+):
+    "Raise `ValueError` if losses were built for a student with other channels"
+    for name,channels in built_channels(objective.terms, batch).items():
+        built = objective.channels.get(name, channels)
+        if channels!=built: raise ValueError(
+            f"{name} was built for student features of {built} channels, got {channels}: "
+            "a student with other layers needs a callback of its own")
+
 def check_first_batch(
     objective:Objective, # The objective
     batch:Batch,         # The first batch
@@ -180,21 +194,28 @@ def check_first_batch(
 ):
     "Raise or warn about terms that cannot have an effect, and about predictions and labels that losses misread"
     check_terms(objective, batch, values, weights, modules, warn)
-    check_predictions_of_teacher(batch, warn)
+    check_probabilities(objective, batch, warn)
     check_targets(objective, batch, warn)
-    check_outputs(out, warn)
+    if any(o.reads_output for o in objective.terms) and not any(o.from_layers for o in objective.terms):
+        check_outputs(out, warn)
 
-def check_predictions_of_teacher(
-    batch:Batch,  # The first batch
-    warn:Callable # `warn(key, message)`
+def check_probabilities(
+    objective:Objective, # The objective
+    batch:Batch,         # The first batch
+    warn:Callable        # `warn(key, message)`
 ):
-    "Warn if a teacher predicts probabilities, which losses would take for logits"
-    for name,b in (batch.by_teacher or {None: batch}).items():
-        p = b.teacher_pred
-        if p is None or p.ndim<2 or p.shape[1]<2 or not p.is_floating_point(): continue
-        if p.min()>=0 and (p.sum(1)-1).abs().max()<1e-3: warn(('probabilities', name),
-            f"The predictions of the teacher{f' {name!r}' if name else ''} are probabilities, "
-            "and losses expect logits: leave out its softmax, or give FunctionTeacher(model, probabilities=True, numpy=False)")
+    "Warn if a model predicts probabilities, which losses would take for logits"
+    losses = [unwrap_loss(o.loss)[0] for o in objective.terms if o.reads_output]
+    given = batch.by_teacher or {None: batch}
+    teachers = {f'teacher {k!r}' if k else 'teacher': b.teacher_pred for k,b in given.items()}
+    student = batch.pred if any(getattr(get_loss_info(o), 'softmax', False) for o in losses) else None
+    for who,p in {**teachers, 'student': student}.items():
+        if p is None or p.ndim<2 or not p.is_floating_point() or p.min()<0 or p.max()>1+1e-3: continue
+        ending = 'softmax' if p.shape[1]>1 and (p.sum(1)-1).abs().max()<1e-3 else 'sigmoid'
+        if ending=='sigmoid' and MultiLabel not in losses: continue  # numbers that happen to be small
+        convert = ", or give Teacher(model, probabilities=True)" if who!='student' and ending=='softmax' else ''
+        warn(('probabilities', who), f"The predictions of the {who} are probabilities, and losses expect logits: "
+             f"leave out its last {ending}{convert}")
 
 def check_targets(
     objective:Objective, # The objective
@@ -217,8 +238,7 @@ def check_outputs(
     if not isinstance(out, (tuple,list)): return
     like = [o for o in out if isinstance(o, Tensor) and o.ndim==getattr(out[0], 'ndim', None) and o.ndim>1]
     if len(like)>1: warn('outputs', f"The student returns {len(like)} tensors, and losses on predictions compare the "
-        "first. Another one is compared as a feature: "
-        "Term(lambda fm_s, fm_t: SoftTarget(*fm_s.values(), *fm_t.values()), layers='name of its layer')")
+        "first. Name another one as a layer: Term(SoftTarget, layers=':1')")
 
 def check_effect(
     objective:Objective, # The objective
@@ -231,3 +251,32 @@ def check_effect(
     zero = [o.name for o in objective.terms if o.weight!=0 and abs(columns.mean(o.name))<1e-12]
     if zero: warn('zero', f"{', '.join(zero)} was 0 in the whole epoch and had no effect: are its features constant, "
                   "as those of one position (1x1), or are student and teacher equal?")
+
+# %% ../../nbs/fit/checks.ipynb #b0d64449
+class AgreementCheck:
+    "Compares teachers with the labels in the first epoch, and says what is wrong as soon as there are enough samples"
+    def __init__(self,
+        teachers:list # Names of the teachers; [None] for a single one
+    ):
+        self.confusions = {} if rank_distrib() else {k: TeacherConfusion(k) for k in teachers}
+
+    def add(self,
+        batch:Batch # With the predictions of student and teachers
+    )->list: # Of `(key, message)`
+        "Count a batch, and return what is wrong"
+        if batch.mixed is not None: return []
+        return [o for k in self.confusions for o in self._add(k, batch.of(k)) if o[1]]
+
+    def _add(self, name, batch):
+        if batch.teacher_pred is None: return
+        confusion = self.confusions[name]
+        confusion.add(batch.teacher_pred, batch.target, batch.label_mask)
+        if confusion.n_batches==1:
+            yield ('student', name),compare_with_student(batch.pred, batch.teacher_pred, batch.target, batch.label_mask)
+        if confusion.is_due: yield ('agreement', name, confusion.tells_order),confusion.warning(early=True)
+
+    def end(self)->list: # Of `(key, message)`
+        "End the counting with the epoch, and return what is wrong"
+        confusions,self.confusions = self.confusions,{}
+        problems = [(('agreement', k, o.tells_order), o.warning()) for k,o in confusions.items()]
+        return [o for o in problems if o[1]]

@@ -11,6 +11,7 @@ __all__ = ['FitState', 'capture_one_forward']
 from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn, Tensor
+from .checks import AgreementCheck
 from .columns import Columns
 from ..hooks.capture import Capture, LiveHook
 from ..hooks.models import RandomStream
@@ -20,16 +21,15 @@ class FitState:
     "What exists only during a fit"
     def __init__(self,
         capture:Capture,  # Of the student's layers
-        columns:Columns,  # Means for the progress table
-        first             # The first distillation callback of the Learner
+        columns:Columns   # Means for the progress table
     ):
-        self.capture,self.columns,self.first = capture,columns,first
+        self.capture,self.columns = capture,columns
         self.epoch = ExitStack()    # closed at the end of the epoch's training
         self.is_capturing = False   # whether hooks are on the models
         self.is_checked = False     # whether the first batch has been checked
         self.is_first_epoch = True  # of this fit
         self.uses_idx = False       # whether positions of the samples are used
-        self.confusion = None       # of the teacher and the labels, in the first epoch
+        self.agreement = AgreementCheck([]) # of teachers with the labels, in the first epoch
         self.teacher_random = RandomStream() # for teachers that draw random numbers
         self.next_batch()
 

@@ -16,6 +16,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 import numpy as np, torch
 from torch import nn, Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import get_worker_info
 from fastai.basics import Learner, is_listy, load_learner
 
@@ -27,9 +28,9 @@ def as_plain_tensor(
     return t.as_subclass(Tensor) if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) else t
 
 def own_copy(
-    o # A tensor, a container of tensors, or any other object
+    o # A tensor, a container of tensors, an object with tensors as attributes, or any other object
 ):
-    "Return a copy of all tensors and containers, which may be changed; other objects stay the same"
+    "Return a copy of all tensors, containers and objects that hold some, which may be changed; others stay the same"
     if isinstance(o, Tensor): return as_plain_tensor(o).clone()
     if isinstance(o, np.ndarray): return o.copy()
     if isinstance(o, tuple) and hasattr(o, '_fields'): return type(o)(*map(own_copy, o))
@@ -38,7 +39,11 @@ def own_copy(
         res = copy.copy(o)
         for k in [*o.keys()]: res[k] = own_copy(o[k])
         return res
-    return o
+    held = tree_leaves(getattr(o, '__dict__', {}))
+    if isinstance(o, nn.Module) or not any(isinstance(v, Tensor) for v in held): return o
+    res = copy.copy(o)
+    vars(res).update(own_copy(vars(o)))
+    return res
 
 def tensor_version(
     t # A tensor, or any other object
@@ -142,7 +147,7 @@ def get_logits(
     raise TypeError(
         "Expected a tensor of predictions, a tuple that begins with one or a dict with 'logits', "
         f"got {type(out).__name__}{holds}: "
-        "take a model with a classifier, or losses on features only")
+        "take a model with a classifier, name an item, Term(SoftTarget, layers=':out'), or take losses on features")
 
 # %% ../../nbs/hooks/models.ipynb #3dad9992
 def restore_modes(

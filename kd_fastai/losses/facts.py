@@ -19,7 +19,7 @@ from torch import nn
 from .shapes import at_least_float32
 
 # %% ../../nbs/losses/facts.ipynb #bce7d6a8
-LOSS_ARGS = 'pred','teacher_pred','fm_s','fm_t','target','idx','valid'  # what the callback can pass to a loss
+LOSS_ARGS = 'pred','teacher_pred','fm_s','fm_t','target','idx','mask'  # what the callback can pass to a loss
 
 def own_sample_values(
     loss:Callable # A loss

@@ -465,7 +465,7 @@ def IFVD(
     fm_s:dict[str, torch.Tensor], # Student's features by layer: `(B, C, *size)`
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same sizes
     target:torch.Tensor,          # Labels of positions, `(B, *size)`, of any size
-    valid:torch.Tensor|None=None, # Positions that have a label, of the labels' shape; None if all have one
+    mask:torch.Tensor|None=None, # Positions that have a label, of the labels' shape; None if all have one
     num_classes:int=256,          # Labels from 0 to below this number are classes, others are left out
     **kwargs
 )->torch.Tensor: # Scalar
@@ -473,7 +473,7 @@ def IFVD(
 
     Raises `ValueError` for unequal sizes and for labels that are not of positions."""
     pairs = pair_features(fm_s, fm_t, must_match='size', min_ndim=3, min_positions=2)
-    if valid is not None: target = torch.where(valid, target, -1)
+    if mask is not None: target = torch.where(mask, target, -1)
     def distance(s, t):
         y = _labels_like(target, s)
         return F.mse_loss(_class_cosines(s, y, num_classes), _class_cosines(t, y, num_classes))
@@ -517,7 +517,7 @@ def MiniLMv2(
     fm_t:dict[str, torch.Tensor], # Teacher's features by layer, of the same number of tokens
     heads:int=12,                 # Relation heads; they divide the widths of both
     weights:tuple|None=None,      # A weight for each pair of layers; 1 each if None
-    valid:torch.Tensor|None=None, # Tokens that count, `(B, N)`: an attention mask; all if None
+    mask:torch.Tensor|None=None, # Tokens that count, `(B, N)`: an attention mask; all if None
     **kwargs
 )->torch.Tensor: # Scalar
     """Return the divergence of relations between tokens, head by head (Wang et al., 2021).
@@ -528,7 +528,7 @@ def MiniLMv2(
     weights = [1.]*len(pairs) if weights is None else weights
     if len(weights)!=len(pairs): raise ValueError(
         f"Expected a weight for each of {len(pairs)} pairs of layers, got {len(weights)}")
-    mask = None if valid is None else valid.bool()
+    mask = None if mask is None else mask.bool()
     def divergence(s, t, names):
         s,t = (_relation_heads(f, heads, mask, n) for f,n in zip((s,t), names))
         rows = kl_terms(s, t).sum(-1).mean(1)  # (B, N)

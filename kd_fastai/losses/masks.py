@@ -92,7 +92,7 @@ def check_maskable(
 ):
     "Raise `ValueError` for a loss on features that cannot leave out positions"
     accepted = loss_args(loss).accepted
-    if not accepted & {'fm_s','fm_t'} or 'valid' in accepted or how_masked(loss): return
+    if not accepted & {'fm_s','fm_t'} or 'mask' in accepted or how_masked(loss): return
     raise ValueError(f"{loss_name(loss)} cannot leave out positions, so it takes no mask: "
         "give the mask to the other terms, or take a loss of which loss_info says how it is masked, such as FitNet")
 

@@ -269,20 +269,20 @@ def scale_decoupled(
     return loss_info(**{**vars(get_loss_info(loss)), 'must_match': 'channels'}, per_sample=True)(_)
 
 # %% ../../nbs/losses/output.ipynb #81b2e2b5
-def _valid_per_position(x, valid):
+def _mask_per_position(x, mask):
     "Mask of the samples that count at each position, `(P, B, 1)`, for batches `(P, B, C)`"
-    if valid is None: return x.new_ones(x.shape[0], x.shape[1], 1)
-    return batch_per_position(valid[:,None]).to(x.dtype)
+    if mask is None: return x.new_ones(x.shape[0], x.shape[1], 1)
+    return batch_per_position(mask[:,None]).to(x.dtype)
 
-def _instance_kl(s, t, valid, T):
+def _instance_kl(s, t, mask, T):
     "Divergence of softened logits `(P, B, C)`, mean over the samples and positions that count"
     loss = kl_terms((s/T).log_softmax(2), (t/T).log_softmax(2))
-    return (loss.sum(2, keepdim=True)*valid).sum()/valid.sum().clamp_min(1)
+    return (loss.sum(2, keepdim=True)*mask).sum()/mask.sum().clamp_min(1)
 
-def _relation_error(s, t, valid, T, levels):
+def _relation_error(s, t, mask, T, levels):
     "Errors of the Gram matrices of samples and of classes, for logits `(P, B, C)`"
-    p,q = ((x/T).softmax(2)*valid for x in (s,t))
-    n,total,loss = valid.sum((1,2)),valid.sum().clamp_min(1),0.
+    p,q = ((x/T).softmax(2)*mask for x in (s,t))
+    n,total,loss = mask.sum((1,2)),mask.sum().clamp_min(1),0.
     if 'batch' in levels: loss = loss + gram_error(p, q).sum()/total
     if 'class' in levels: loss = loss + (n*gram_error(p.mT, q.mT)).sum()/(total*s.shape[2])
     return loss
@@ -295,7 +295,7 @@ def MultiLevel(
     teacher_pred:torch.Tensor, # Logits of the teacher, the same shape
     T:tuple=(2.,3.,4.,5.,6.),  # Temperatures; their values are summed
     levels:tuple=('instance','batch','class'), # Levels to compare
-    valid:torch.Tensor|None=None, # Mask of the positions that count, `(B, *spatial)`; all if None
+    mask:torch.Tensor|None=None, # Mask of the positions that count, `(B, *spatial)`; all if None
     **kwargs
 )->torch.Tensor: # Scalar
     """Return the difference of probabilities and of their relations, at several temperatures (Jin et al., 2023).
@@ -305,10 +305,10 @@ def MultiLevel(
         raise ValueError(f"Expected levels among instance, batch and class, got {levels!r}")
     t = check_predictions(pred, teacher_pred, softmax=True)
     s,t = batch_per_position(soften(pred)),batch_per_position(soften(t))
-    valid,loss = _valid_per_position(s, valid),0.
+    mask,loss = _mask_per_position(s, mask),0.
     for tau in T:
-        if 'instance' in levels: loss = loss + tau**2*_instance_kl(s, t, valid, tau)
-        loss = loss + _relation_error(s, t, valid, tau, levels)
+        if 'instance' in levels: loss = loss + tau**2*_instance_kl(s, t, mask, tau)
+        loss = loss + _relation_error(s, t, mask, tau, levels)
     return loss
 
 # %% ../../nbs/losses/output.ipynb #d1d8a1f8
@@ -382,16 +382,16 @@ def MFT(
     return T**2 * (torch.xlogy(q, q)-q*s).sum(1)
 
 # %% ../../nbs/losses/output.ipynb #ada9fa3c
-def _gram_mahalanobis(s, t, valid, tikhonov):
-    "Mahalanobis length of the rows of the difference of Gram matrices, for logits `(P, B, C)`; mean over valid rows"
-    d = gram(unit(s*valid, 2)) - gram(unit(t*valid, 2))
-    n = valid.sum((1,2), keepdim=True)
-    centered = (d-d.sum(1, keepdim=True)/n.clamp_min(1))*valid
+def _gram_mahalanobis(s, t, mask, tikhonov):
+    "Mahalanobis length of the rows of the difference of Gram matrices, for logits `(P, B, C)`; mean over the rows that count"
+    d = gram(unit(s*mask, 2)) - gram(unit(t*mask, 2))
+    n = mask.sum((1,2), keepdim=True)
+    centered = (d-d.sum(1, keepdim=True)/n.clamp_min(1))*mask
     cov = centered.mT@centered/(n-1).clamp_min(1) + tikhonov*torch.eye(d.shape[1], dtype=d.dtype, device=d.device)
     squared = (d*torch.linalg.solve(cov, d)).sum(1)  # d is symmetric: column i belongs to sample i
     positive = squared>0
     length = torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
-    return length.sum()/valid.sum().clamp_min(1)
+    return length.sum()/mask.sum().clamp_min(1)
 
 @loss_info('Jeong et al., Streamlined Knowledge Distillation, CVPR 2026',
            'https://cvpr.thecvf.com/virtual/2026/poster/39253',
@@ -403,7 +403,7 @@ def StreamlinedKD(
     tikhonov:float=0.1,        # Added to the diagonal of the covariance
     instance:float=1.,         # Weight of the divergence; 0 leaves it out
     direction:float=1.,        # Weight of the directions; 0 leaves them out
-    valid:torch.Tensor|None=None, # Mask of the positions that count, `(B, *spatial)`; all if None
+    mask:torch.Tensor|None=None, # Mask of the positions that count, `(B, *spatial)`; all if None
     **kwargs
 )->torch.Tensor: # Scalar
     """Return the softened divergence plus the difference of relations between logits (Jeong et al., 2026).
@@ -413,11 +413,11 @@ def StreamlinedKD(
         "StreamlinedKD with instance=0 and direction=0 compares nothing: give one of them a weight")
     t = check_predictions(pred, teacher_pred, softmax=True)
     s,t = batch_per_position(at_least_float32(pred)),batch_per_position(at_least_float32(t))
-    valid,loss = _valid_per_position(s, valid),0.
-    if instance: loss = loss + instance*_instance_kl(soften(s), soften(t), valid, T)
+    mask,loss = _mask_per_position(s, mask),0.
+    if instance: loss = loss + instance*_instance_kl(soften(s), soften(t), mask, T)
     if not direction: return loss
     s,t = (x.masked_fill(x==-torch.inf, 0) for x in (s,t))
-    return loss + direction*_gram_mahalanobis(s, t, valid, tikhonov)
+    return loss + direction*_gram_mahalanobis(s, t, mask, tikhonov)
 
 # %% ../../nbs/losses/output.ipynb #dffc4833
 @loss_info('Touvron et al., Training data-efficient image transformers, ICML 2021', 'https://arxiv.org/abs/2012.12877',

@@ -13,7 +13,7 @@ from operator import mul
 from typing import Callable
 import torch
 from torch import Tensor
-from ..objective import Batch
+from ..losses.batch import Batch
 
 # %% ../../nbs/methods/gates.ipynb #e0b4f9a9
 def teacher_right(

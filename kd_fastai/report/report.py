@@ -63,7 +63,7 @@ class MeasureTerms(Callback):
 
     def pairs(self, term, batch)->list:
         "A row for each pair of layers of a term"
-        fm = term.features(batch.fm_s, batch.of(term.teacher).fm_t)
+        fm = batch.of(term.teacher).features(term.layers)
         pairs = zip(fm['fm_s'].items(), fm['fm_t'].items())
         return [(term.name, s, (*fs.shape,), t, (*ft.shape,)) for (s,fs),(t,ft) in pairs]
 
@@ -112,7 +112,7 @@ def score_teacher(
         if labels and len(b.yb)==1: confusion.add(b.preds['teacher'].movedim(b.axis, 1), b.yb[0])
     try: return score_models(learn, {'teacher': kd.teacher}, each=count),confusion
     except TypeError:
-        if kd.objective.uses_teacher_pred: raise
+        if any(kd.objective.needs_pred.values()): raise
         return score_models(learn),confusion
 
 def score_table(

@@ -22,7 +22,7 @@ from fastai.basics import AvgLoss, Learner, find_bs, no_random, noop, to_device,
 from ..callback import kd_callbacks, loss_layout
 from ..hooks.inputs import split_inputs
 from ..hooks.models import as_plain_tensor, model_device
-from ..objective import find_class_axis
+from ..losses.batch import find_class_axis
 from ..teacher.classes import in_student_order
 from ..teacher.live import BaseTeacher, Teacher
 
@@ -97,8 +97,7 @@ def model_readers(
 )->dict: # `{name: ModelReader}`, the first one is 'student'
     "Return the student and other models as `ModelReader`s"
     kd = next(iter(kd_callbacks(learn)), None)
-    if class_map is None and kd is not None and not isinstance(kd.objective.class_map, dict):
-        class_map = kd.objective.class_map
+    if class_map is None and kd is not None: class_map = kd.objective.class_maps.get(None)
     def read(name, source):
         if isinstance(source, ModelReader): return source
         own = None if kd is None else kd.teacher

@@ -289,7 +289,7 @@ USE = 'The file has the preprocessing and the class names. This script needs onn
 def _readers(learn, models, kd):
     "The models with the inputs and classes that the callback gave them in the training run, also if it was taken off"
     if kd is None: return model_readers(learn, models)
-    class_map = None if isinstance(kd.objective.class_map, dict) else kd.objective.class_map
+    class_map = kd.objective.class_maps.get(None)
     def read(name, source):
         if name!='teacher': return ModelReader(source, kd.teacher_inputs)
         known = any(source is o for o in (kd.teacher.model, kd.teacher.learner))

@@ -6,14 +6,14 @@ Docs: https://kd-fastai.github.io/kd_fastai/teacher/positions.html.md"""
 
 # %% auto #0
 __all__ = ['batch_size', 'fingerprint', 'spread', 'same_inputs', 'seed_from', 'check_positions', 'all_transforms', 'seedable',
-           'GivenBatch', 'LoaderHooks', 'BatchTracker', 'batch_positions']
+           'GivenBatch', 'Ticks', 'LoaderHooks', 'BatchTracker', 'batch_positions']
 
 # %% ../../nbs/teacher/positions.ipynb #f2e4ca0f
-import math, operator, random, weakref, zlib
+import itertools, math, operator, random, weakref, zlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
@@ -177,6 +177,19 @@ def _addresses(batch):
 # %% ../../nbs/teacher/positions.ipynb #3fc3128b
 _all_hooks = weakref.WeakKeyDictionary()  # loader: its hooks
 
+class Ticks:
+    """What the iterators of a loader draw from, one number for a batch, instead of fastai's `count()`.
+
+    An iterator keeps what it draws from as long as it lives, also one with worker processes."""
+    def __init__(self,
+        began:Callable, # Called when an iterator draws for the first time
+        ended:Callable  # Called when it is exhausted or dropped
+    ): self.began,self.ended = began,ended
+    def __iter__(self):
+        self.began()
+        try: yield from itertools.count()
+        finally: self.ended()
+
 class LoaderHooks:
     """Replaces methods of a fastai `DataLoader` while it has users, so that each batch brings its positions.
 
@@ -201,13 +214,21 @@ class LoaderHooks:
             self._own = {k: vars(self.dl)[k] for k in self._names if k in vars(self.dl)}
             self._old = {k: getattr(self.dl, k) for k in self._names}
         for k in self._names: setattr(self.dl, k, getattr(self, f'_{k}'))
+        for o in {self.dl, self.outer}: o.fake_l._index_sampler = Ticks(self._began, self._ended)
 
     def remove(self, user):
         "Restore the methods if this was the last user"
         self.users = [o for o in self.users if o is not user]
         self.seed = next((o.seed for o in self.users if o.seed is not None), None)
         if self.users: return
+        for o in {self.dl, self.outer}: vars(o.fake_l).pop('_index_sampler', None)
         self._restore(self._names if not self._running else self._names[:-1])
+
+    def _began(self): self._running += 1
+
+    def _ended(self):
+        self._running -= 1
+        if not self.users and not self._running and self._own is not None: self._restore(self._names)
 
     def _restore(self, names):
         for k in names:
@@ -263,20 +284,15 @@ class LoaderHooks:
         "Batches with the positions and places of their samples"
         drawn = dict(positions=[], places=[], items=[])
         batches = iter(self._old['create_batches'](self._draw(samples, drawn)))
-        self._running += 1
-        try:
-            while True:
-                before,self._active = self._active,drawn
-                try:
-                    with self._seeded('items'): batch = next(batches, None)
-                finally: self._active = before
-                if batch is None: return
-                found = {k: drawn[k] if drawn[k] is None else np.array(drawn[k], int) for k in ('positions','places')}
-                yield {'batch': batch, **found}
-                drawn.update(positions=[], places=[], items=[])
-        finally:
-            self._running -= 1
-            if not self.users and not self._running and self._own is not None: self._restore(self._names)
+        while True:
+            before,self._active = self._active,drawn
+            try:
+                with self._seeded('items'): batch = next(batches, None)
+            finally: self._active = before
+            if batch is None: return
+            found = {k: drawn[k] if drawn[k] is None else np.array(drawn[k], int) for k in ('positions','places')}
+            yield {'batch': batch, **found}
+            drawn.update(positions=[], places=[], items=[])
 
     def _after_batch(self, batch):
         if not isinstance(batch, dict) or {*batch}!={'batch','positions','places'}:

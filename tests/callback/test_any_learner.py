@@ -456,7 +456,7 @@ def test_accumulation_with_owned_weights():
         def net(): set_seed(3); return nn.Sequential(nn.Flatten(), nn.Linear(64,16), nn.Tanh(), nn.Linear(16,10))
         own,t = Scale(),net(); t[1].weight.data.mul_(2)
         learn = quiet(Learner(digits(100, bs=bs), net(), loss_func=CrossEntropyLossFlat(), opt_func=SGD))
-        learn.fit(2, 0.1, cbs=[KD(t, [SoftTarget, Term(own, 5., layers='2')]), *cbs])
+        learn.fit(2, 0.1, cbs=[KD(t, [Term(SoftTarget, 0.5), Term(own, 5., layers='2')]), *cbs])
         return torch.cat([weights(learn), own.w.detach()])
     a,b = run(20, [GradientAccumulation(100), GradientClip(0.5)]),run(100, [GradientClip(0.5)])
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -142,7 +142,7 @@ def ranks(tmp_path_factory):
     path = tmp_path_factory.mktemp('ranks')
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     env = {**os.environ, 'WORLD_SIZE': str(RANKS), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port),
-        'PYTHONPATH': str(Path(__file__).parents[2])}
+        'PYTHONPATH': os.pathsep.join(map(str, [*Path(__file__).parents[1:3]]))}
     def start(r):
         return subprocess.Popen([sys.executable, '-W', 'ignore', __file__, path], text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)})

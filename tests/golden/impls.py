@@ -93,7 +93,7 @@ SEGMENTATION_AND_TOKENS = dict(
     cirkd_minibatch=feature(CIRKD, temperature='T'), ifvd=dense(IFVD),
     skd_pairwise_authors=feature(PairwiseKD), skd_pairwise=feature(partial(PairwiseKD, window=2, constant_norm=False)),
     token_relation_kl=feature(TokenRelationKL, temperature='T'),
-    minilmv2=feature(lambda fm_s, fm_t, aux={}, **hp: MiniLMv2(fm_s, fm_t, valid=aux.get('attention_mask'), **hp), num_relation_heads='heads'),
+    minilmv2=feature(lambda fm_s, fm_t, aux={}, **hp: MiniLMv2(fm_s, fm_t, mask=aux.get('attention_mask'), **hp), num_relation_heads='heads'),
     cosine_smooth_l1=feature(lambda fm_s, fm_t, **hp: CosineSmoothL1(fm_s, fm_t, **hp)/len(fm_s), lam_cos='cosine', lam_sl1='smooth_l1'),  # a mean over layers
 )
 FEATURE.update(SEGMENTATION_AND_TOKENS)

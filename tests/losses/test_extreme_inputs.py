@@ -39,46 +39,46 @@ def gradients(loss, x):
 
 # ---- ignored positions
 
-def losses_with_valid(): return [n for n,f in OF_PREDICTIONS.items() if 'valid' in loss_args(f).accepted]
+def losses_with_mask(): return [n for n,f in OF_PREDICTIONS.items() if 'mask' in loss_args(f).accepted]
 
 def test_losses_that_relate_samples_take_valid():
-    assert losses_with_valid()==['MultiLevel', 'StreamlinedKD']
-    assert 'valid' in LOSS_ARGS
+    assert losses_with_mask()==['MultiLevel', 'StreamlinedKD']
+    assert 'mask' in LOSS_ARGS
 
 @pytest.mark.parametrize('name', ['MultiLevel', 'StreamlinedKD'])
 def test_valid_equals_loop(name):
     "Each position is a batch of the samples that count there; positions are weighted by their number of samples"
     loss,g = OF_PREDICTIONS[name],torch.Generator().manual_seed(1)
     s,t = (torch.randn(6,5,2,3, generator=g).double() for _ in range(2))
-    valid = torch.rand(6,2,3, generator=g)>.3
-    valid[:,1,2] = False                                    # no sample counts at this position
+    mask = torch.rand(6,2,3, generator=g)>.3
+    mask[:,1,2] = False                                    # no sample counts at this position
     total = 0.
     for i in range(2):
         for j in range(3):
-            kept = valid[:,i,j]
+            kept = mask[:,i,j]
             if kept.any(): total += kept.sum()*loss(s[kept][...,i,j], t[kept][...,i,j])
-    torch.testing.assert_close(loss(s, t, valid=valid), total/valid.sum())
+    torch.testing.assert_close(loss(s, t, mask=mask), total/mask.sum())
 
 @pytest.mark.parametrize('name', ['MultiLevel', 'StreamlinedKD'])
 def test_ignored_positions_have_no_influence(name):
     loss = OF_PREDICTIONS[name]
     s,t = torch.randn(4,5,3),torch.randn(4,5,3)
-    valid = torch.ones(4,3, dtype=torch.bool); valid[1,2] = False
+    mask = torch.ones(4,3, dtype=torch.bool); mask[1,2] = False
     s2 = s.clone(); s2[1,:,2] = 50.
-    torch.testing.assert_close(loss(s2, t, valid=valid), loss(s, t, valid=valid))
-    grad, = gradients(partial(loss, valid=valid), dict(pred=s, teacher_pred=t))[1]
+    torch.testing.assert_close(loss(s2, t, mask=mask), loss(s, t, mask=mask))
+    grad, = gradients(partial(loss, mask=mask), dict(pred=s, teacher_pred=t))[1]
     assert grad[1,:,2].abs().max()==0
 
 @pytest.mark.parametrize('name', ['MultiLevel', 'StreamlinedKD'])
 def test_one_ignored_position_changes_little(name):
     loss,g = OF_PREDICTIONS[name],torch.Generator().manual_seed(0)
     s,t = (torch.randn(16,4,12,12, generator=g) for _ in range(2))
-    valid = torch.ones(16,12,12, dtype=torch.bool); valid[3,5,5] = False
-    assert math.isclose(loss(s, t, valid=valid), loss(s, t), rel_tol=.01)
+    mask = torch.ones(16,12,12, dtype=torch.bool); mask[3,5,5] = False
+    assert math.isclose(loss(s, t, mask=mask), loss(s, t), rel_tol=.01)
 
 @pytest.mark.parametrize('name', ['MultiLevel', 'StreamlinedKD'])
 def test_nothing_valid(name):
-    value,grads = gradients(partial(OF_PREDICTIONS[name], valid=torch.zeros(4,3, dtype=torch.bool)),
+    value,grads = gradients(partial(OF_PREDICTIONS[name], mask=torch.zeros(4,3, dtype=torch.bool)),
                             dict(pred=torch.randn(4,5,3), teacher_pred=torch.randn(4,5,3)))
     assert value==0
     assert grads[0].abs().max()==0

@@ -631,7 +631,7 @@ def test_masked_tokens():
     def values(fill):
         s,t = ({'a': torch.where(mask[...,None], f.mT, fill)} for fm in (x['fm_s'],x['fm_t']) for f in fm.values())
         s['a'].requires_grad_()
-        value = MiniLMv2(s, t, heads=2, valid=mask)
+        value = MiniLMv2(s, t, heads=2, mask=mask)
         return value.detach(),torch.autograd.grad(value, s['a'])[0]
     (v,g),(w,h) = values(0.),values(torch.nan)
     assert torch.equal(v, w) and torch.equal(g, h)

@@ -12,7 +12,7 @@ from kd_fastai.losses.facts import loss_args
 from support import KD, fit, history, quiet, weights
 
 FEATURE_LOSSES = {n: f for n,f in vars(losses).items() if getattr(f, 'info', None) and not isinstance(f, type)
-                  and {'fm_s','fm_t'} & loss_args(f).accepted and 'valid' not in loss_args(f).accepted}
+                  and {'fm_s','fm_t'} & loss_args(f).accepted and 'mask' not in loss_args(f).accepted}
 MASKED = [n for n,f in FEATURE_LOSSES.items() if how_masked(f)]
 every = pytest.mark.parametrize('name', MASKED)
 KINDS = 'tokens','maps'
@@ -137,7 +137,7 @@ def test_losses_that_take_no_mask_are_named(loss):
 
 def test_own_loss_takes_the_mask_as_valid():
     seen = []
-    def mine(fm_s, fm_t, valid): seen.append(valid); return (fm_s['a']*valid[...,None]).sum()
+    def mine(fm_s, fm_t, mask): seen.append(mask); return (fm_s['a']*mask[...,None]).sum()
     objective = Objective([Term(mine, layers='a', mask=lambda x: x>0)])
     x = torch.tensor([[1,0],[1,1]])
     f = {'a': torch.ones(2,2,3)}

@@ -578,7 +578,7 @@ SCHEMES = {
     'mutual':       lambda learn, ts: MutualLearning(learner(width=6)),
     'token':        lambda learn, ts: DistillationToken(ts[0]),
     'exits':        lambda learn, ts: SelfDistillation('exit'),
-    'balanced':     lambda learn, ts: KD(ts[0], SoftTarget, balance=True),
+    'balanced':     lambda learn, ts: KD(ts[0], Term(SoftTarget, 0.5), balance=True),
     'mixed':        lambda learn, ts: KD(ts[0], DecoupledKD),
     'subset':       lambda learn, ts: KD(Shuffled(ts[0].model, [7,2,5]), SoftTarget,
                                          class_map=match_classes(range(10), [7,2,5])),

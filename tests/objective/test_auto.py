@@ -62,7 +62,6 @@ SETTINGS = {
     'schedule':         (lambda w: Term(SoftTarget, w['soft_target'], schedule=SchedLin(0,1)), {}, []),
     'scheduled T':      (lambda w: Term(SoftTarget, w['soft_target'], T=SchedLin(4,2)), {}, []),
     'task weight':      (lambda w: Term(DecoupledKD, w['decoupled_kd']), dict(task_weight=0.3), []),
-    'balance':          (lambda w: Term(Logits, w['logits']), dict(balance=True), []),
     'accumulation':     (lambda w: Term(SoftTarget, w['soft_target']), {}, [partial(GradientAccumulation, 40)]),
     'clipping':         (lambda w: Term(VID(), w['vid'], layers='1'), {}, [partial(GradientClip, 0.1)]),
     'half precision':   (lambda w: Term(SoftTarget, w['soft_target']), {}, [CPUMixedPrecision]),

@@ -52,7 +52,8 @@ def test_weighted_term_equals_a_loop(name):
     def of_one(i): return objective.terms[0].loss_at(0.5)(**select(one(x, i)))
     def select(x):
         term = objective.terms[0]
-        return {**term.args.select(x), **(term.features(x['fm_s'], x['fm_t']) if term.uses_features else {})}
+        features = Batch(None, fm_s=x['fm_s'], fm_t=x['fm_t']).features(term.layers) if term.uses_features else {}
+        return {**term.args.select(x), **features}
     loop = sum(w*of_one(i) for i,w in enumerate(W))/6
     torch.testing.assert_close(got, loop)
     leaf = x['fm_s']['a'] if objective.terms[0].uses_features else x['pred']

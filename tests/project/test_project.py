@@ -1,10 +1,10 @@
 "Files agree with each other, and the package installs with all of its modules."
-import re, shutil, subprocess, sys
+import ast, importlib, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import entry_points, metadata, requires
 from pathlib import Path
 import pytest
-import kd_fastai
+import kd_fastai.all
 
 root = Path(__file__).resolve().parents[2]
 cfg = ConfigParser(delimiters=['='], interpolation=None)
@@ -136,6 +136,18 @@ def test_ruff():
     if not ruff.exists(): pytest.skip('ruff is not installed')
     r = run(ruff, 'check', '--no-cache', '--output-format', 'concise', '.', cwd=root)
     assert r.returncode==0, r.stdout+r.stderr
+
+def imported_names(path):
+    "Pairs of module and name that a script imports from the library"
+    for o in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(o, ast.ImportFrom) and (o.module or '').startswith('kd_fastai'):
+            yield from ((o.module, a.name) for a in o.names if a.name!='*')
+
+def test_benchmarks_import_names_that_exist():
+    "A benchmark runs rarely: its imports are compared with the library of today"
+    names = {n for p in (root/'benchmarks').rglob('*.py') for n in imported_names(p)}
+    assert len(names)>20
+    assert not [n for n in sorted(names) if not hasattr(importlib.import_module(n[0]), n[1])]
 
 def test_tables_of_benchmarks_are_listed():
     "The README of the tables names each of them, with a script and a part that exist"

@@ -32,7 +32,7 @@ def schedules(teacher):
 def owned(teacher): return dict(loss=Term(CRD(), 0.8, layers='2'))
 def bank(teacher): return dict(loss=Term(CRDBank(n_data=100), 0.8, layers='2'))
 def adapters(teacher): return dict(loss=Term(FitNet, 1., layers=['1','2'], adapt='auto'))
-def balanced(teacher): return dict(loss=[SoftTarget, Term(CRD(), 0.1, layers='2')], balance=True)
+def balanced(teacher): return dict(loss=[Term(SoftTarget, 0.5), Term(CRD(), 0.1, layers='2')], balance=True)
 def cached(teacher): return dict(teacher=CachedTeacher(teacher), loss=partial(SoftTarget, T=4))
 
 @pytest.mark.parametrize('opt', [Adam, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['Adam','OptimWrapper'])

@@ -242,7 +242,7 @@ def test_menu(url, new_tab):
     "On a phone the menu is hidden; it opens, and its links work"
     tab = new_tab('phone')
     tab.goto(url)
-    link = tab.locator('#quarto-sidebar a.sidebar-link[href$=".html"]').last
+    link = tab.locator('#quarto-sidebar a.sidebar-link[href$=".html"]:visible').last
     assert link.bounding_box()['x'] < 0
     tab.locator('.quarto-btn-toggle').click()
     target = link.get_attribute('href')
@@ -250,3 +250,52 @@ def test_menu(url, new_tab):
     tab.wait_for_url(url+target)
     assert tab.locator('main h1').is_visible()
     tab.close()
+
+# ---- the page that predicts
+
+@pytest.fixture
+def predicting(url, site, new_tab):
+    "The page that predicts in a new tab, and the folder of its files"
+    folder = site/'site_libs/predict'
+    if not folder.exists(): pytest.skip('npm could not download onnxruntime-web, or onnxscript is not installed')
+    tab = new_tab('desktop')
+    requests,errors = listen(tab)
+    tab.goto(f'{url}tutorials/browser.html')
+    assert not [r for r in requests if 'onnx' in r]   # 14 MB: with the first picture
+    yield tab,folder
+    assert not errors and not [r for r in requests if not r.startswith((url, 'data:'))]
+    tab.close()
+
+def shown(tab):
+    "The table of the page after a prediction: `{model: [prediction, probability, ms, kB, accuracy]}`"
+    tab.wait_for_function("document.querySelector('#kd-teacher').cells[5].textContent!='–'", timeout=60_000)
+    rows = tab.locator('#kd-predict tbody tr').all_inner_texts()
+    return {name: values for name,*values in (r.split('\t') for r in rows)}
+
+@pytest.mark.parametrize('mode,suffix,close', [('RGB','png',1e-3), ('RGBA','png',1e-3), ('L','jpg',2e-2)])
+def test_a_picture_file_in_the_browser(predicting, mode, suffix, close, tmp_path):
+    "A file on disk gets the name and probability of ONNX Runtime in Python, by student and teacher"
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from kd_fastai.ship.export import OnnxModel
+    tab,folder = predicting
+    file = tmp_path/f'digit.{suffix}'
+    digit = Image.fromarray((load_digits().images[1003]*15.9).astype(np.uint8)).resize((40,52), Image.BICUBIC)
+    digit.convert(mode).save(file)
+    tab.locator('#kd-predict input').set_input_files(file)
+    for name,(predicted,probability,ms,kb,_) in shown(tab).items():
+        index,_,expected = OnnxModel(folder/f'{name}.onnx').predict(file)
+        assert predicted==index and float(probability)==pytest.approx(expected.max(), abs=close)
+        assert float(ms)>0 and float(kb)==round((folder/f'{name}.onnx').stat().st_size/1000)
+
+def test_a_drawing_in_the_browser(predicting):
+    "A vertical line is a 1"
+    tab,_ = predicting
+    box = tab.locator('#kd-predict canvas').bounding_box()
+    x = box['x']+box['width']/2
+    tab.mouse.move(x, box['y']+0.15*box['height'])
+    tab.mouse.down()
+    tab.mouse.move(x, box['y']+0.85*box['height'], steps=5)
+    tab.mouse.up()
+    assert shown(tab)['teacher'][0]=='1'

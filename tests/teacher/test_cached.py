@@ -69,10 +69,9 @@ def test_half_and_topk(tmp_path):
     np.testing.assert_allclose(values(half), values(cached_fit(t)), rtol=2e-2)
     assert records(tmp_path/'h')['pred'].dtype==np.float16
     args = dict(losses=[Term(SoftTarget)], layers=None)
-    few,all_but_one = (weights(cached_fit(CachedTeacher(t, topk=k), **args)) for k in (3,9))
-    # the rest is one class then
-    torch.testing.assert_close(all_but_one, weights(cached_fit(t, **args)), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(few, all_but_one, atol=1e-5)
+    few,all_but_one = (values(cached_fit(CachedTeacher(t, topk=k), **args)) for k in (3,9))
+    np.testing.assert_allclose(all_but_one, values(cached_fit(t, **args)), rtol=1e-3)   # the rest is one class
+    assert not np.allclose(few, all_but_one, rtol=1e-2)
     with pytest.raises(ValueError, match='topk=10 needs logits of more classes'): cached_fit(CachedTeacher(t, topk=10))
     big = net(8); big[-1].weight.data.mul_(1e7)
     with pytest.raises(ValueError, match='more than float16 can hold'):

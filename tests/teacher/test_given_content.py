@@ -1,4 +1,5 @@
 "What a teacher gets, and which sample it belongs to: inputs that are changed, batches drawn in between, similar data."
+import gc
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -71,6 +72,37 @@ def test_a_feature_that_is_a_view_of_the_input_stays():
     fit(S(), KD(teacher, loss, [('f.0','0')]))
     assert torch.equal(torch.cat(got), Items().x)
 
+class Holder:
+    "A batch that is an object, such as a graph"
+    def __init__(self, x): self.x = x
+
+class OfHolder(nn.Module):
+    "A model that may empty its input"
+    def __init__(self, seed, empties=False): super().__init__(); self.f,self.empties,self.x = mlp(seed),empties,[]
+    def forward(self, b):
+        if self.training: self.x.append(b.x.clone())
+        res = self.f(b.x)
+        if self.empties: b.x.data.zero_()
+        return res
+
+def test_a_teacher_may_change_tensors_inside_an_object():
+    class Hold(Callback):
+        order = 4
+        def before_batch(self): self.learn.xb = (Holder(self.xb[0]),)
+    model = OfHolder(1)
+    fit(model, [Hold(), KD(OfHolder(9, empties=True), SoftTarget)])
+    assert torch.equal(torch.cat(model.x), Items().x)
+
+def test_a_feature_in_inference_mode_is_fixed_when_taken():
+    class T(nn.Sequential):
+        @torch.inference_mode()
+        def forward(self, x): return super().forward(x)
+    inner,got = mlp(9),[]
+    teacher = T(inner[0], nn.ReLU(inplace=True), inner[2])
+    def loss(fm_s, fm_t): got.append(fm_t['0'].clone()); return fm_s['0'].mean()
+    fit(mlp(1), KD(teacher, loss, '0'))
+    torch.testing.assert_close(torch.cat(got), inner[0](Items().x))
+
 def test_another_batch_in_between():
     class Second(Callback):
         order,run_valid = -10,False
@@ -88,14 +120,37 @@ def test_items_that_are_sorted_and_padded():
     fit(mlp(3), [keep, KD(StoredTeacher(table), keeping(got))], data(ds, shuffle=True, before_batch=sort_pad))
     assert all(torch.equal(x, p) for x,p in zip(keep.x, got))
 
-def test_two_callbacks_with_positions_and_a_removal_in_mid_epoch():
+@pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_callbacks_with_positions_and_a_removal_in_mid_epoch(num_workers):
     kd = KD(CachedTeacher(mlp(9)), Logits)
     class Remove(Callback):
         order = 90
         def after_batch(self):
             if self.training and self.iter==1 and kd in self.learn.cbs: self.learn.remove_cb(kd)
-    learn = fit(mlp(3), [KD(CachedTeacher(mlp(8)), SoftTarget), kd, Remove()], n=2)
-    assert not vars(learn.dls.train).keys() & {'get_idxs','do_item','create_batch','create_batches'}
+    learn = fit(mlp(3), [KD(CachedTeacher(mlp(8)), SoftTarget), kd, Remove()], data(num_workers=num_workers), n=2)
+    assert_plain(learn.dls.train)
+
+HOOKED = {'get_idxs','do_item','create_batch','create_batches','after_batch'}
+def assert_plain(dl): assert not vars(dl).keys() & HOOKED and '_index_sampler' not in vars(dl.fake_l)
+
+@pytest.mark.parametrize('num_workers', [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('ending', ['removal','interrupt'])
+def test_the_only_callback_with_positions_ends_in_mid_epoch(ending, num_workers):
+    "The running iteration goes on, and then the loader is as it was."
+    kd,n = KD(CachedTeacher(mlp(9)), Logits),[]
+    class End(Callback):
+        order = 90
+        def after_batch(self):
+            n.append(self.training)
+            if len(n)!=2: return
+            if ending=='interrupt': raise KeyboardInterrupt
+            self.learn.remove_cb(kd)
+    dls = data(num_workers=num_workers)
+    try: fit(mlp(3), [kd, End()], dls, n=2)
+    except KeyboardInterrupt: pass
+    gc.collect()
+    assert_plain(dls.train)
+    assert sum(n)==(2 if ending=='interrupt' else 8)
 
 @pytest.mark.parametrize('make', [lambda k: Ensemble([mlp(1), mlp(2)], logits=not k, T=8.),
                                   lambda k: FunctionTeacher([lambda x: x@W, lambda x: -x@W][k])])
