@@ -41,7 +41,7 @@ def nearest_cases(
     "Return the measured cases with such a teacher whose numbers of labels are nearest, as ratios"
     return sorted((o for o in CASES if o.is_same==is_same), key=lambda o: abs(math.log(o.labels/labels)))[:n]
 
-# %% ../../nbs/report/expect.ipynb #f8776822
+# %% ../../nbs/report/expect.ipynb #024cbfed
 def gains_in_words(
     case:Case # A measured case
 )->str:
@@ -59,10 +59,11 @@ def expectations(
     is_same:bool=False # Does the teacher know the labels of these samples and no others?
 )->list: # Sentences
     "Describe what a training run with this teacher can gain"
-    res = [f"{labels:,} training samples, {batches:,} batches an epoch: 500 steps are {max(1, round(500/batches))} epochs. "
+    epochs = max(1, round(500/batches))
+    res = [f"{labels:,} training samples, {batches:,} batches an epoch: 500 steps are {epochs} epochs. "
            "In the measured cases, fewer than 200 steps gained nothing",
            f"The teacher is right on {teacher:.1%} of the validation set, the student, as it is now, on {student:.1%}. "
            "What a trained baseline lacks to the teacher is the head room"]
-    if on_training: res.append(f"On a batch of training samples the teacher is right on {on_training[0]:.0%}, with a mean "
-                               f"confidence of {on_training[1]:.2f}")
+    if on_training: res.append(f"On a batch of training samples the teacher is right on {on_training[0]:.0%}, "
+                               f"with a mean confidence of {on_training[1]:.2f}")
     return [*res, *map(gains_in_words, nearest_cases(labels, is_same))]
