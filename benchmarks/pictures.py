@@ -170,7 +170,7 @@ def keyed_view(b, views):
     return views[i,view].contiguous(memory_format=torch.channels_last),torch.stack([i,view], 1),y
 
 def data(o, seed, bs=32):
-    "Loaders of pictures, keys (for the teacher alone) and classes"
+    "Loaders of pictures, keys (for the teacher only) and classes"
     n,(x,y) = len(o['y']),o['valid']
     dls = DataLoaders(WholeBatches(Pictures(torch.arange(n), o['y']), bs=bs, shuffle=True, drop_last=True,
                                    after_batch=partial(keyed_view, views=o['views'])),

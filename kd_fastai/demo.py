@@ -384,7 +384,7 @@ def recipes(
     def distill(losses): return KnowledgeDistillationCallback(teacher, losses, task_weight=0.1)
     soft = Term(partial(SoftTarget, T=T), weight=0.9)
     def attention(student): return Term(Attention, weight=10., layers=match_feature_layers(student, teacher, x))
-    return {'student alone': None,
+    return {'baseline': None,
             'with SoftTarget': lambda learn: distill(soft),
             'with SoftTarget + Attention': lambda learn: distill([soft, attention(learn.model)])}
 

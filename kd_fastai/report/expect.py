@@ -41,7 +41,7 @@ def nearest_cases(
     "Return the measured cases with such a teacher whose numbers of labels are nearest, as ratios"
     return sorted((o for o in CASES if o.is_same==is_same), key=lambda o: abs(math.log(o.labels/labels)))[:n]
 
-# %% ../../nbs/report/expect.ipynb #024cbfed
+# %% ../../nbs/report/expect.ipynb #0db6a86f
 def gains_in_words(
     case:Case # A measured case
 )->str:

@@ -23,7 +23,7 @@ def done(tmp_path_factory):
 
 def test_prints_a_table_and_draws_a_plot(done):
     stdout,folder = done
-    for o in ('teacher', 'student alone', 'with SoftTarget', 'with SoftTarget + Attention', '±', 'better in', '94186',
+    for o in ('teacher', 'baseline', 'with SoftTarget', 'with SoftTarget + Attention', '±', 'better in', '94186',
               '6274', 'undecided'):
         assert o in stdout
     assert (folder/'kd_demo.png').stat().st_size>5000
@@ -53,13 +53,13 @@ def test_module_runs_too():
     assert r.returncode and '10 to 990' in r.stderr
 
 def test_picture_shows_every_run_and_the_mean():
-    "Above the way, epoch by epoch, with the teacher's line; below the gain of each run, and its mean"
+    "Above the accuracy, epoch by epoch, with the teacher's line; below the gain of each run, and its mean"
     import matplotlib; matplotlib.use('agg')
     from kd_fastai.demo import picture
-    curves = {'student alone': [[50.,80.],[60.,90.]], 'with X': [[40.,92.],[50.,94.]]}
+    curves = {'baseline': [[50.,80.],[60.,90.]], 'with X': [[40.,92.],[50.,94.]]}
     top,bottom = picture(comparison({n: [o[-1] for o in v] for n,v in curves.items()}), 98., curves).axes
     lines = {l.get_label(): [*l.get_ydata()] for l in top.lines}
-    assert (lines['teacher'], lines['student alone'], lines['with X']) == ([98.,98.], [55.,85.], [45.,93.])
+    assert (lines['teacher'], lines['baseline'], lines['with X']) == ([98.,98.], [55.,85.], [45.,93.])
     drawn = [[*l.get_ydata()] for l in top.lines]
     assert all(o in drawn for runs in curves.values() for o in runs)
     assert [round(o, 4) for o in next(l for l in bottom.lines if l.get_marker()=='.').get_xdata()] == [.12,.04]
@@ -72,14 +72,14 @@ def comparison(scores):
 
 def test_verdict_counts_runs_and_takes_the_interval():
     from kd_fastai.demo import verdict
-    assert verdict(comparison({'student alone': [90.,90.], 'with X': [91.,89.4]}))==(
-        'with X: +0.2 points against the student alone, better in 1 of 2 runs, worse in 1: undecided')
-    assert verdict(comparison({'student alone': [90.,90.1,90.2], 'with X': [95.,95.,95.3]})).endswith(
+    assert verdict(comparison({'baseline': [90.,90.], 'with X': [91.,89.4]}))==(
+        'with X: +0.2 points against the baseline, better in 1 of 2 runs, worse in 1: undecided')
+    assert verdict(comparison({'baseline': [90.,90.1,90.2], 'with X': [95.,95.,95.3]})).endswith(
         'better in 3 of 3 runs, worse in 0: better')
 
 def test_students_have_one_latency(done):
     "Time and size belong to the architecture"
-    rows = [l.split() for l in done[0].splitlines() if l.startswith(('student alone','with SoftTarget'))]
+    rows = [l.split() for l in done[0].splitlines() if l.startswith(('baseline','with SoftTarget'))]
     ends = {tuple(o[-3:]) for o in rows if '6274' in o}
     assert len(ends)==1, rows
 
