@@ -374,7 +374,7 @@ def curve(learn:Learner)->list: # Percent
     i = list(learn.recorder.metric_names).index('accuracy')-1
     return [100*o[i] for o in learn.recorder.values]
 
-# %% ../nbs/demo.ipynb #ab7c20c7
+# %% ../nbs/demo.ipynb #c9b4fab0
 def recipes(
     teacher:nn.Module, # A trained teacher
     x,                 # A batch, to find layers with
@@ -393,14 +393,14 @@ def emoji_recipes(
     x,                 # Not used
     T:float=4.         # Temperature
 )->dict: # As `recipes`
-    "Return the ways to train a student on color pictures. The second begins with features, without labels"
+    "Return the ways to train a student on color pictures. The last begins with features, without labels"
     tuned,pretrained = CachedTeacher(teacher),CachedTeacher(Embedding(lite0()))
     def distill(learn): return KnowledgeDistillationCallback(tuned, partial(SoftTarget, T=T))
     def start_with_features(learn):
         learn.spent = 2
         learn.kd_pretrain(pretrained, learn.spent, layers=[('>','features')])
         return distill(learn)
-    return {'student alone': None, 'learn.distill': distill, 'kd_pretrain, then distill': start_with_features}
+    return {'baseline': None, 'learn.distill': distill, 'kd_pretrain, then distill': start_with_features}
 
 # %% ../nbs/demo.ipynb #5cab0512
 class DemoTask(NamedTuple):

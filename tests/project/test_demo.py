@@ -130,6 +130,6 @@ def test_emoji_run_too(monkeypatch):
     try: res,teacher,curves = module.compare(2, epochs=3, data='emoji', say=lambda o: None)
     finally: module.read_views.cache_clear()
     assert teacher.dls.train.n==18*2 and teacher.dls.valid.n==12
-    assert [*curves]==['student alone', 'learn.distill', 'kd_pretrain, then distill']
+    assert [*curves]==['baseline', 'learn.distill', 'kd_pretrain, then distill']
     assert [math.isnan(runs[0][0]) for runs in curves.values()]==[False,False,True]
-    assert module.table(res, teacher, module.small_separable).parameters['student alone']==21513
+    assert module.table(res, teacher, module.small_separable).parameters['baseline']==21513

@@ -15,12 +15,12 @@ def points(row): return tuple(round(100*row[k], 1)+0. for k in ('gain','low','hi
 def of_regime(data, regime, steps):
     "Of `distill_default.csv`"
     runs = pd.read_csv(TABLES/'distill_default.csv').query('data==@data and regime==@regime')
-    runs = runs[runs.way.isin(['student alone','T=4, rising'])].rename(columns={'way': 'method'})
-    return steps,points(comparison_table(runs, 'accuracy', 'student alone').loc['T=4, rising'])
+    runs = runs[runs.method.isin(['baseline','T=4, rising'])]
+    return steps,points(comparison_table(runs, 'accuracy', 'baseline').loc['T=4, rising'])
 
 def of_fashion(labels, steps):
     "Of `fashion.csv`"
-    o = pd.read_csv(TABLES/'fashion.csv').query("student=='thin' and labels==@labels and way=='learn.distill(teacher)'")
+    o = pd.read_csv(TABLES/'fashion.csv').query("student=='thin' and labels==@labels and method=='learn.distill(teacher)'")
     assert o.steps.item()==steps
     return steps,points(o.iloc[0])
 
