@@ -20,7 +20,8 @@ def of_regime(data, regime, steps):
 
 def of_fashion(labels, steps):
     "Of `fashion.csv`"
-    o = pd.read_csv(TABLES/'fashion.csv').query("student=='thin' and labels==@labels and method=='learn.distill(teacher)'")
+    is_case = "student=='thin' and labels==@labels and method=='learn.distill(teacher)'"
+    o = pd.read_csv(TABLES/'fashion.csv').query(is_case)
     assert o.steps.item()==steps
     return steps,points(o.iloc[0])
 
