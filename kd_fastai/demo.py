@@ -374,7 +374,7 @@ def curve(learn:Learner)->list: # Percent
     i = list(learn.recorder.metric_names).index('accuracy')-1
     return [100*o[i] for o in learn.recorder.values]
 
-# %% ../nbs/demo.ipynb #c89e8203
+# %% ../nbs/demo.ipynb #e2d7bc45
 def recipes(
     teacher:nn.Module, # A trained teacher
     x,                 # A batch, to find layers with
