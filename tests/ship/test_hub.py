@@ -1,4 +1,4 @@
-"Push by huggingface_hub, against a server of this test that stands in for the Hub."
+"Push by huggingface_hub, against a server of this test in place of the Hub."
 import base64, json, threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
