@@ -32,8 +32,9 @@ class StandIn(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if '/resolve/' in self.path: return self.send(self.server.folder/self.path.rsplit('/', 1)[1])
-        files = [dict(type='file', path=o.name, size=o.stat().st_size, oid=COMMIT) for o in self.server.folder.iterdir()]
-        self.reply(files if '/tree/' in self.path else dict(sha=COMMIT, id='user/net', siblings=[]))
+        if '/tree/' not in self.path: return self.reply(dict(sha=COMMIT, id='user/net', siblings=[]))
+        files = self.server.folder.iterdir()
+        self.reply([dict(type='file', path=o.name, size=o.stat().st_size, oid=COMMIT) for o in files])
 
     def send(self, file):
         "A file of the repository, or 404"
