@@ -144,7 +144,7 @@ class Pilots:
 # %% ../../nbs/report/shrink.ipynb #8e9f8438
 FINAL = 1000  # the seeds of full training runs begin here, those of the pilots at 0
 
-# %% ../../nbs/report/shrink.ipynb #aa70ad26
+# %% ../../nbs/report/shrink.ipynb #61b44183
 class KDShrink:
     "What `kd_shrink` returns: the chosen student, trained, and how it was found. A notebook shows sentence and table"
     def __init__(self,
@@ -225,7 +225,7 @@ class KDShrink:
         self.learner.export((folder/'student.pkl').absolute())
         return folder
 
-# %% ../../nbs/report/shrink.ipynb #ae3d1740
+# %% ../../nbs/report/shrink.ipynb #62f28dd6
 def _none_fits(costs):
     "The sentence where no candidate is within the budget"
     n = costs.ms.drop('teacher').idxmin()
