@@ -52,7 +52,7 @@ def batch_readers(
     return {n: m if isinstance(m, BatchReader) else BatchReader(m, teacher_inputs, n=='teacher')
             for n,m in models.items()}
 
-# %% ../../nbs/report/compare.ipynb #49d996a1
+# %% ../../nbs/report/compare.ipynb #ac7922c8
 def paired_interval(
     differences:pd.Series, # One for each seed; missing ones are left out
     level:float=0.95,      # Probability that all intervals hold at once
@@ -90,7 +90,7 @@ def comparison_table(
     baseline:str|dict|None=None, # Method that others are compared with, or its name by method; default: the first
     level:float=0.95,   # Probability that all intervals hold at once
     lower:bool|None=None# Is a smaller value better? Needed for metrics that are not fastai's
-)->pd.DataFrame: # A row for each method: `runs`, `mean`, `std`, `gain`, `low`, `high`, `verdict`, means of other columns
+)->pd.DataFrame: # A row for each method: `runs`, `mean`, `std`, `gain`, `low`, `high`, `verdict`, and other means
     "Compare methods by paired differences over seeds, with Student's t intervals and Bonferroni's correction"
     methods,lower = [*dict.fromkeys(runs.method)],lower_is_better(metric, lower)
     baseline = methods[0] if baseline is None else baseline
@@ -226,7 +226,7 @@ def main_metric(
     after = names[names.index('valid_loss')+1]
     return 'valid_loss' if after in ('agreement','calibration_error','parameters') else after
 
-# %% ../../nbs/report/compare.ipynb #52ce7b51
+# %% ../../nbs/report/compare.ipynb #f6996bb1
 def kd_compare(
     make_learner:Callable|dict, # Makes a new Learner: `make_learner(seed)`; or several of these by name
     methods:dict,          # Name to None (no teacher), arguments of `distill`, a loss, a callback or `method(learn)`
@@ -271,6 +271,8 @@ def kd_compare(
     if rounds: res['ms'] = pd.Series(_latencies(arms, seeds[0], teacher, rounds, catch, teacher_inputs))
     return KDComparison(runs.drop(columns='settings'), res, metric, baseline, level, best)
 
+
+# %% ../../nbs/report/compare.ipynb #f373ea86
 def _arms(make_learner, methods, baseline):
     "`{name: (make_learner, method)}`, and the baseline of each"
     if not isinstance(make_learner, Mapping): return {n: (make_learner, m) for n,m in methods.items()},baseline
