@@ -1,8 +1,9 @@
 "The command, as a user types it."
-import os, subprocess, sys
+import math, os, subprocess, sys
 from pathlib import Path
 import pandas as pd
-import pytest
+import pytest, torch
+from torch import nn
 from kd_fastai.report.compare import KDComparison, comparison_table
 from kd_fastai.demo import kd_demo
 
@@ -29,7 +30,7 @@ def test_prints_a_table_and_draws_a_plot(done):
 
 @pytest.mark.parametrize('args,says', [
     (dict(labels=5),'--labels must be 10 to 990, got 5'), (dict(seeds=0),'--seeds must be at least 1'),
-    (dict(epochs=0),'--epochs must be'), (dict(data='cats'),'--data must be digits or fashion'),
+    (dict(epochs=0),'--epochs must be'), (dict(data='cats'),'--data must be one of digits, fashion, emoji'),
     (dict(temperature=0),'--temperature must be'), (dict(out='nowhere/x.png'),"no folder 'nowhere'"),
     (dict(out='x.doc'),'--out must end in')])
 def test_bad_values_end_the_command_with_a_sentence(args, says, tmp_path, monkeypatch):
@@ -100,3 +101,35 @@ def test_missing_fashion_gets_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Path, 'home', lambda: tmp_path)
     with pytest.raises(SystemExit, match='kd-demo: Fashion-MNIST is not in .*dataset-fashion-mnist'):
         module.kd_demo(data='fashion', out=str(tmp_path/'x.png'))
+
+def test_missing_emoji_get_a_sentence_with_the_command(tmp_path, monkeypatch):
+    from kd_fastai import demo as module
+    monkeypatch.setattr(module, 'CACHE', tmp_path)
+    monkeypatch.setenv('PATH', '')
+    module.emoji.cache_clear()
+    command = 'npm pack emoji-datasource-google@16.0.0'
+    with pytest.raises(SystemExit, match=f'kd-demo: No emoji-.* Fetch it there: {command}'):
+        module.kd_demo(data='emoji', out=str(tmp_path/'x.png'))
+
+class TinyPretrained(nn.Module):
+    "In place of EfficientNet-Lite0"
+    def __init__(self, n_classes=0):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 9, 8), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(8, n_classes) if n_classes else nn.Identity()
+    def forward(self, x): return self.classifier(self.body(x))
+
+def test_emoji_run_too(monkeypatch):
+    "With pictures of noise and a tiny teacher; pretraining takes one of the epochs"
+    from kd_fastai import demo as module
+    number = torch.arange(30).repeat(2)
+    pictures = torch.randint(0, 256, (60,3,64,64), dtype=torch.uint8)
+    monkeypatch.setattr(module, 'emoji', lambda: (pictures, number%9, number, number//30, [*'abcdefghi']))
+    monkeypatch.setattr(module, 'lite0', TinyPretrained)
+    module.read_views.cache_clear()
+    try: res,teacher,curves = module.compare(2, epochs=3, data='emoji', say=lambda o: None)
+    finally: module.read_views.cache_clear()
+    assert teacher.dls.train.n==18*2 and teacher.dls.valid.n==12
+    assert [*curves]==['baseline', 'learn.distill', 'kd_pretrain, then distill']
+    assert [math.isnan(runs[0][0]) for runs in curves.values()]==[False,False,True]
+    assert module.table(res, teacher, module.small_separable).parameters['baseline']==21513
