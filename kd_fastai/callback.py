@@ -32,7 +32,7 @@ from kd_fastai.fit.internals import (all_reduce_sum, in_validation_context, is_d
 from .fit.owned import OwnedWeights, OwningCallback
 from .fit.state import FitState, capture_one_forward
 from .hooks.capture import Capture
-from .hooks.inputs import as_plain_tensor, split_inputs
+from .hooks.inputs import as_plain_tensor, n_samples, split_inputs
 from torch.nn.parameter import is_lazy
 from .hooks.layers import parse_layer_pairs, unique_names
 from .hooks.models import digest, get_logits, unwrap_model
@@ -353,10 +353,8 @@ class DistillationBatch(DistillationEpoch):
 
     def build(self, batch):
         "Let losses create their weights, and the optimizer train them for the rest of the fit"
-        train_ds = getattr(self.learn.dls.train, 'dataset', None)
-        n_data = len(train_ds) if hasattr(train_ds, '__len__') else None
         teacher = {k: unwrap_model(o.model) for k,o in self.teacher.by_name.items()}
-        self.objective.build(batch, unwrap_model(self.learn.model), teacher, n_data=n_data)
+        self.objective.build(batch, unwrap_model(self.learn.model), teacher, n_data=n_samples(self.learn.dls.train))
         self.owned.created(self.learn)
         self.owned.attach(self.learn, self.scope)
 
