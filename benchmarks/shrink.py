@@ -7,11 +7,11 @@
 The color pictures, the teacher (a fine-tuned EfficientNet-Lite0) and the views of each picture are those of
 `pictures.py`, its half `choose`. Pilots and full runs have other seeds.
 
-`pilots` trains all candidates for 2, 4 and 8 epochs and in full, which is 12: Spearman's rank correlation of the mean
-accuracies, whether the pilots' best candidate is the best in full, by how many points it is below the best, and how
-often a pilot of one seed chooses the best. `student` shrinks the teacher to a tenth of its latency, and compares the
-result with a network of equal latency that was chosen by hand and trained alone. `slices` trains copies of the teacher
-that begin from its weights, and from new ones."""
+`pilots` trains all candidates for 2, 4 and 8 epochs and in full, which is 12: Spearman's rank correlation of the
+mean accuracies, whether the pilots' best candidate is the best in full, by how many points it is below the best, and
+how often a pilot of one seed chooses the best. `student` shrinks the teacher to a tenth of its latency, and compares
+the result with a network of equal latency that was chosen by hand and trained without a teacher. `slices` trains
+copies of the teacher that begin from its weights, and from new ones."""
 import argparse, os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 from functools import partial

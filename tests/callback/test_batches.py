@@ -112,7 +112,7 @@ def test_one_of_two_callbacks_may_be_off(off):
 @pytest.mark.parametrize('leave', [lambda learn, kd: learn.remove_cb(kd), lambda learn, kd: setattr(kd, 'run', False)],
                          ids=['removed','off'])
 def test_the_first_of_two_callbacks_leaves_in_mid_epoch(leave):
-    "The second trains on as if it were alone."
+    "The second trains on as if it were the only one."
     first,second = KD(mlp(9), Term(SoftTarget, 1.)),KD(mlp(8), Term(Logits, 0.5))
     class Leave(Callback):
         order = 50
