@@ -143,6 +143,7 @@ def _is_installed(f):
     file = f.__code__.co_filename
     return 'site-packages' in file or file.startswith((sys.prefix, str(Path(kd_fastai.__file__).parent)))
 
+# %% ../../nbs/report/runs.ipynb #81c8dcf6
 def _learner_settings(learn):
     "What a training run depends on"
     data = [_data_settings(o) for o in learn.dls.loaders]
