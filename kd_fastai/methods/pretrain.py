@@ -23,7 +23,8 @@ from fastai.callback.schedule import ParamScheduler  # gives Learner its fit_one
 from ..callback import KnowledgeDistillationCallback
 from ..hooks.inputs import sample_inputs
 from ..hooks.layers import last_linear
-from ..hooks.models import eval_no_grad, find_logits, isolated_rng, model_device, preserving_modes, unwrap_model
+from kd_fastai.hooks.models import (eval_no_grad, find_logits, isolated_rng, model_device, preserving_modes,
+    unwrap_model)
 from ..losses.feature import CosineSmoothL1
 from ..objective import Term
 from ..teacher.live import BaseTeacher, Teacher
