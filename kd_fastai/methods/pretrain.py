@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from fastai.basics import Callback, CancelValidException, DataLoaders, L, Learner, find_bs, noop, rank_distrib, to_device
+from fastai.basics import (Callback, CancelValidException, DataLoaders, L, Learner, find_bs, noop, rank_distrib,
+    to_device)
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler  # gives Learner its fit_one_cycle  # noqa: F401
 from ..callback import KnowledgeDistillationCallback
