@@ -279,6 +279,13 @@ METHODS = {
     'start third, folds, soft rising': started(1/3, kd(lambda: [soft(rising())], predictions='folds')),
 }
 
+# losses one by one, as in `accuracy.py which_loss`: on predictions, or on what the classifiers read
+METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', schedule=None)])
+            for f in (SoftTarget, DecoupledKD, Logits, DIST, Mutual)}
+METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', layers=[('>','features')])]) for f in (RKD, Similarity)}
+METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', layers=[('>','features')], adapt='auto')])
+            for f in (FitNet, CosineSmoothL1)}
+
 # --- the study
 
 def run(half, student, pixels, labels, steps, method, seed):
