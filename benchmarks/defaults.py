@@ -53,6 +53,7 @@ def started(share, method):
 
 METHODS = {
     'baseline': lambda learn, teacher, epochs: fit(learn, epochs, []),
+    'distill': kd(lambda: [Term(SoftTarget, T=4)]),
     'soft rising': kd(lambda: [soft(rising())]),
     'soft adapt': kd(lambda: [soft(None)], Follow()),
     'soft adapt rising': kd(lambda: [soft(rising())], Follow()),
