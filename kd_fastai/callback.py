@@ -79,7 +79,7 @@ def make_terms(
     terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
     return [with_defaults(o, pairs, schedule, adapt, mask) for o in terms]
 
-# %% ../nbs/callback.ipynb #9fc5178a
+# %% ../nbs/callback.ipynb #7c5ccf2c
 class DistillationSettings(OwningCallback):
     "The settings of a `KnowledgeDistillationCallback`"
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
