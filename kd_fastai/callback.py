@@ -79,7 +79,7 @@ def make_terms(
     terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
     return [with_defaults(o, pairs, schedule, adapt, mask) for o in terms]
 
-# %% ../nbs/callback.ipynb #7c5ccf2c
+# %% ../nbs/callback.ipynb #b4b2b19d
 class DistillationSettings(OwningCallback):
     "The settings of a `KnowledgeDistillationCallback`"
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
@@ -153,7 +153,8 @@ class DistillationSettings(OwningCallback):
 
     def reset_weights(self):
         "Forget the weights that 'auto' found: the next fit finds them again, on its first batch"
-        for found in (self.objective.found_weights, self.objective.assumed_weights): found.clear()
+        o = self.objective
+        for found in (o.found_weights, o.assumed_weights, o.task_losses): found.clear()
 
     def warn(self, key, msg):
         "Warn once for each key"
