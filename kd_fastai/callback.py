@@ -79,7 +79,7 @@ def make_terms(
     terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
     return [with_defaults(o, pairs, schedule, adapt, mask) for o in terms]
 
-# %% ../nbs/callback.ipynb #b4b2b19d
+# %% ../nbs/callback.ipynb #2cc85178
 class DistillationSettings(OwningCallback):
     "The settings of a `KnowledgeDistillationCallback`"
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation

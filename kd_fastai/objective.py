@@ -45,7 +45,7 @@ def default_schedule(
     return rising if rises else None
 
 
-# %% ../nbs/objective.ipynb #5de916ac
+# %% ../nbs/objective.ipynb #6415e2be
 AUTO_RATIO = {'predictions': 1., 'features': 0.5}  # for weight='auto': gradient norm of a term by what it compares
 KEPT = 'found_weights','magnitudes','task_losses'  # of an objective, in its `state_dict`
 MAX_AUTO_RATIO = 1e7  # a term whose gradient is smaller than the task's by this factor is constant up to rounding
@@ -121,7 +121,7 @@ def load_loss_states(
             f"they were saved with other layers or another adapt. {e}") from None
 
 
-# %% ../nbs/objective.ipynb #18e5c923
+# %% ../nbs/objective.ipynb #3265ca16
 class TrainedTerms:
     "Terms, and what they keep between batches: weights that losses own, and weights of terms that were found"
     def __init__(self,
