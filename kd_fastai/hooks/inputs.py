@@ -28,7 +28,7 @@ def batch_inputs(
 # %% ../../nbs/hooks/inputs.ipynb #815a99fd
 def split_inputs(
     xb:tuple, # Inputs of a batch: the student's, and then the teacher's
-    n:int     # How many of them are the teacher's alone; 0: it gets the student's
+    n:int     # How many of them only the teacher gets; 0: it gets the student's
 )->tuple: # Inputs of the student, and of the teacher
     "Split the inputs of a batch. Raises `ValueError` if none would be left for the student"
     if not n: return xb,xb
@@ -38,6 +38,13 @@ def split_inputs(
     return xb[:-n],xb[-n:]
 
 # %% ../../nbs/hooks/inputs.ipynb #b1acc3a5
+def n_samples(
+    dl # A loader of fastai, PyTorch or another library
+)->int|None: # None if it does not say
+    "Return the number of samples in the data set of a loader"
+    dataset = getattr(dl, 'dataset', None)
+    return len(dataset) if hasattr(dataset, '__len__') else None
+
 def sample_inputs(
     source # A tensor, a tuple of tensors, `DataLoaders`, or a loader of fastai or PyTorch
 )->tuple: # Inputs, as plain tensors

@@ -28,7 +28,7 @@ class BatchReader(BaseTeacher):
     "A model that takes its own inputs out of those of a batch: the student's, or with `is_teacher` the teacher's"
     def __init__(self,
         source,           # A module, Learner, path or `Teacher`
-        teacher_inputs:int, # How many of a batch's last inputs are the teacher's alone
+        teacher_inputs:int, # How many of a batch's last inputs only the teacher gets
         is_teacher:bool=False # Is it the teacher?
     ):
         self.reader = source if isinstance(source, BaseTeacher) else Teacher(source)
@@ -46,7 +46,7 @@ class BatchReader(BaseTeacher):
 
 def batch_readers(
     models:dict,       # Models by name, that of the teacher is 'teacher'
-    teacher_inputs:int # How many of a batch's last inputs are the teacher's alone
+    teacher_inputs:int # How many of a batch's last inputs only the teacher gets
 )->dict: # `{name: BatchReader}`
     "Models that each take their own inputs out of those of a batch"
     return {n: m if isinstance(m, BatchReader) else BatchReader(m, teacher_inputs, n=='teacher')
@@ -303,7 +303,7 @@ def _in_order(runs, seeds, methods):
     return runs[runs.seed.isin(seeds)].sort_values(['seed','method'], key=rank).reset_index(drop=True)
 
 def _latencies(arms, seed, teacher, rounds, catch, teacher_inputs):
-    "Milliseconds a batch for each method, one measurement for each architecture"
+    "Milliseconds per batch for each method, one measurement for each architecture"
     models = {}
     for n,(f,m) in arms.items():
         with no_random(seed):

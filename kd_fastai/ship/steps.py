@@ -102,7 +102,7 @@ def _bilinear(tfm):
     "Raise `ValueError` for a transform with another filter than BILINEAR"
     if int(tfm.mode)!=2: raise ValueError(
         f"kd_export can resize with Pillow's BILINEAR, but {type(tfm).__name__} has resamples={tfm.resamples}: "
-        "train with the default, or write the network alone with export_onnx")
+        "train with the default, or write only the network with export_onnx")
 
 def _hw(size): return np.array([size[1], size[0]], np.int64)  # fastai keeps width, height
 
@@ -146,7 +146,7 @@ def _gray(op, x):
 
 def _item_type(dls):
     "Name of fastai's type of the first input before the item transforms; '' where the data have none"
-    lists = getattr(dls.valid_ds, 'tls', None)
+    lists = getattr(getattr(dls.valid, 'dataset', None), 'tls', None)
     kinds = [c.__name__ for c in type(lists[0][0]).__mro__] if lists and len(lists[0]) else []
     return next((o for o in kinds if o in ('PILImageBW','PILImage','TensorText')), '')
 
@@ -193,7 +193,7 @@ def _cannot(tfm, what):
     name = tfm.name.split('.')[-1] if kind=='Transform' else kind
     return (f"The transform {name!r} {what}, and kd_export cannot write it into the file "
             f"(it can write {known}, and leaves out what is for training alone): "
-            "remove it, or write the network alone with export_onnx and repeat the transform by hand")
+            "remove it, or write only the network with export_onnx and repeat the transform by hand")
 
 # %% ../../nbs/ship/steps.ipynb #4b8e8301
 class Rescale(nn.Module):
@@ -272,7 +272,7 @@ def mask_ops(
     if not tfms: return op.Squeeze(mask, np.array([1]))
     if [type(f).__name__ for f in tfms]!=['Resize']: raise ValueError(
         f"A mask returns to the picture's size through one Resize, got {', '.join(f.name for f in tfms)}: "
-        "write the network alone with export_onnx")
+        "write only the network with export_onnx")
     shape = op.Shape(image, start=1, end=3)
     start,size = (None,shape) if tfms[0].method=='squish' else _resize_window(op, shape, tfms[0])
     mask = op.Resize(mask, None, None, op.Concat(op.Shape(mask, end=2), size, axis=0), mode='nearest',
@@ -293,7 +293,7 @@ def table_columns(
     for f in dls.procs.fs:
         if type(f).__name__ not in TABLE_PROCS+_TARGET_PROCS: raise ValueError(
             f"The proc {type(f).__name__} changes the table, and kd_export can write {', '.join(TABLE_PROCS)}: "
-            "apply it to the table first, or write the network alone with export_onnx")
+            "apply it to the table first, or write only the network with export_onnx")
     filled = [f'{n}_na' for n in _fill_values(dls)]
     return dict(categories=[n for n in dls.train_ds.cat_names if n not in filled], numbers=[*dls.train_ds.cont_names])
 
@@ -366,7 +366,7 @@ def text_ops(
     x = op.Transpose(op.Gather(encoder.module.encoder.weight.detach().numpy(), 'tokens'), perm=[1,0,2])
     for rnn in encoder.module.rnns: x = _lstm(op, x, rnn)
     length = op.Gather(op.Shape(x), np.int64(0))
-    if encoder.max_len is not None:  # fastai pools the last chunks alone
+    if encoder.max_len is not None:  # fastai pools only the last chunks
         first = op.Max(op.Sub(length, np.int64(encoder.max_len)), np.int64(0))
         chunks = op.Div(op.Add(first, np.int64(encoder.bptt-1)), np.int64(encoder.bptt))
         first = op.Unsqueeze(op.Mul(chunks, np.int64(encoder.bptt)), np.array([0]))
