@@ -225,7 +225,7 @@ class KDShrink:
         self.learner.export((folder/'student.pkl').absolute())
         return folder
 
-# %% ../../nbs/report/shrink.ipynb #e705bb88
+# %% ../../nbs/report/shrink.ipynb #58d3fa33
 def _none_fits(costs):
     "The sentence where no candidate is within the budget"
     n = costs.ms.drop('teacher').idxmin()
