@@ -32,7 +32,7 @@ from kd_fastai.fit.internals import (all_reduce_sum, in_validation_context, is_d
 from .fit.owned import OwnedWeights, OwningCallback
 from .fit.state import FitState, capture_one_forward
 from .hooks.capture import Capture
-from .hooks.inputs import as_plain_tensor, split_inputs
+from .hooks.inputs import as_plain_tensor, n_samples, split_inputs
 from torch.nn.parameter import is_lazy
 from .hooks.layers import parse_layer_pairs, unique_names
 from .hooks.models import digest, get_logits, unwrap_model
@@ -79,7 +79,7 @@ def make_terms(
     terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
     return [with_defaults(o, pairs, schedule, adapt, mask) for o in terms]
 
-# %% ../nbs/callback.ipynb #eddcc754
+# %% ../nbs/callback.ipynb #2cc85178
 class DistillationSettings(OwningCallback):
     "The settings of a `KnowledgeDistillationCallback`"
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
@@ -95,7 +95,7 @@ class DistillationSettings(OwningCallback):
         activations_teacher:str|list|None=None, # Layers of the teacher, if their names differ
         weight:float|str='auto',    # Weight of the bare losses: a number, or 'auto', found on the first batch
         task_weight:float=1.,       # Weight of the Learner's own loss
-        schedule:Callable|str|None='auto',# Multiplies the weights: `SchedCos(0,1)`; None: constant; 'auto': rising
+        schedule:Callable|str|None='auto',# Multiplies the weights: `SchedCos(0,1)`; None: constant; 'auto': `default_schedule`
         teacher_tfm:Callable|str|dict|None=None, # Converts the student's inputs to the teacher's: `teacher_tfm(*xb)`
         adapt:str|Callable|list|None=None, # Trained layers for the student's features: 'auto', see `LossWithAdapters`
         early_exit:bool=True,       # Stop the teacher after the last requested layer, if its predictions are not used
@@ -153,7 +153,8 @@ class DistillationSettings(OwningCallback):
 
     def reset_weights(self):
         "Forget the weights that 'auto' found: the next fit finds them again, on its first batch"
-        for found in (self.objective.found_weights, self.objective.assumed_weights): found.clear()
+        o = self.objective
+        for found in (o.found_weights, o.assumed_weights, o.task_losses): found.clear()
 
     def warn(self, key, msg):
         "Warn once for each key"
@@ -353,10 +354,8 @@ class DistillationBatch(DistillationEpoch):
 
     def build(self, batch):
         "Let losses create their weights, and the optimizer train them for the rest of the fit"
-        train_ds = getattr(self.learn.dls.train, 'dataset', None)
-        n_data = len(train_ds) if hasattr(train_ds, '__len__') else None
         teacher = {k: unwrap_model(o.model) for k,o in self.teacher.by_name.items()}
-        self.objective.build(batch, unwrap_model(self.learn.model), teacher, n_data=n_data)
+        self.objective.build(batch, unwrap_model(self.learn.model), teacher, n_data=n_samples(self.learn.dls.train))
         self.owned.created(self.learn)
         self.owned.attach(self.learn, self.scope)
 
