@@ -30,7 +30,8 @@ def main(epochs=40, rounds=2):
     teacher = small_net(24)
     times = take_turns({n: partial(compare, teacher, epochs, n) for n in (0,2)}, rounds, warm=0)
     middle,low,high = ratio(times, 0, 2)
-    row = dict(seeds=8, methods=2, epochs=epochs, one=min(times[0]), two=min(times[2]), faster=middle, low=low, high=high)
+    row = {'epochs': epochs, 'one process, s': min(times[0]), 'two, s': min(times[2]), 'times faster': middle,
+           'lower quartile': low, 'upper quartile': high}
     write('compare_workers', [row], 'A comparison in one process and in two: seconds, and how many times faster.')
     return [target('comparison in two processes to one', 1/middle, 1/1.7)]
 
