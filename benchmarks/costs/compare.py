@@ -2,7 +2,7 @@
 
     python benchmarks/cost.py compare [--epochs 40] [--rounds 2]
 
-Eight seeds of two methods on the digits. The workers are started anew in each round: it takes some seconds, in which
+Eight seeds of two methods on the digits. New workers start in each round: it takes some seconds, in which
 they import PyTorch and fastai, and counts."""
 import argparse
 from functools import partial
