@@ -7,21 +7,23 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/checks.html.md"""
 # %% auto #0
 __all__ = ['check_count', 'check_words', 'advice_for', 'check_teacher_names', 'stateful_modules', 'check_models',
            'is_elementwise', 'check_data', 'check_terms', 'check_frozen', 'check_negligible', 'check_channels',
-           'check_first_batch', 'check_predictions_of_teacher', 'check_targets', 'check_outputs', 'check_effect']
+           'check_first_batch', 'check_predictions_of_teacher', 'check_targets', 'check_outputs', 'check_epoch']
 
-# %% ../../nbs/fit/checks.ipynb #2003981d
+# %% ../../nbs/fit/checks.ipynb #86f7ae76
+from pathlib import Path
 from typing import Callable
 import torch.nn.functional as F
 from torch import nn, Tensor
-from fastai.basics import Learner
+from fastai.basics import Learner, rank_distrib
+from .batch import find_mixer
 from ..losses.facts import get_loss_info, loss_name
 from ..losses.batch import Batch
 from ..objective import Objective, built_channels
 from ..teacher.classes import check_compatible_data
-from ..teacher.live import Teacher, shared_tensors
+from ..teacher.live import BaseTeacher, Teacher, shared_tensors
 from ..term import Term
 
-# %% ../../nbs/fit/checks.ipynb #79570cd7
+# %% ../../nbs/fit/checks.ipynb #2159eaac
 def check_count(
     n,       # A whole number
     what:str # Its name in error messages
@@ -33,15 +35,22 @@ def check_count(
     return n
 
 def check_words(
-    loss,       # One loss, or a list of losses and `Term`s
+    teacher,    # What was given as the teacher
+    losses:list,# Losses and `Term`s
     pairs:tuple # Layers of student and teacher
 ):
     "Raise `TypeError` and `ValueError` for what looks like a loss or a layer and is not, with a line that works"
-    for o in loss if isinstance(loss, (list,tuple)) else [loss]:
+    if not losses: raise ValueError("Expected at least one loss, got none")
+    swapped = [o for o in losses if isinstance(o, (nn.Module,Learner))]
+    is_teacher = isinstance(teacher, (nn.Module,Learner,str,Path,BaseTeacher,dict))
+    if swapped and not is_teacher: raise TypeError(
+        "teacher and loss are swapped: expected (teacher, loss), "
+        f"got ({loss_name(teacher)}, {type(swapped[0]).__name__})")
+    for o in losses:
         if isinstance(o, nn.modules.loss._Loss): raise TypeError(
             f"{type(o).__name__} compares input and target, a distillation loss pred and teacher_pred: "
             "take SoftTarget, or lambda pred, teacher_pred: loss(pred, teacher_pred)")
-    layers = [pairs, *(o.layers for o in (loss if isinstance(loss, (list,tuple)) else [loss]) if isinstance(o, Term))]
+    layers = [pairs, *(o.layers for o in losses if isinstance(o, Term))]
     if any('auto' in o[0] for o in layers if o): raise ValueError(
         "layers='auto' is no name of a layer: layers=match_feature_layers(learn.model, teacher, learn.dls) finds some")
 
@@ -98,7 +107,7 @@ def check_models(
         f"The student's {shared[0][0]!r} and the teacher's {shared[0][1]!r} are the same tensor, "
         "so that training the student would change the teacher: give the teacher a copy (copy.deepcopy)")
 
-# %% ../../nbs/fit/checks.ipynb #d575105a
+# %% ../../nbs/fit/checks.ipynb #874b0c2b
 def is_elementwise(
     loss_func # A loss function, or its class or instance
 )->bool:
@@ -117,8 +126,12 @@ def check_data(
     """Warn of losses that do not fit the task.
 
     Raises `ValueError` if teacher and student have different classes or normalizations."""
+    mixer = find_mixer(learn)
     for name,o in teacher.by_name.items():
         compare_vocab = objective.needs_pred[name] and name not in objective.class_maps
+        if o.own_inputs and mixer: raise ValueError(
+            f"{type(mixer).__name__} mixes a single input, and would not mix the teacher's: "
+            "leave it out, or leave out teacher_inputs")
         if o.learner: check_compatible_data(learn, o.learner, vocab=compare_vocab, normalize=o.tfm is None)
     softmax = [o.name for o in objective.terms if getattr(get_loss_info(o.loss), 'softmax', False)]
     task = getattr(learn.loss_func, 'func', learn.loss_func)
@@ -169,7 +182,7 @@ def check_negligible(
     warn(('small', term.name), f"{term.name} adds {weight*value:.1g} to a task loss of {task:.2g}, "
          f"too little to matter: {hint}, and weight='auto' finds one")
 
-# %% ../../nbs/fit/checks.ipynb #fa1bbc83
+# %% ../../nbs/fit/checks.ipynb #398ff9d6
 def check_channels(
     objective:Objective, # The objective
     batch:Batch          # The first batch
@@ -232,14 +245,20 @@ def check_outputs(
         "first. Another one is compared as a feature: "
         "Term(lambda fm_s, fm_t: SoftTarget(*fm_s.values(), *fm_t.values()), layers='name of its layer')")
 
-def check_effect(
+def check_epoch(
     objective:Objective, # The objective
     columns,             # Its `Columns` after an epoch
-    applies:bool,        # Whether to look
+    confusion,           # `TeacherConfusion` of the epoch, or None
+    is_first:bool,       # Whether this was the first epoch of a trained teacher
     warn:Callable        # `warn(key, message)`
 ):
-    "Warn of terms that were 0 in a whole epoch, up to rounding"
-    if not applies or not columns.count: return
-    zero = [o.name for o in objective.terms if o.weight!=0 and abs(columns.mean(o.name))<1e-12]
-    if zero: warn('zero', f"{', '.join(zero)} was 0 in the whole epoch and had no effect: are its features constant, "
-                  "as those of one position (1x1), or are student and teacher equal?")
+    "Warn of terms without an effect in a whole epoch, and of a teacher that does not agree with the labels"
+    if columns.count and not columns.has_labels:
+        for o in objective.terms:
+            if o.needs_labels: warn(('labels', o.name), f"{o.name} needs labels, but no sample in this epoch had one, "
+                "so it had no effect. SoftTarget needs none")
+    zero = [o.name for o in objective.terms if columns.count and o.weight!=0 and abs(columns.mean(o.name))<1e-12]
+    if zero and is_first: warn('zero', f"{', '.join(zero)} was 0 in the whole epoch and had no effect: "
+        "are its features constant, as those of one position (1x1), or are student and teacher equal?")
+    problem = confusion and confusion.warning()
+    if problem and not rank_distrib(): warn('agreement', problem)

@@ -6,7 +6,8 @@ Docs: https://kd-fastai.github.io/kd_fastai/methods/schemes.html.md"""
 
 # %% auto #0
 __all__ = ['Ensemble', 'MeanTeacher', 'train_generations', 'validation_scores', 'model_scores', 'PeerTeacher', 'MutualLearning',
-           'Peers', 'DistillationToken', 'on_exits', 'label_loss', 'NoTeacher', 'SelfDistillation']
+           'Peers', 'DistillationToken', 'on_exits', 'from_last_prediction', 'label_loss', 'NoTeacher',
+           'SelfDistillation']
 
 # %% ../../nbs/methods/schemes.ipynb #8993ffab
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastai.basics import Learner, is_listy
-from ..callback import KnowledgeDistillationCallback, loss_layout
+from ..callback import KnowledgeDistillationCallback
+from ..fit.batch import loss_layout
 from ..teacher.classes import check_compatible_data
 from ..fit.columns import TermColumn
 from ..fit.internals import in_validation_context
@@ -229,9 +231,10 @@ class MutualLearning(KnowledgeDistillationCallback):
     def peer_loss(self, pred:Tensor, others:Tensor)->Tensor:
         "The objective of one peer: `pred` learns from `others`"
         task = as_plain_tensor(self.learn.loss_func(pred, *self.yb))
-        batch = self.objective.prepare(pred, others, task=task, **self.batch_inputs(pred.device))
-        values = self.objective.values(batch, self.progress)
-        return self.objective.total(batch, values, self.objective.weights(batch, values, self.progress))
+        progress,objective = self.fit_state.progress,self.objective
+        batch = objective.prepare(pred, others, task=task, **self.fit_state.given)
+        values = objective.values(batch, progress)
+        return objective.total(batch, values, objective.weights(batch, values, progress))
 
     def make_columns(self):
         "Also a column for each metric of the peers, numbered from 2"
@@ -281,7 +284,6 @@ class DistillationToken(KnowledgeDistillationCallback):
     The first head learns from labels alone (Touvron et al., 2021).
 
     Raises `ValueError` on the first batch for a student that does not return such a pair."""
-    _not_copied = (*KnowledgeDistillationCallback._not_copied, 'second_pred')
     def __init__(self,
         teacher:nn.Module|Learner|str|Path, # As in `KnowledgeDistillationCallback`
         loss:Callable|Term|list=HardTarget, # As there
@@ -296,27 +298,26 @@ class DistillationToken(KnowledgeDistillationCallback):
         if not is_listy(self.pred) or len(self.pred)!=2: raise ValueError(
             f"Expected (class, distillation) predictions in training, got {type(self.pred).__name__}: "
             "in timm's models call model.set_distilled_training(True)")
-        self.learn.pred,self.second_pred = self.pred
-
-    def student_pred(self)->Tensor:
-        "The second head's predictions"
-        return get_logits(self.second_pred)
-
-    def after_batch(self):
-        "Also release the predictions"
-        super().after_batch()
-        self.second_pred = None
+        self.learn.pred,self.fit_state.pred = self.pred
 
 # %% ../../nbs/methods/schemes.ipynb #20bfdd08
 def on_exits(
     loss:Callable # A loss on `pred` and `teacher_pred`, optionally also `target`
 )->Callable: # A loss on the features of a student whose layers are exits
-    "The sum of a loss over exits of the student, instead of its last prediction"
+    "Return the sum of a loss over exits of the student, instead of its last prediction"
     args = loss_args(loss)
     def at_exits(fm_s, teacher_pred, target):
         return sum(loss(**args.select(dict(pred=f, teacher_pred=teacher_pred, target=target))) for f in fm_s.values())
     at_exits.__name__ = loss_name(loss)
     return at_exits
+
+def from_last_prediction(
+    loss:Callable # A loss on exits, from `on_exits`
+)->Callable: # A loss on the features of a student whose layers are exits
+    "Return the loss in which the student's last prediction is the teacher's"
+    def from_last(fm_s, pred, target): return loss(fm_s, pred.detach(), target)
+    from_last.__name__ = loss_name(loss)
+    return from_last
 
 def label_loss(pred, target):
     "Cross-entropy with the labels, as a distillation loss"
@@ -342,10 +343,7 @@ class SelfDistillation(KnowledgeDistillationCallback):
         task_weight:float=1., # Weight of the Learner's own loss, of the last prediction
         schedule:Callable|None=None # Multiplies the weights of both
     ):
-        terms = [Term(on_exits(label_loss), exit_weight, name='exits'), Term(on_exits(loss), weight)]
+        def of_exits(loss): return from_last_prediction(on_exits(loss))
+        terms = [Term(of_exits(label_loss), exit_weight, name='exits'), Term(of_exits(loss), weight)]
         exits = {'student': layers, 'teacher': []}
         super().__init__(NoTeacher(), terms, layers=exits, task_weight=task_weight, schedule=schedule)
-
-    def teacher_answer(self)->tuple:
-        "The student's own prediction"
-        return get_logits(self.learn.pred).detach(),{}

@@ -20,7 +20,7 @@ from fastai.basics import Learner, tuplify
 from fastai.callback.rnn import ModelResetter
 from ..hooks.capture import Capture
 from ..hooks.inputs import auto_tfm
-from ..hooks.models import (as_plain_tensor, find_logits, float_dtype, get_logits, naming_errors, own_copy,
+from ..hooks.models import (KDWarning, as_plain_tensor, find_logits, float_dtype, get_logits, naming_errors, own_copy,
                                     read_model, restore_modes, set_eval_mode, unwrap_model)
 from .early_exit import Watch
 
@@ -100,7 +100,7 @@ def warn_of_probabilities(
     if pred.ndim<2 or pred.shape[1]<2 or not pred.is_floating_point() or pred.min()<0: return
     if any((pred.sum(axis)-1).abs().max()<1e-3 for axis in {1, pred.ndim-1}): warnings.warn(
         "The teacher's predictions are probabilities (not negative, with a sum of 1), but losses expect logits: "
-        f"give {who}(..., probabilities=True), or a model without its last softmax", stacklevel=3)
+        f"give {who}(..., probabilities=True), or a model without its last softmax", KDWarning, stacklevel=3)
 
 # %% ../../nbs/teacher/live.ipynb #efe65986
 class Teacher(BaseTeacher):
