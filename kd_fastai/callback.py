@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 __all__ = ['make_terms', 'DistillationSettings', 'kd_callbacks', 'check_second', 'DistillationFit',
            'KnowledgeDistillationCallback']
 
-# %% ../nbs/callback.ipynb #1ee3c4ad
+# %% ../nbs/callback.ipynb #3b715ed6
 import inspect, warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -44,7 +44,7 @@ from .teacher.live import Teacher
 from .term import Term, check_schedule, check_weight, with_defaults
 
 
-# %% ../nbs/callback.ipynb #e3358cc2
+# %% ../nbs/callback.ipynb #606f6598
 def make_terms(
     losses:list,       # Losses and `Term`s
     weight:float|str,  # Weight of bare losses
@@ -57,7 +57,7 @@ def make_terms(
     return [with_defaults(o if isinstance(o, Term) else Term(o, weight), pairs, schedule, adapt, mask) for o in losses]
 
 
-# %% ../nbs/callback.ipynb #3d4403e8
+# %% ../nbs/callback.ipynb #6c9b1183
 class DistillationSettings(SplitsInputs, OwningCallback):
     "The settings of a `KnowledgeDistillationCallback`, and what is saved and exported"
     _copy_by_reference,_not_copied = ('teacher',),('fit_state',)
@@ -139,7 +139,7 @@ class DistillationSettings(SplitsInputs, OwningCallback):
         self.warned.add(key)
 
 
-# %% ../nbs/callback.ipynb #77d9a77a
+# %% ../nbs/callback.ipynb #50ca1d53
 def kd_callbacks(
     learn:Learner # Any Learner
 )->list:
@@ -163,7 +163,7 @@ def check_second(
         "learn.distill replaces an earlier callback, fit(cbs=...) adds another one")
 
 
-# %% ../nbs/callback.ipynb #4579264b
+# %% ../nbs/callback.ipynb #f0abb755
 class DistillationFit(DistillationSettings):
     "The events of a fit and of an epoch: each finds the Learner as it was, and leaves it so"
     order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
@@ -245,7 +245,7 @@ class DistillationFit(DistillationSettings):
         self.fit_state = None
 
 
-# %% ../nbs/callback.ipynb #ce59732d
+# %% ../nbs/callback.ipynb #8f5849bd
 class KnowledgeDistillationCallback(DistillationFit):
     """Train with a teacher: the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term.
 

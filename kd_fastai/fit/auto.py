@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/auto.html.md"""
 # %% auto #0
 __all__ = ['find_weights']
 
-# %% ../../nbs/fit/auto.ipynb #dbb27295
+# %% ../../nbs/fit/auto.ipynb #6bd2ac7b
 from typing import Callable
 from fastai.basics import Learner, noop, rank_distrib
 from .batch import first_tensors
@@ -16,7 +16,7 @@ from ..losses.batch import Batch
 from ..objective import Objective, gradient_norms
 
 
-# %% ../../nbs/fit/auto.ipynb #398a5418
+# %% ../../nbs/fit/auto.ipynb #61fa63d3
 def find_weights(
     learn:Learner,       # A Learner that trains
     objective:Objective, # Its objective

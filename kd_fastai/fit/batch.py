@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/batch.html.md"""
 __all__ = ['loss_layout', 'tell_class_axis', 'plain_labels', 'find_mixer', 'SplitsInputs', 'find_teacher_inputs', 'read_labels',
            'read_task', 'first_tensors', 'read_inputs', 'tracking', 'read_indices']
 
-# %% ../../nbs/fit/batch.ipynb #343b1a59
+# %% ../../nbs/fit/batch.ipynb #34329cc0
 import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -37,7 +37,7 @@ def loss_layout(
     except (TypeError,ValueError): return axis,None
     return axis,None if parameter is None or parameter.default is parameter.empty else parameter.default
 
-# %% ../../nbs/fit/batch.ipynb #824d2c21
+# %% ../../nbs/fit/batch.ipynb #2a4b0aba
 def tell_class_axis(
     model:nn.Module, # The model of a teacher
     axis:int|None    # Dimension of the classes, if it is known
@@ -88,7 +88,7 @@ def read_task(
     return torch.where((target!=ignore_index).any(), task, 0.)
 
 
-# %% ../../nbs/fit/batch.ipynb #643f80dc
+# %% ../../nbs/fit/batch.ipynb #c4619e88
 def first_tensors(
     out # Output of a model
 )->list:
@@ -109,7 +109,7 @@ def read_inputs(
     return dict(fields=fields, masks={k: m & partners[k] for k,m in masks.items()})
 
 
-# %% ../../nbs/fit/batch.ipynb #f55c8135
+# %% ../../nbs/fit/batch.ipynb #55a1ba0f
 def tracking(
     dl,       # The training loader
     uses:bool # Whether indices are used

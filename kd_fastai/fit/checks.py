@@ -9,7 +9,7 @@ __all__ = ['check_count', 'check_words', 'advice_for', 'check_teacher_names', 's
            'is_elementwise', 'check_data', 'check_terms', 'check_frozen', 'check_negligible', 'check_channels',
            'check_first_batch', 'check_predictions_of_teacher', 'check_targets', 'check_outputs', 'check_epoch']
 
-# %% ../../nbs/fit/checks.ipynb #86f7ae76
+# %% ../../nbs/fit/checks.ipynb #a117190b
 from pathlib import Path
 from typing import Callable
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from ..teacher.classes import check_compatible_data
 from ..teacher.live import BaseTeacher, Teacher, shared_tensors
 from ..term import Term
 
-# %% ../../nbs/fit/checks.ipynb #2159eaac
+# %% ../../nbs/fit/checks.ipynb #1889b2c1
 def check_count(
     n,       # A whole number
     what:str # Its name in error messages
@@ -107,7 +107,7 @@ def check_models(
         f"The student's {shared[0][0]!r} and the teacher's {shared[0][1]!r} are the same tensor, "
         "so that training the student would change the teacher: give the teacher a copy (copy.deepcopy)")
 
-# %% ../../nbs/fit/checks.ipynb #874b0c2b
+# %% ../../nbs/fit/checks.ipynb #7c7ff9e3
 def is_elementwise(
     loss_func # A loss function, or its class or instance
 )->bool:
@@ -182,7 +182,7 @@ def check_negligible(
     warn(('small', term.name), f"{term.name} adds {weight*value:.1g} to a task loss of {task:.2g}, "
          f"too little to matter: {hint}, and weight='auto' finds one")
 
-# %% ../../nbs/fit/checks.ipynb #398ff9d6
+# %% ../../nbs/fit/checks.ipynb #dddf64fc
 def check_channels(
     objective:Objective, # The objective
     batch:Batch          # The first batch

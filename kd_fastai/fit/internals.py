@@ -18,7 +18,7 @@ from torch import distributed, nn
 from fastai.basics import Callback, DataLoader, DataLoaders, Datasets, Learner, Optimizer, OptimWrapper, no_random
 from ..hooks.models import KDWarning
 
-# %% ../../nbs/fit/internals.ipynb #fcc8b75a
+# %% ../../nbs/fit/internals.ipynb #ea00a552
 class _WrappedMethod:
     """A method of a Learner that runs inside the contexts which its `ScopedCallback`s name for it.
 
@@ -72,7 +72,7 @@ class LeftOut(Callback):
                       KDWarning)
 
 
-# %% ../../nbs/fit/internals.ipynb #b08e5baa
+# %% ../../nbs/fit/internals.ipynb #19a37c24
 class ScopedCallback(Callback):
     "A callback whose `scope` is closed when a fit ends for any reason, and when it is removed from its Learner"
     # methods of the Learner, and the method here that returns the context in which each of them runs

@@ -208,7 +208,7 @@ def load_sidecar(
     warnings.warn(f"{sidecar.name} {why}: the weights of losses were not loaded", KDWarning)
     return {}
 
-# %% ../../nbs/fit/owned.ipynb #fbcf7aa3
+# %% ../../nbs/fit/owned.ipynb #a550e449
 class OwningCallback(ScopedCallback):
     "A callback with `owned` weights that are saved next to the student's file, in a sidecar"
     contexts = {**ScopedCallback.contexts, 'save': 'around_save', 'load': 'around_load'}

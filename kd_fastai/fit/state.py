@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/state.html.md"""
 # %% auto #0
 __all__ = ['capture_one_forward', 'FitState']
 
-# %% ../../nbs/fit/state.ipynb #9d2f0606
+# %% ../../nbs/fit/state.ipynb #9ca6d983
 from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn, Tensor
@@ -23,7 +23,7 @@ from ..teacher.classes import TeacherConfusion
 from ..teacher.live import BaseTeacher
 
 
-# %% ../../nbs/fit/state.ipynb #6b61122a
+# %% ../../nbs/fit/state.ipynb #bd15d552
 @contextmanager
 def capture_one_forward(
     model:nn.Module, # The student, perhaps wrapped
@@ -39,7 +39,7 @@ def capture_one_forward(
         if handle: handle.remove()
 
 
-# %% ../../nbs/fit/state.ipynb #bda427d1
+# %% ../../nbs/fit/state.ipynb #38e57beb
 class FitState:
     "What exists only during a fit: captures, columns, and what was read of the present batch"
     def __init__(self,

@@ -20,7 +20,8 @@ from fastai.basics import Learner, tuplify
 from fastai.callback.rnn import ModelResetter
 from ..hooks.capture import Capture
 from ..hooks.inputs import auto_tfm
-from ..hooks.models import (KDWarning, as_plain_tensor, find_logits, float_dtype, get_logits, naming_errors, own_copy,
+from ..hooks.models import (KDWarning, as_plain_tensor, find_logits, float_dtype, get_logits, naming_errors,
+    own_copy,
                                     read_model, restore_modes, set_eval_mode, unwrap_model)
 from .early_exit import Watch
 
