@@ -1,8 +1,8 @@
-"""How often does `kd_compare` call a way better or worse that does not differ from the baseline?
+"""How often does `kd_compare` call a method better or worse that does not differ from the baseline?
 
     python benchmarks/calibration.py [--draws 2000] [--pool 120] [--runs FILE] [--quick]
 
-Simulated: the scores of a seed share a normal part, each way adds its own, and all are rounded to 1/797 as an
+Simulated: the scores of a seed share a normal part, each method adds its own, and all are rounded to 1/797 as an
 accuracy is. Real: students of 100 digits that differ only in the order of batches, and such with a teacher of random
 weights at a weight of 1e-3. The real runs are a pool of seeds from which each comparison draws its own without
 replacement. `--runs` keeps them in a file, from which a stopped measurement goes on. Writes
@@ -26,16 +26,16 @@ def verdicts(scores):
     return [paired_interval(scores[w]-scores.iloc[:,0], LEVEL, scores.shape[1]-1)['verdict']
             for w in scores.columns[1:]]
 
-def rates(task, draw, seeds, ways, draws):
+def rates(task, draw, seeds, methods, draws):
     "A row of the table: shares of comparisons with a false verdict"
     said = [verdicts(draw()) for _ in range(draws)]
-    return dict(task=task, seeds=seeds, ways=ways, comparisons=draws,
+    return dict(task=task, seeds=seeds, methods=methods, comparisons=draws,
                 false_better=np.mean(['better' in o for o in said]),
                 false_verdict=np.mean([{*o}!={'undecided'} for o in said]), at_most=round(1-LEVEL, 4))
 
-def simulated(g, seeds, ways, shared=0.02, own=0.01):
-    "Rounded scores of ways that do not differ"
-    scores = 0.92+shared*g.standard_normal((seeds,1))+own*g.standard_normal((seeds,ways+1))
+def simulated(g, seeds, methods, shared=0.02, own=0.01):
+    "Rounded scores of methods that do not differ"
+    scores = 0.92+shared*g.standard_normal((seeds,1))+own*g.standard_normal((seeds,methods+1))
     return pd.DataFrame((scores*797).round()/797)
 
 class OtherOrder(Callback):
@@ -64,10 +64,10 @@ def main():
     g = np.random.default_rng(0)
     rows = [rates('simulated', lambda n=n, w=w: simulated(g, n, w), n, w, a.draws)
             for n,w in ((3,1), (5,1), (5,3), (5,10), (10,3))]
-    ways = {'alone': None, 'order 1': lambda learn: OtherOrder(1), 'order 2': lambda learn: OtherOrder(2),
+    methods = {'baseline': None, 'order 1': lambda learn: OtherOrder(1), 'order 2': lambda learn: OtherOrder(2),
             'noise teacher': noise}
-    runs = kd_compare(make_learner, ways, a.pool, epochs=8, rounds=0, csv=a.runs).runs
-    pool = runs.pivot(index='seed', columns='method', values='accuracy')[[*ways]]
+    runs = kd_compare(make_learner, methods, a.pool, epochs=8, rounds=0, csv=a.runs).runs
+    pool = runs.pivot(index='seed', columns='method', values='accuracy')[[*methods]]
     rows.append(rates('real digits', lambda: pool.sample(5, random_state=g), 5, 3, a.draws))
     pd.DataFrame(rows).to_csv(a.out, index=False)
     print(pd.DataFrame(rows).to_string())

@@ -13,8 +13,8 @@ from fastai.basics import *
 from fastai.callback.schedule import ParamScheduler  # gives Learner its fit_one_cycle  # noqa: F401
 from kd_fastai.all import *
 from kd_fastai.demo import digits, fashion, small_net
-from sweep import NoValidation, TABLES
-from pictures import Follow, feature, falling, rising, soft, write_table
+from sweep import TABLES
+from pictures import Follow, feature, falling, fit, rising, soft, write_table
 
 # data, labels, epochs, batch size
 REGIMES = {'digits short': ('digits', 200, 5, 20), 'digits': ('digits', 200, 20, 20),
@@ -38,14 +38,27 @@ def teacher(name, folder):
 def last(schedule, loss=CosineSmoothL1): return feature(schedule, '>', loss)
 
 def kd(terms, *cbs, task_weight=1.):
-    return lambda teacher: [KnowledgeDistillationCallback(teacher, terms(), task_weight=task_weight), *cbs]
+    "A method: the terms, and other callbacks"
+    def train(learn, teacher, epochs):
+        fit(learn, epochs, [KnowledgeDistillationCallback(teacher, terms(), task_weight=task_weight), *cbs])
+    return train
+
+def started(share, method):
+    "A method that begins with the teacher's features, without labels, for a share of the epochs"
+    def train(learn, teacher, epochs):
+        n = round(share*epochs)
+        learn.kd_pretrain(teacher, n)
+        method(learn, teacher, epochs-n)
+    return train
 
 METHODS = {
-    'baseline': lambda teacher: [],
+    'baseline': lambda learn, teacher, epochs: fit(learn, epochs, []),
     'soft rising': kd(lambda: [soft(rising())]),
     'soft adapt': kd(lambda: [soft(None)], Follow()),
     'soft adapt rising': kd(lambda: [soft(rising())], Follow()),
     'soft adapt rising cap 10': kd(lambda: [soft(rising())], Follow(10.)),
+    'soft adapt rising slow': kd(lambda: [soft(rising())], Follow(speed=.02)),
+    'start third, soft rising': started(1/3, kd(lambda: [soft(rising())])),
     'soft .9/.1': kd(lambda: [Term(SoftTarget, .9, T=4)], task_weight=.1),
     'F x3 falling': kd(lambda: [last(falling(3))]),
     'F x3 falling, soft rising': kd(lambda: [last(falling(3)), soft(rising())]),
@@ -60,10 +73,9 @@ def run(regime, method, seed, folder):
     set_seed(seed, reproducible=True)
     learn = Learner(data(name, labels, seed, bs, folder), small_net(8), lr=1e-2, loss_func=CrossEntropyLossFlat(),
                     metrics=accuracy)
-    cbs = METHODS[method](t)
     set_seed(seed, reproducible=True)
     began = time.process_time()
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, cbs=[*cbs, NoValidation()])
+    with learn.no_bar(), learn.no_logging(): METHODS[method](learn, t, epochs)
     took = time.process_time()-began
     with learn.no_bar(), learn.no_logging(): loss,acc = learn.validate()
     return dict(regime=regime, method=method, seed=seed, accuracy=acc, valid_loss=loss, seconds=round(took, 1))

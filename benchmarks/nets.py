@@ -9,7 +9,7 @@ def block(ni, nf):
     return nn.Sequential(nn.Conv2d(ni, nf, 3, 2, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU())
 
 def stages(width):
-    "Maps of 16x16 to 2x2, twice as many channels each"
+    "Maps of 16x16 to 2x2, each with twice the channels of the one before"
     return nn.Sequential(block(3, width), block(width, 2*width), block(2*width, 4*width), block(4*width, 8*width),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8*width, 100))
 

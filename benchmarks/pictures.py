@@ -24,7 +24,7 @@ from kd_fastai.report.runs import StudentInputs
 from data import CACHE, emoji, emoji_split, lite0, normalized, plain, separable
 from sweep import NoValidation, TABLES
 
-VIEWS,SIZE = 8,96
+VIEWS,SIZE,ALL = 8,96,1142  # views of a picture, pixels for the features before fine-tuning, training pictures
 STUDENTS = dict(separable=separable, plain=plain)
 FOLDER = CACHE/'pictures'
 
@@ -122,6 +122,22 @@ def recorded(half, labels=None):
     own = torch.load(of_labels)
     return {**all, **own, **{k: all[k][i] for k in ('views','y','before')}}
 
+@cache
+def of_folds(half, labels, n=3):
+    "Predictions of teachers that saw neither a picture nor the same emoji in the other style: fine-tuned on the others"
+    file = FOLDER/f'{half}_{labels}_folds.pt'
+    if not file.exists():
+        start,o = time.time(),recorded(half, labels)
+        views,y,fold = o['views'],o['y'],emoji()[2][emoji_split(half)[0][o['i']]]%n
+        res = torch.zeros(*views.shape[:2], 9)
+        for f in range(n):
+            net = tune(views[fold!=f], y[fold!=f], o['valid']).model.eval()
+            res[fold==f] = outputs(net, views[fold==f]).float()
+        right = (res.argmax(-1)==y[:,None]).float().mean().item()
+        torch.save(res, file)
+        print(f'{half}, {labels} labels: {n} folds, {right:.3f} right in {time.time()-start:.0f} s', flush=True)
+    return torch.load(file)
+
 # --- students
 
 class Lookup(nn.Module):
@@ -131,40 +147,44 @@ class Lookup(nn.Module):
 
 class Recorded(nn.Module):
     "A teacher with recorded predictions, and with a layer for the features of each network"
-    def __init__(self, o):
+    def __init__(self, o, predictions='predictions'):
         super().__init__()
-        self.before,self.features,self.predictions = (Lookup(o[k]) for k in ('before','features','predictions'))
+        self.before,self.features,self.predictions = (Lookup(o[k]) for k in ('before','features',predictions))
     def forward(self, key):
         self.before(key); self.features(key)
         return self.predictions(key)
 
-def shrunk(x, pixels):
-    "Normalized pictures of this height and width, means of pixels"
-    return nn.functional.adaptive_avg_pool2d(normalized(x), pixels).contiguous(memory_format=torch.channels_last)
+@cache
+def prepared(half, labels, pixels):
+    "What was recorded, with pictures of this height and width (means of pixels), normalized"
+    def shrunk(x): return nn.functional.adaptive_avg_pool2d(normalized(x), pixels)
+    o = recorded(half, labels)
+    x,y = o['valid']
+    views = torch.stack([shrunk(v) for v in o['views'].unbind(1)], 1)
+    return {**o, 'views': views, 'valid': (shrunk(x),y), 'half': half, 'pixels': pixels}
 
-def keyed_view(b, pixels):
+def keyed_view(b, views):
     "One view of each picture, and its key"
-    x,i,y = b
-    view = torch.randint(VIEWS, (len(x),))
-    return shrunk(x[range(len(x)),view], pixels),torch.stack([i,view], 1),y
+    i,y = b
+    view = torch.randint(VIEWS, (len(i),))
+    return views[i,view].contiguous(memory_format=torch.channels_last),torch.stack([i,view], 1),y
 
-def whole(b, pixels): return (shrunk(b[0], pixels),*b[1:])
-
-def data(o, seed, pixels, bs=32):
-    "Loaders of pictures, keys (for the teacher alone) and classes"
+def data(o, seed, bs=32):
+    "Loaders of pictures, keys (for the teacher only) and classes"
     n,(x,y) = len(o['y']),o['valid']
-    dls = DataLoaders(WholeBatches(Pictures(o['views'], torch.arange(n), o['y']), bs=bs, shuffle=True, drop_last=True,
-                                   after_batch=partial(keyed_view, pixels=pixels)),
-                      WholeBatches(Pictures(x, torch.zeros(len(y), 2), y), bs=256,
-                                   after_batch=partial(whole, pixels=pixels)))
+    dls = DataLoaders(WholeBatches(Pictures(torch.arange(n), o['y']), bs=bs, shuffle=True, drop_last=True,
+                                   after_batch=partial(keyed_view, views=o['views'])),
+                      WholeBatches(Pictures(x, torch.zeros(len(y), 2), y), bs=256))
     dls.train.rng.seed(seed)
     return dls
 
-def make_learner(o, student, pixels, seed):
+def make_learner(o, student, seed):
     "A Learner with an untrained student"
     set_seed(seed, reproducible=True)
     net = STUDENTS[student]().to(memory_format=torch.channels_last)
-    return Learner(data(o, seed, pixels), net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2)
+    learn = Learner(data(o, seed), net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2)
+    learn.seed = seed
+    return learn
 
 # --- methods
 
@@ -181,19 +201,18 @@ def feature(schedule, layer='before', loss=CosineSmoothL1):
 class Follow(Callback):
     "Multiply the weights of terms on predictions by the first task loss over its running mean"
     order = KnowledgeDistillationCallback.order-1
-    def __init__(self, cap=30., power=1., names=('soft_target',)): store_attr()
+    def __init__(self, cap=30., power=1., names=('soft_target',), speed=.1): store_attr()
     def before_fit(self):
-        kd = first(self.learn.cbs, lambda o: isinstance(o, KnowledgeDistillationCallback))
+        objective = first(self.learn.cbs, lambda o: isinstance(o, KnowledgeDistillationCallback)).objective
         self.start = self.mean = None
-        weights = kd.objective.weights
-        def follow(task, values, progress=0.):
-            if self.training:
-                t = task.detach()
-                if self.start is None: self.start = self.mean = t
-                self.mean = torch.lerp(self.mean, t, .1 if self.mean is not t else 0.)
+        weights = objective.weights
+        def follow(batch, values, progress=0.):
+            task = batch.task.detach()
+            if self.start is None: self.start = self.mean = task
+            self.mean = torch.lerp(self.mean, task, self.speed)
             k = min(self.cap, float(self.start/self.mean))**self.power
-            return {n: w*k if n in self.names else w for n,w in weights(task, values, progress).items()}
-        kd.objective.weights = follow
+            return {n: w*k if n in self.names else w for n,w in weights(batch, values, progress).items()}
+        objective.weights = follow
 
 class TaskSchedule(Callback):
     "Schedule the weight of the task loss"
@@ -207,14 +226,32 @@ def from_half(p): return float(p>=.5)
 def to_half(p): return float(p<.5)
 def second(k=1.): return lambda p: k*SchedCos(0,1)(max(0., 2*p-1))
 
-def kd(terms, *cbs, task_weight=1.):
-    "A method: the terms, and other callbacks"
-    def method(teacher):
-        return [KnowledgeDistillationCallback(teacher, terms(), task_weight=task_weight, teacher_inputs=1), *cbs]
-    return method
+def fit(learn, epochs, cbs):
+    "Train without a look at the validation set"
+    learn.fit_one_cycle(epochs, cbs=[*cbs, NoValidation()])
+
+def baseline(learn, o, epochs): fit(learn, epochs, [StudentInputs(1)])
+
+def kd(terms, *cbs, task_weight=1., predictions='predictions'):
+    "A method: the terms, other callbacks, and whose predictions"
+    def train(learn, o, epochs):
+        teacher = Recorded(o, predictions)
+        fit(learn, epochs, [KnowledgeDistillationCallback(teacher, terms(), task_weight=task_weight, teacher_inputs=1),
+                            *cbs])
+    return train
+
+def started(share, method, unlabeled=False):
+    "A method that begins with features, without labels, for a share of the steps; also on pictures that have no label"
+    def train(learn, o, epochs):
+        n,whole = round(share*epochs),prepared(o['half'], ALL, o['pixels']) if unlabeled else o
+        dls = data(whole, learn.seed)
+        learn.kd_pretrain(Teacher(Recorded(whole)), round(n*len(learn.dls.train)/len(dls.train)), dls=dls,
+                          layers=[('>','before')], teacher_inputs=1)
+        method(learn, o, epochs-n)
+    return train
 
 METHODS = {
-    'baseline': lambda teacher: [StudentInputs(1)],
+    'baseline': baseline,
     'soft rising': kd(lambda: [soft(rising())]),
     'F before x.5': kd(lambda: [feature(times(.5))]),
     'F before x3 falling': kd(lambda: [feature(falling(3))]),
@@ -230,26 +267,36 @@ METHODS = {
     'soft .9/.1': kd(lambda: [Term(SoftTarget, .9, T=4)], task_weight=.1),
     'F tuned x3 falling, soft adapt rising': kd(lambda: [feature(falling(3), 'features'), soft(rising())], Follow()),
     'F before x3 falling, soft adapt rising': kd(lambda: [feature(falling(3)), soft(rising())], Follow()),
+    'soft adapt rising slow': kd(lambda: [soft(rising())], Follow(speed=.02)),
+    'start third, labels': started(1/3, baseline),
+    'start third, soft rising': started(1/3, kd(lambda: [soft(rising())])),
+    'start half, soft rising': started(1/2, kd(lambda: [soft(rising())])),
+    'start third, soft adapt rising': started(1/3, kd(lambda: [soft(rising())], Follow())),
+    'start 60% on all pictures, labels': started(.6, baseline, unlabeled=True),
+    'start 60% on all pictures, soft rising': started(.6, kd(lambda: [soft(rising())]), unlabeled=True),
+    'folds, soft rising': kd(lambda: [soft(rising())], predictions='folds'),
+    'folds, soft adapt rising': kd(lambda: [soft(rising())], Follow(), predictions='folds'),
+    'start third, folds, soft rising': started(1/3, kd(lambda: [soft(rising())], predictions='folds')),
 }
 
 # --- the study
 
 def run(half, student, pixels, labels, steps, method, seed):
     "Train one student. Returns its row"
-    o = recorded(half, labels)
-    learn = make_learner(o, student, pixels, seed)
+    o = prepared(half, labels, pixels)
+    if 'folds' in method: o = {**o, 'folds': of_folds(half, labels)}
+    learn = make_learner(o, student, seed)
     epochs = max(1, round(steps/len(learn.dls.train)))
-    cbs = METHODS[method](Recorded(o))
     set_seed(seed, reproducible=True)
     began = time.process_time()
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, cbs=[*cbs, NoValidation()])
+    with learn.no_bar(), learn.no_logging(): METHODS[method](learn, o, epochs)
     took = time.process_time()-began
     with learn.no_bar(), learn.no_logging(), learn.added_cbs([StudentInputs(1)]):
         p,y = learn.get_preds()
     return dict(half=half, student=student, pixels=pixels, labels=labels, steps=epochs*len(learn.dls.train),
                 method=method, seed=seed, accuracy=(p.argmax(1)==y).float().mean().item(),
                 valid_loss=nn.functional.nll_loss(p.log(), y).item(), confidence=p.amax(1).mean().item(),
-                seconds=round(took, 1))
+                teacher=o['scores']['valid']['accuracy'], seconds=round(took, 1))
 
 def write_table(runs, group, file):
     "Compare the methods within each group of runs that has a baseline"

@@ -119,6 +119,7 @@ def part_of(
 )->Batch:
     "Return what a term sees of a batch: one teacher, the positions that count, weights of its samples"
     batch = batch.of(term.teacher)
+    if term.from_layers: batch = batch.with_predictions(**batch.features(term.layers))
     if term.name in batch.masks: batch = batch.masked(batch.masks[term.name])
     if term.sample_weight is not None: batch = batch.weighted(term.sample_weight, term.name)
     is_dense = batch.pred.ndim>2 and term.uses_predictions
@@ -149,7 +150,8 @@ class Term:
     """One part of the objective: `weight * schedule(progress) * loss`.
 
     A parameter of the loss that is a function, but not a schedule, is given by `partial`. With `sample_weight` the
-    loss is the mean over samples of weight times value.
+    loss is the mean over samples of weight times value. A loss on predictions with layers of its own reads them there:
+    `Term(SoftTarget, layers='head_b')`, or `layers=':1'` for an item of the models' output.
 
     Raises `TypeError` and `ValueError` for what is not a loss, for parameters that it does not have, and for arguments
     that do not fit the loss."""
@@ -180,7 +182,11 @@ class Term:
         self.takes_mask = 'mask' in accepted
         # a loss of another package that takes **kwargs may read all that there is
         self.takes_all = self.args.has_var_kwargs and get_loss_info(loss) is None
-        self.needs_pred = 'teacher_pred' in accepted or self.takes_all or callable(sample_weight)
+        self.from_layers = self.uses_predictions and not self.uses_features and any(self.layers or ())
+        self.reads_output = (self.uses_predictions and not self.from_layers or self.takes_all
+                             or callable(sample_weight))  # the models' own predictions
+        self.needs_pred = self.reads_output and ('teacher_pred' in accepted or self.takes_all
+                                                 or callable(sample_weight))
         self.uses_idx = 'idx' in accepted or getattr(sample_weight, 'uses_idx', False)
         check_term(self)
 
@@ -226,7 +232,7 @@ def term_repr(
     if params: res += f"({', '.join(f'{k}={v}' for k,v in params.items())})"
     if term.teacher: res += f" from {term.teacher}"
     if term.sample_weight is not None: res += ' of weighted samples'
-    if not term.uses_features: return res
+    if not term.uses_features and not term.from_layers: return res
     pairs = [(layer_name(s), layer_name(t)) for s,t in zip(*(term.layers or ([],[])))]
     if pairs: res += f" on {', '.join(s if s==t else f'{s}→{t}' for s,t in pairs)}"
     return res if term.adapt is None else res+', adapted'
@@ -244,6 +250,8 @@ def check_term(
     if term.mask is not None: check_maskable(term.loss)
     if term.adapt is not None and not term.uses_features: raise ValueError(
         f"adapt is for losses on features, got {name}, which compares none")
+    if term.from_layers and len(term.layers[0])>1: raise ValueError(
+        f"{name} compares predictions, those of one layer: expected one name, got {term.layers[0]}")
     if weight is None: return
     if not isinstance(weight, str) and not callable(weight): raise TypeError(
         f"sample_weight must be the name of a field of the batch or a function of the Batch, "

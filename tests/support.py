@@ -1,4 +1,4 @@
-"What several test files use: a small Learner, callbacks that watch a training, and what is compared before and after."
+"What several test files use: a small Learner, callbacks that watch a training run, and states to compare."
 import random
 from copy import deepcopy
 import numpy as np, pandas as pd, torch
@@ -9,7 +9,7 @@ from fastai.callback.progress import ProgressCallback
 from kd_fastai.callback import KnowledgeDistillationCallback as KD
 from kd_fastai.demo import digits, small_net
 
-# ---- a training
+# ---- a training run
 
 def quiet(learn):
     "Turn off the progress bar and the printed table; returns `learn`"
@@ -38,7 +38,7 @@ def trained_teacher(width=4, epochs=3):
     learn.model.zero_grad(set_to_none=True)
     return learn.model
 
-# ---- what a training did
+# ---- what a training run did
 
 def weights(m):
     "All parameters of a model or Learner, as one vector"

@@ -31,7 +31,12 @@ window.kdSearch = (index, query, limit) => {
 };
 
 document.addEventListener("DOMContentLoaded", () => {
-  const here = document.querySelector("#quarto-sidebar a.sidebar-link.active");
   const bar = document.querySelector("#quarto-sidebar");
+  let here = bar?.querySelector("a.sidebar-link.active");
+  if (bar && !here && (here = bar.querySelector('a[href="a_z.html"]'))) {   // the page of a loss
+    here.classList.add("active");
+    here.setAttribute("aria-current", "true");
+    for (let e = here; (e = e.parentElement.closest("ul.collapse")); ) e.classList.add("show");
+  }
   if (here && bar) bar.scrollTop = here.getBoundingClientRect().top - bar.getBoundingClientRect().top - bar.clientHeight / 2;
 });

@@ -1,4 +1,4 @@
-"""What a teacher costs that is asked once, that is only its answers, or that runs in a faster copy.
+"""The cost of a teacher that predicts once, of stored predictions, and of a faster copy.
 
     python benchmarks/cost.py cached [--rounds 15] [--device cuda]
 
@@ -65,7 +65,7 @@ def epoch_of(learn, starts):
     return fit
 
 def epochs(pixels, rounds, K=2):
-    "An epoch with the teacher, with views of which all answers are there, and without a teacher"
+    "An epoch with the teacher, with views that are all recorded, and without a teacher"
     teacher = step.on_images(1, pixels)[0]
     with tempfile.TemporaryDirectory() as d:
         CachedTeacher(teacher, d, views=K).fill(data(pixels), bar=False)
@@ -82,7 +82,7 @@ def epochs(pixels, rounds, K=2):
     return rows,[target('epoch with views to no teacher', ratio(times, f'{K} views', 'no teacher')[0], 1.05)]
 
 def sweep(students=10, n_epochs=3):
-    "Ten trainings with the live teacher, and the filling of a cache with ten trainings after it"
+    "Ten training runs with the live teacher, and the filling of a cache with ten training runs after it"
     teacher = step.medium()[0]
     def live():
         for _ in range(students): learner(data(), teacher).fit(n_epochs)
@@ -99,12 +99,12 @@ def fast(pixels, rounds):
     teacher,student,x,y = step.on_images(BATCH[pixels], pixels)
     copies = {'float32, folded, channels last': fast_copy(teacher, x),
               'bfloat16, folded, channels last': fast_copy(teacher, x, dtype=torch.bfloat16)}
-    ways = {'by hand': step.by_hand(teacher, student, x, y),
+    methods = {'by hand': step.by_hand(teacher, student, x, y),
             'live teacher': step.fastai_step(student, x, y, [KnowledgeDistillationCallback(teacher, SoftTarget)])}
-    ways.update({n: step.fastai_step(student, x, y, [KnowledgeDistillationCallback(t, SoftTarget)])
+    methods.update({n: step.fastai_step(student, x, y, [KnowledgeDistillationCallback(t, SoftTarget)])
                  for n,t in copies.items()})
-    times,rows = take_turns(ways, rounds),[]
-    for n in ways:
+    times,rows = take_turns(methods, rounds),[]
+    for n in methods:
         mid,low,high = ratio(times, n, 'by hand')
         rows.append({'pixels': pixels, 'teacher': n, 'ms': ms(times[n]), 'to by hand': mid, 'quartile 1': low,
                      'quartile 3': high})
@@ -112,18 +112,18 @@ def fast(pixels, rounds):
     return rows,[target('step with a fast copy to by hand', best, 0.62)]
 
 def memory():
-    "MiB at most in a step, without a teacher and with stored answers"
+    "MiB at most in a step, without a teacher and with stored predictions"
     teacher,student,x,y = step.medium()
-    with torch.no_grad(): answers = teacher(x)
-    ways = {'no teacher': step.fastai_step(student, x, y),
-            'stored answers': step.fastai_step(student, x, y,
-                                               [KnowledgeDistillationCallback(StoredTeacher(answers), SoftTarget)]),
+    with torch.no_grad(): pred = teacher(x)
+    methods = {'no teacher': step.fastai_step(student, x, y),
+            'stored predictions': step.fastai_step(student, x, y,
+                                               [KnowledgeDistillationCallback(StoredTeacher(pred), SoftTarget)]),
             'live teacher': step.fastai_step(student, x, y, [KnowledgeDistillationCallback(teacher, SoftTarget)])}
-    for f in ways.values(): f()
-    mib = {n: peak_mib(f) for n,f in ways.items()}
+    for f in methods.values(): f()
+    mib = {n: peak_mib(f) for n,f in methods.items()}
     return ([{'step with': n, 'MiB at most': v} for n,v in mib.items()],
-            [target('memory of a step with stored answers to no teacher', mib['stored answers']/mib['no teacher'],
-                    1.02)])
+            [target('memory of a step with stored predictions to no teacher',
+                    mib['stored predictions']/mib['no teacher'], 1.02)])
 
 def by_size(measure, rounds):
     "The rows for small and large images, and the targets of the large ones"
@@ -135,7 +135,7 @@ def main(rounds=15):
     "Measure, write the tables, and return the targets"
     targets = []
     for name,(rows,ts),said in (('cached_epoch', by_size(epochs, rounds),
-                                 'An epoch on augmented data, all ways taking turns.'),
+                                 'An epoch on augmented data, all methods taking turns.'),
             ('cached_sweep', sweep(), 'Ten students, three epochs each.'),
             ('fast_teacher', by_size(fast, 2*rounds), 'A step with a faster copy of the teacher.'),
             ('cached_memory', memory(), 'Memory of a step, without the weights.')):

@@ -27,8 +27,8 @@ def make_learner(width, bs, *cbs):
 
 def measure(width, bs, rounds):
     "One row: milliseconds of an epoch's training, and their ratio"
-    ways = {'plain': make_learner(width, bs), 'DOT': make_learner(width, bs, DOT())}
-    times = take_turns({n: partial(o.fit, 1, 1e-2) for n,o in ways.items()}, rounds, warm=2)
+    methods = {'plain': make_learner(width, bs), 'DOT': make_learner(width, bs, DOT())}
+    times = take_turns({n: partial(o.fit, 1, 1e-2) for n,o in methods.items()}, rounds, warm=2)
     middle,low,high = ratio(times, 'DOT', 'plain')
     return {'width of student': width, 'batch': bs, 'plain ms': ms(times['plain']), 'DOT ms': ms(times['DOT']),
             'ratio': middle, 'lower quartile': low, 'upper quartile': high}

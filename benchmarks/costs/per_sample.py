@@ -20,8 +20,8 @@ def measure(name, B, C, rounds):
     torch.manual_seed(0)
     f,x,w = LOSSES[name],inputs(name, B, C, classes=C),torch.rand(B)
     leaves = students(x)
-    ways = {'plain': partial(f, **x), 'values': lambda: w@per_sample(f)(**x)/B}
-    times = take_turns({k: partial(step, v, leaves) for k,v in ways.items()}, rounds)
+    methods = {'plain': partial(f, **x), 'values': lambda: w@per_sample(f)(**x)/B}
+    times = take_turns({k: partial(step, v, leaves) for k,v in methods.items()}, rounds)
     middle,low,high = ratio(times, 'values', 'plain')
     return {'loss': name, 'B': B, 'C': C, 'plain ms': ms(times['plain']), 'values ms': ms(times['values']),
             'ratio': middle, 'lower quartile': low, 'upper quartile': high}

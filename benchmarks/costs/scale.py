@@ -13,7 +13,7 @@ from costs.step import fastai_step
 from nets import plain
 
 def measure(batch=32, layers=1, channels=64, classes=100, topk=None, rounds=7):
-    "A step's milliseconds and MiB, by part and by way"
+    "A step's milliseconds and MiB, by part and by method"
     set_seed(0)
     teacher,student,x,y = (plain(channels, classes).eval(),plain(channels, classes),torch.randn(batch,3,32,32),
                            torch.randint(classes, (batch,)))
@@ -23,11 +23,11 @@ def measure(batch=32, layers=1, channels=64, classes=100, topk=None, rounds=7):
                                                           [str(i) for i in range(layers)] or None)])
     def ask():
         with torch.no_grad(): teacher(x)
-    fs = {'student alone': fastai_step(student, x, y), 'teacher forward': ask, 'distilled': kd(teacher),
+    fs = {'baseline': fastai_step(student, x, y), 'teacher forward': ask, 'distilled': kd(teacher),
           'distilled, cached': kd(CachedTeacher(teacher, topk=topk))}
     times = take_turns(fs, rounds, warm=2)
     return {**{f'ms {n}': ms(t) for n,t in times.items()},
-            **{f'MiB {n}': peak_mib(fs[n]) for n in ('student alone','distilled','distilled, cached')}}
+            **{f'MiB {n}': peak_mib(fs[n]) for n in ('baseline','distilled','distilled, cached')}}
 
 GROWTH = dict(batch=[8,32,128], layers=[0,1,2,3], channels=[16,64,128,256], classes=[10,1000,10000,100000])
 

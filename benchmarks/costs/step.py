@@ -3,7 +3,7 @@ packages from PyPI.
 
     python benchmarks/cost.py step [--rounds 40]
 
-All ways take turns in one process, on the same batch, with torch's SGD; numbers are medians over the rounds, ratios
+All methods take turns in one process, on the same batch, with torch's SGD; numbers are medians over the rounds, ratios
 are taken round by round, with quartiles."""
 import argparse, logging, warnings
 from copy import deepcopy
@@ -86,7 +86,7 @@ def torchdistill_box(teacher, student, x, y):
     return lambda: box.post_forward_process(box.forward_process(x, y))
 
 def teacher_and_loss(teacher, student, x, y):
-    "What no way of distilling can save: the teacher's forward, and the loss with its backward to the student's logits"
+    "What no method can save: the teacher's forward, and the loss with its backward to the student's logits"
     pred = student(x).detach().requires_grad_()
     def step():
         with torch.no_grad(): teacher_pred = teacher(x)
@@ -94,21 +94,21 @@ def teacher_and_loss(teacher, student, x, y):
     return step
 
 class Constant(Callback):
-    "The same loss against a teacher's answer that costs nothing"
+    "The same loss with predictions of a teacher that cost nothing"
     order = 5
     def __init__(self, pred): self.p = pred
     def after_loss(self):
         self.learn.loss_grad = self.learn.loss_grad+0.5*SoftTarget(self.pred, self.p)
         self.learn.loss = self.learn.loss_grad.detach().clone()
 
-def ways(teacher, student, x, y):
+def methods(teacher, student, x, y):
     def kd(t): return [KnowledgeDistillationCallback(t, SoftTarget, weight=0.5)]
-    with torch.no_grad(): answer = teacher(x)
+    with torch.no_grad(): pred = teacher(x)
     res = {'by hand': by_hand(teacher, student, x, y), 'fastai, no teacher': fastai_step(student, x, y),
            'teacher and loss': teacher_and_loss(teacher, student, x, y),
            'kd_fastai': fastai_step(student, x, y, kd(teacher)),
            'kd_fastai, cached': fastai_step(student, x, y, kd(CachedTeacher(teacher))),
-           'fastai, constant answers': fastai_step(student, x, y, [Constant(answer)])}
+           'fastai, constant predictions': fastai_step(student, x, y, [Constant(pred)])}
     if FasteraiCallback:
         res['fasterai'] = fastai_step(student, x, y, [FasteraiCallback(deepcopy(teacher), FasteraiSoftTarget)])
     if DistillationBox:  res['torchdistill'] = torchdistill_box(teacher, student, x, y)
@@ -118,14 +118,14 @@ def measure(size, rounds):
     "Rows of the table, what targets need, for one size"
     set_seed(0)
     teacher,student,x,y = size()
-    fs = ways(teacher, student, x, y)
+    fs = methods(teacher, student, x, y)
     times = take_turns(fs, rounds)
     known = [x, y, *teacher.parameters(), *teacher.buffers(), *student.parameters()]
     rows,saved = [],{}
     for n,f in fs.items():
         mid,low,high = ratio(times, n, 'by hand')
         saved[n] = saved_mib(f, known)
-        rows.append({'size': size.__name__, 'way': n, 'ms': ms(times[n]), 'to by hand': mid, 'quartile 1': low,
+        rows.append({'size': size.__name__, 'method': n, 'ms': ms(times[n]), 'to by hand': mid, 'quartile 1': low,
                      'quartile 3': high, 'MiB saved for backward': saved[n], 'MiB at most': peak_mib(f)})
     return rows,times,saved
 
@@ -153,8 +153,8 @@ def main(rounds=40):
         if size is large:
             T += [target('large: kd_fastai to by hand', ratio(times, 'kd_fastai', 'by hand')[0], 1.02),
                   target('large: bytes saved for backward, to by hand', saved['kd_fastai']/saved['by hand'], 1.02),
-                  target('large: cached to constant answers',
-                         ratio(times, 'kd_fastai, cached', 'fastai, constant answers')[0], 1.05)]
+                  target('large: cached to constant predictions',
+                         ratio(times, 'kd_fastai, cached', 'fastai, constant predictions')[0], 1.05)]
             if FasteraiCallback:
                 T.append(target('large: kd_fastai to fasterai', ratio(times, 'kd_fastai', 'fasterai')[0], 0.35))
         if size is tiny:
@@ -164,7 +164,7 @@ def main(rounds=40):
             if FasteraiCallback:
                 T.append(target('tiny: kd_fastai to fasterai', ratio(times, 'kd_fastai', 'fasterai')[0], 0.75))
     write('step', rows,
-          'One step, all ways taking turns: medians, and ratios to the loop written by hand with their quartiles.')
+          'One step, all methods taking turns: medians, and ratios to the loop written by hand with their quartiles.')
     exits = write('early_exit', early_exit(max(rounds//2, 4)),
                   'A step that looks at one layer of a resnet18: the teacher runs to its end, or stops after the '
                   'layer.')

@@ -7,8 +7,8 @@ loss's, on the digits of `which_loss` (to choose) and on Fashion-MNIST (to check
 `--fashion` is the folder with the original files of Fashion-MNIST (`train-images-idx3-ubyte.gz`, ...). Its students get
 1000 labeled pictures of 14x14 pixels, its teacher 5000 pictures.
 
-`kd_compare` writes the runs to `benchmarks/tables/auto_ratio_DATA.csv`, and a stopped sweep goes on from there. A way
-is named `LOSS RATIO`; its column `weight` is the weight that this ratio gave."""
+`kd_compare` writes the runs to `benchmarks/tables/auto_ratio_DATA.csv`, and a stopped sweep goes on from there. A
+method is named `LOSS RATIO`; its column `weight` is the weight that this ratio gave."""
 import argparse
 from functools import cache, partial
 from pathlib import Path
@@ -101,10 +101,10 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(1)
     get_teacher = partial(which_loss.teacher, 10) if a.fashion is None else partial(fashion_teacher, a.fashion)
-    ways = {f'{n} {r}': partial(distillation, n, r, get_teacher) for n in a.only for r in a.ratios or RATIOS[n]}
+    methods = {f'{n} {r}': partial(distillation, n, r, get_teacher) for n in a.only for r in a.ratios or RATIOS[n]}
     with get_teacher().no_bar(), get_teacher().no_logging(): print('teacher', get_teacher().validate()[1])
     name = 'digits' if a.fashion is None else 'fashion'
-    res = kd_compare(partial(make_learner, a.fashion), {'student alone': None, **ways}, a.seeds, EPOCHS,
+    res = kd_compare(partial(make_learner, a.fashion), {'baseline': None, **methods}, a.seeds, EPOCHS,
                      csv=a.out or TABLES/f'auto_ratio_{name}.csv', rounds=0, catch=which_loss.ERRORS, progress=False)
     print(res.table[['runs','mean','gain','std','weight']].round(4).to_string())
 

@@ -1,12 +1,12 @@
-"""Prune a trained student, or train it for low precision, with the same budget: on the labels alone, or with the
+"""Prune a trained student, or train it for low precision, with the same budget: on the labels only, or with the
 teacher. What does distillation recover?
 
     python benchmarks/accuracy.py chain [pruned] [quantized] [--seeds 8] [--epochs 10] [--quick]
 
-Every seed has its own labels and its own student, trained alone for 20 epochs. The teacher learned from 1000 digits,
-the students from 200. Pruned: the same share of the smallest weights of all its convolutions and of its head is set to
-zero (`torch.nn.utils.prune`), and stays zero. Quantized: quantization-aware training with weights of 2 bits and
-activations of 8, by `torch.ao.quantization`, because torchao's own has no convolutions. Writes
+Every seed has its own labels and its own student, trained without a teacher for 20 epochs. The teacher learned from
+1000 digits, the students from 200. Pruned: the same share of the smallest weights of all its convolutions and of its
+head is set to zero (`torch.nn.utils.prune`), and stays zero. Quantized: quantization-aware training with weights of
+2 bits and activations of 8, by `torch.ao.quantization`, because torchao's own has no convolutions. Writes
 `benchmarks/tables/chain.csv`; what is not measured again keeps its rows."""
 import argparse
 from functools import cache, partial
@@ -99,13 +99,13 @@ def main():
     a = p.parse_args()
     if a.quick: a.seeds,a.epochs,a.out = 2,1,Path('chain_quick.csv')
     torch.set_num_threads(1)
-    old = pd.read_csv(a.out, index_col='way') if a.out.exists() else pd.DataFrame()
+    old = pd.read_csv(a.out, index_col='method') if a.out.exists() else pd.DataFrame()
     tables = [old[old.index.isin(PARTS[n])] if n not in a.parts and len(old) else None for n in PARTS]
     for i,n in enumerate(PARTS):
         if n not in a.parts: continue
         res = kd_compare(make_learner, PARTS[n], a.seeds, a.epochs, teacher=teacher(), rounds=0)
         tables[i] = res.table.drop(columns=['seconds','kb']).round(4)
         print(res)
-    pd.concat([o for o in tables if o is not None]).to_csv(a.out, index_label='way')
+    pd.concat([o for o in tables if o is not None]).to_csv(a.out, index_label='method')
 
 if __name__=='__main__': main()

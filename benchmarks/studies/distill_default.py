@@ -1,7 +1,7 @@
-"""Which temperature and strength should `learn.distill(teacher)` have? Students alone and with `SoftTarget`, in several
-regimes of digits (to choose) and of Fashion-MNIST (to check what was chosen).
+"""Which temperature and strength should `learn.distill(teacher)` have? Students without and with `SoftTarget`, in
+several regimes of digits (to choose) and of Fashion-MNIST (to check what was chosen).
 
-    python benchmarks/accuracy.py distill_default [--data digits] [--seeds 8] [--ways T=2 T=4] [--regimes short]
+    python benchmarks/accuracy.py distill_default [--data digits] [--seeds 8] [--methods T=2 T=4] [--regimes short]
         [--runs FOLDER] [--folder FOLDER]
 
 If a regime does not say otherwise, its networks are those of `which_loss`, with 200 labels (digits) or 1000
@@ -28,7 +28,7 @@ from sweep import TABLES, replace_rows
 FILE = TABLES/'distill_default.csv'
 # temperature, and a schedule that multiplies the weight that was found
 ALL,THIRD,RISING,LATE = SchedNo(1, 1),SchedNo(1/3, 1/3),SchedCos(0, 1),SchedPoly(0, 1, 2)
-WAYS = {'T=1': (1, ALL), 'T=2': (2, ALL), 'T=4': (4, ALL), 'T=2, a third': (2, THIRD), 'T=4, a third': (4, THIRD),
+METHODS = {'T=1': (1, ALL), 'T=2': (2, ALL), 'T=4': (4, ALL), 'T=2, a third': (2, THIRD), 'T=4, a third': (4, THIRD),
         'T=2, rising': (2, RISING), 'T=4, rising': (4, RISING), 'T=4, rising late': (4, LATE)}
 UNKNOWN,MORE = -100,3
 # labels (times those of the data) and epochs
@@ -70,13 +70,13 @@ def fit(learn, epochs, cbs):
 def measure(regime, names, a, runs):
     "The runs of a regime"
     teacher = which_loss.teacher(10, a.data, a.folder)
-    ways = {'student alone': None, **{n: partial(distill, teacher.model, *WAYS[n]) for n in names}}
+    methods = {'baseline': None, **{n: partial(distill, teacher.model, *METHODS[n]) for n in names}}
     file = Path(runs)/f"{a.data}_{regime.replace(' ', '_').replace(',', '')}.csv"
-    res = kd_compare(partial(make_learner, a.data, a.folder, regime), ways, a.seeds, REGIMES[regime][1], csv=file,
+    res = kd_compare(partial(make_learner, a.data, a.folder, regime), methods, a.seeds, REGIMES[regime][1], csv=file,
                      fit=fit, rounds=0, progress=False).runs
     print(regime, comparison_table(res, 'accuracy')[['mean','gain','low','high']].round(4), sep='\n', flush=True)
-    columns = ['data','regime','seed','way','epochs','accuracy']
-    return res.rename(columns={'method': 'way'}).assign(data=a.data, regime=regime)[columns]
+    columns = ['data','regime','seed','method','epochs','accuracy']
+    return res.assign(data=a.data, regime=regime)[columns]
 
 def write(made):
     "Write the runs, and keep those of other regimes"
@@ -87,11 +87,12 @@ def main():
     p.add_argument('--data', choices=[*which_loss.LABELS], default='digits')
     p.add_argument('--folder', type=Path, help='of Fashion-MNIST')
     p.add_argument('--seeds', type=int, default=8)
-    p.add_argument('--ways', nargs='*', default=[*WAYS])
+    p.add_argument('--methods', nargs='*', default=[*METHODS])
     p.add_argument('--regimes', nargs='*', default=[*REGIMES])
     p.add_argument('--runs', type=Path)
     a = p.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as d: write(pd.concat([measure(r, a.ways, a, a.runs or d) for r in a.regimes]))
+    with tempfile.TemporaryDirectory() as d:
+        write(pd.concat([measure(r, a.methods, a, a.runs or d) for r in a.regimes]))
 
 if __name__=='__main__': main()

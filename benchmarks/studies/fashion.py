@@ -1,20 +1,21 @@
-"""Losses on Fashion-MNIST: small students with few labels, alone and with a teacher, over paired seeds.
+"""Losses on Fashion-MNIST: small students with few labels, without and with a teacher, over paired seeds.
 
     python benchmarks/accuracy.py fashion [--students thin mixer] [--labels 100 1000 10000] [--steps 2400] [--seeds 8]
-        [--only WAY ...] [--folder FOLDER] [--download] [--cache FOLDER] [--hours 1] [--picture FILE] [--quick]
+        [--only METHOD ...] [--folder FOLDER] [--download] [--cache FOLDER] [--hours 1] [--picture FILE] [--quick]
 
-Every way of a seed has the same initial weights, labeled images, batches, shifts and flips; ways with 10,000 images
-have other batches, and as many. The score is the accuracy on the 10,000 test images at the end of training.
+Every method of a seed has the same initial weights, labeled images, batches, shifts and flips; methods with 10,000
+images have other batches, of the same number. The score is the accuracy on the 10,000 test images at the end.
 Temperatures and weights are those of the papers (`paper`), found by `weight='auto'` (`auto`), or those of
-`learn.distill(teacher)`. The learning rate is that of the digits (thin), or was chosen for the student alone on 5,000
+`learn.distill(teacher)`. The learning rate is that of the digits (thin), or was chosen for the baseline on 5,000
 training images that it did not learn from (mixer, `--choose`). No weight, temperature, rate or length was chosen on
-the test images. A training takes 2,400 steps of 100 images, with fewer than 1,000 labels 600.
+the test images. A training run takes 2,400 steps of 100 images, with fewer than 1,000 labels 600.
 
 The teacher is trained once, on all 60,000 images, and kept in `--cache` with the finished runs, from which a stopped
-benchmark goes on. It is asked once about each version of an image (`CachedTeacher` with a view for each epoch), for
-all ways of a seed. `--hours` ends the benchmark after the run that exceeds them.
+benchmark goes on. It predicts each version of an image once (`CachedTeacher` with a view for each epoch), for
+all methods of a seed. `--hours` ends the benchmark after the run that exceeds them.
 
-Writes `benchmarks/tables/fashion_runs.csv`, a row a run, `fashion.csv`, a row a way, and `fashion.md`."""
+Writes `benchmarks/tables/fashion_runs.csv`, a row for each run, `fashion.csv`, a row for each method, and
+`fashion.md`."""
 import argparse, hashlib, tempfile, time
 from datetime import datetime
 from functools import partial
@@ -42,7 +43,7 @@ BS = 100
 LABELS = [100,1000,10_000]
 
 def default_steps(labels):
-    "Steps of a training with this number of labels"
+    "Steps of a training run with this number of labels"
     return 600 if labels<1000 else 2400
 
 def epochs_of(steps, images):
@@ -69,21 +70,21 @@ def get_teacher(folder, data, epochs):
     return net.eval().requires_grad_(False),saved['accuracy']
 
 class OncePerBatch(nn.Module):
-    "A model that answers a batch that it has seen from memory: all students are compared with it on the test images"
+    "A model that predicts each batch once: all students are compared with it on the test images"
     def __init__(self, model):
         super().__init__()
-        self.model,self.answers = model,{}
+        self.model,self.predictions = model,{}
     def forward(self, x):
         key = hashlib.blake2b(x.numpy().tobytes()).digest()
-        if key not in self.answers: self.answers[key] = self.model(x)
-        return self.answers[key]
+        if key not in self.predictions: self.predictions[key] = self.model(x)
+        return self.predictions[key]
 
-class Answers:
-    "What a teacher answers to the images of one seed, in all versions; those of the last seed only are kept"
+class Predictions:
+    "Predictions of a teacher for the images of one seed, in all versions; those of the last seed only are kept"
     LAYERS = ['middle','late','pool']
     def __init__(self, teacher): self.teacher,self.key,self.folder = teacher,None,None
     def of(self, learn, epochs):
-        "A teacher that has the answers for the data of this Learner"
+        "A teacher with predictions for the data of this Learner"
         if self.key!=(learn.seed, epochs, learn.dls.train.n):
             if self.folder: self.folder.cleanup()
             self.folder = tempfile.TemporaryDirectory()
@@ -93,17 +94,17 @@ class Answers:
             self.key = learn.seed, epochs, learn.dls.train.n
         return StoredTeacher(self.folder.name)
 
-# --- the ways
+# --- the methods
 
 def paper(loss, **params): return Term(loss, weight=get_loss_info(loss).weight, **params)
 def auto(loss, **params): return Term(loss, weight='auto', schedule=None, **params)
 
-ALONE,DEFAULT = 'student alone','learn.distill(teacher)'
+BASELINE,DEFAULT = 'baseline','learn.distill(teacher)'
 MAPS = {'thin': ['middle','late'], 'mixer': ['middle']}  # of the same sizes as the teacher's
 LATE,POOL,HINT = dict(layers=['late']),dict(layers=['pool']),dict(layers=['middle'], adapt='auto')
 
 def ours(maps):
-    "Terms and task weight of each way"
+    "Terms and task weight of each method"
     return {
         DEFAULT:             lambda: ([Term(SoftTarget, T=4)], 1.),
         'SoftTarget, auto':  lambda: ([auto(SoftTarget, T=4)], 1.),
@@ -152,31 +153,31 @@ def torchdistill_at(mid_level, maps):
         return loss({n: {'output': f} for n,f in fm_s.items()}, {n: {'output': f} for n,f in fm_t.items()})
     return at
 
-FIRST = [ALONE, *[*ours([])][:9]]
+FIRST = [BASELINE, *[*ours([])][:9]]
 
-def distilled(answers, make, epochs, learn):
-    "The callback of a way"
+def distilled(predictions, make, epochs, learn):
+    "The callback of a method"
     terms,task_weight = make()
-    return KnowledgeDistillationCallback(answers.of(learn, epochs), terms, task_weight=task_weight)
+    return KnowledgeDistillationCallback(predictions.of(learn, epochs), terms, task_weight=task_weight)
 
 MORE = 10_000
 
 def more_images(learn, data, steps):
-    "Train on 10,000 images, in as many steps"
+    "Train on 10,000 images for this number of steps"
     learn.epochs = epochs_of(steps, MORE)
     learn.dls = fashion(MORE, learn.seed, bs=BS, **data)
 
 def imitating(teacher, data, steps, learn):
-    "The callback of a student that learns from the teacher alone, on images whose labels are not used"
+    "The callback of a student that learns only from the teacher, on images whose labels are not used"
     more_images(learn, data, steps)
     return KnowledgeDistillationCallback(teacher, [Term(SoftTarget, weight=1., T=4)], task_weight=0.)
 
 def more(teacher, data, steps):
-    "Ways with more images, by name"
+    "Methods with more images, by name"
     return {'imitation, 10,000 images without labels': partial(imitating, teacher, data, steps),
-            'alone, 10,000 labels': partial(more_images, data=data, steps=steps)}
+            'baseline, 10,000 labels': partial(more_images, data=data, steps=steps)}
 
-def alone(): return [Term(SoftTarget, weight=0.)],1.  # with a teacher of weight 0, for the same versions of the images
+def baseline(): return [Term(SoftTarget, weight=0.)],1.  # weight 0: the same versions of the images
 
 # --- the benchmark
 
@@ -199,7 +200,7 @@ def read_runs(file):
 def aside(file): return file.with_suffix('.aside.csv')
 
 def set_aside(file, names):
-    "Leave in the file the runs of these ways only: `kd_compare` completes all ways that a file has"
+    "Leave in the file the runs of these methods only: `kd_compare` completes all methods that a file has"
     runs = read_runs(file)
     for f,part in ((aside(file), runs[~runs.method.isin(names)]), (file, runs[runs.method.isin(names)])):
         part.to_csv(f, index=False) if len(part) else f.unlink(missing_ok=True)
@@ -207,13 +208,13 @@ def set_aside(file, names):
 def compare(student, labels, steps, names, seeds, teacher, data, file, deadline):
     "One comparison: a student, a number of labels. Seed by seed, until the deadline"
     epochs = epochs_of(steps, labels)
-    answers,every = Answers(teacher),{ALONE: alone, **ours(MAPS[student]), **peers(MAPS[student])}
+    predictions,every = Predictions(teacher),{BASELINE: baseline, **ours(MAPS[student]), **peers(MAPS[student])}
     set_aside(file, names)
-    ways = {n: partial(distilled, answers, every[n], epochs) for n in every if n in names}
-    ways |= {n: way for n,way in more(teacher, data, steps).items() if n in names}
+    methods = {n: partial(distilled, predictions, every[n], epochs) for n in every if n in names}
+    methods |= {n: method for n,method in more(teacher, data, steps).items() if n in names}
     seen = OncePerBatch(teacher)
     for n in range(1, seeds+1):
-        kd_compare(partial(make_learner, student, labels, data), ways, n, epochs, csv=file, rounds=0, teacher=seen,
+        kd_compare(partial(make_learner, student, labels, data), methods, n, epochs, csv=file, rounds=0, teacher=seen,
                    fit=fit, progress=False)
         print(f"{datetime.now():%H:%M} {student}, {labels} labels: {n} of {seeds} seeds", flush=True)
         if time.time()>deadline: break
@@ -228,31 +229,31 @@ def results(folder, steps):
             one = read_runs(runs_file(folder, student, n, k))
             if not len(one): continue
             group = dict(zip(GROUP, (student, n, k, ratios())))
-            table = comparison_table(one, 'accuracy', ALONE).drop(columns=['epochs','seconds','valid_loss'])
-            runs.append(one.rename(columns={'method': 'way'}).drop(columns='settings').assign(**group))
-            tables.append(table.rename_axis('way').reset_index().assign(**group))
+            table = comparison_table(one, 'accuracy', BASELINE).drop(columns=['epochs','seconds','valid_loss'])
+            runs.append(one.drop(columns='settings').assign(**group))
+            tables.append(table.rename_axis('method').reset_index().assign(**group))
     def joined(parts):
         res = pd.concat(parts, ignore_index=True)
         return res[[*GROUP, *(c for c in res if c not in GROUP)]]
     return joined(runs),joined(tables)
 
 def teacher_row(teacher, score):
-    return pd.DataFrame([dict(student='', labels=60_000, way='teacher', runs=1, mean=score, kb=size_kb(teacher),
+    return pd.DataFrame([dict(student='', labels=60_000, method='teacher', runs=1, mean=score, kb=size_kb(teacher),
                               parameters=sum(p.numel() for p in teacher.parameters()))])
 
-PICTURED = {ALONE: 'alone', DEFAULT: 'with a teacher,\nthe same images',
+PICTURED = {BASELINE: 'baseline', DEFAULT: 'with a teacher,\nthe same images',
             'imitation, 10,000 images without labels': 'with a teacher, 10,000\nimages, no labels'}
 
 def draw(ax, runs, teacher, title):
-    "Draw the accuracy in the ways of `PICTURED`: a dot for each seed, means with intervals"
-    scores = runs.pivot(index='seed', columns='way', values='accuracy').mul(100)[[*PICTURED]]
+    "Draw the accuracy in the methods of `PICTURED`: a dot for each seed, means with intervals"
+    scores = runs.pivot(index='seed', columns='method', values='accuracy').mul(100)[[*PICTURED]]
     ax.axhline(100*teacher, color='k', ls='--', lw=1)
     ax.text(-.4, 100*teacher, 'teacher, 60,000 labels', va='bottom', size=8)
-    for i,way in enumerate(PICTURED):
-        ax.plot([i]*len(scores), scores[way], 'o', color='C7' if way==ALONE else 'C2', alpha=.5)
-        ax.plot(i, scores[way].mean(), 'k_', ms=26, mew=2)
-        d = paired_interval(scores[way]-scores[ALONE])
-        if way!=ALONE: ax.text(i+.16, scores[way].mean(),
+    for i,method in enumerate(PICTURED):
+        ax.plot([i]*len(scores), scores[method], 'o', color='C7' if method==BASELINE else 'C2', alpha=.5)
+        ax.plot(i, scores[method].mean(), 'k_', ms=26, mew=2)
+        d = paired_interval(scores[method]-scores[BASELINE])
+        if method!=BASELINE: ax.text(i+.16, scores[method].mean(),
             f"{d['gain']:+.1f}\n({d['low']:.1f} to {d['high']:.1f})", va='center', size=8)
     ax.set(xticks=range(len(PICTURED)), xlim=(-.5, len(PICTURED)-.2), title=title)
     ax.set_xticklabels(PICTURED.values(), size=8)
@@ -277,7 +278,7 @@ def runs_file(folder, student, labels, steps):
     return folder/f"{student}_{labels}_{steps}_{'_'.join(f'{v:g}' for v in AUTO_RATIO.values())}.csv"
 
 def choose(students, steps, data, seeds=1):
-    "Accuracy of the student alone for several learning rates, on 5,000 training images that it does not learn from"
+    "Accuracy of the baseline for several learning rates, on 5,000 training images that it does not learn from"
     for student in students:
         for n,k in steps.items():
             for lr in (3e-3, 1e-2, 3e-2):
@@ -296,7 +297,7 @@ def main():
     p.add_argument('--labels', nargs='*', type=int, default=[1000])
     p.add_argument('--steps', type=int, help='2400, or 600 with fewer than 1000 labels, if not given')
     p.add_argument('--seeds', type=int, default=8)
-    p.add_argument('--only', nargs='*', help='names of ways; the first ten, if not given')
+    p.add_argument('--only', nargs='*', help='names of methods; the first ten, if not given')
     p.add_argument('--folder', type=Path)
     p.add_argument('--download', action='store_true')
     p.add_argument('--cache', type=Path, default=Path.home()/'.cache/kd_fastai/fashion')
@@ -316,9 +317,9 @@ def main():
     a.out.mkdir(exist_ok=True)
     data = dict(folder=a.folder, download=a.download)
     if a.choose: return choose(a.students, steps, data)
-    every = [ALONE, *ours([]), *peers([]), *more(None, {}, 0)]
-    names = [ALONE, *a.only] if a.only else FIRST
-    if unknown := {*names}-{*every}: p.error(f"No such way: {', '.join(sorted(unknown))}. There are {every}")
+    every = [BASELINE, *ours([]), *peers([]), *more(None, {}, 0)]
+    names = [BASELINE, *a.only] if a.only else FIRST
+    if unknown := {*names}-{*every}: p.error(f"No such method: {', '.join(sorted(unknown))}. There are {every}")
     deadline = time.time()+3600*a.hours
     teacher,score = get_teacher(a.cache, data, teacher_epochs)
     for student in a.students:

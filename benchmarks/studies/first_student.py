@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py first_student [--seeds 20] [--epochs 20] [--runs FILE]
         [--out benchmarks/tables/first_student.csv]
 
-One row a seed: accuracy in percent of 797 test digits of the teacher and of three students on the page's own 200
+One row for each seed: accuracy in percent of 797 test digits of the teacher and of three students on the page's own 200
 digits. The seed is that of the initial weights and batches, the teacher's too. `--runs` keeps the runs in a file,
 from which a stopped measurement goes on."""
 import argparse
@@ -23,7 +23,7 @@ def make_learner(seed):
     learn.seed = seed
     return learn
 
-def way(name, learn):
+def method(name, learn):
     "The callback of one of the demo's recipes, with this seed's teacher"
     make = recipes(teacher(learn.seed).model, learn.dls.one_batch()[0])[name]
     return make and make(learn)
@@ -36,9 +36,9 @@ def main():
     p.add_argument('--out', type=Path, default=TABLES/'first_student.csv')
     a = p.parse_args()
     torch.set_num_threads(1)
-    ways = {n: partial(way, n) for n in recipes(None, None)}
-    res = kd_compare(make_learner, ways, a.seeds, a.epochs, csv=a.runs, rounds=0)
-    table = res.runs.pivot(index='seed', columns='method', values='accuracy')[[*ways]].mul(100)
+    methods = {n: partial(method, n) for n in recipes(None, None)}
+    res = kd_compare(make_learner, methods, a.seeds, a.epochs, csv=a.runs, rounds=0)
+    table = res.runs.pivot(index='seed', columns='method', values='accuracy')[[*methods]].mul(100)
     table.insert(0, 'teacher', [score(teacher(s)) for s in table.index])
     table.round(2).to_csv(a.out)
     print(res)

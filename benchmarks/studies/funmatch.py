@@ -4,10 +4,10 @@
     python benchmarks/accuracy.py funmatch [--seeds 5] [--epochs 30] [--patience 1 5 20]
         [--out benchmarks/tables/funmatch.csv] [--quick]
 
-One row a run of `kd_compare`: seed, way, accuracy on 797 test digits. The teacher (width 16) learned from 1000 digits,
-the students (width 8) see 200. Every batch is shifted by up to two pixels in each direction. A way ends in its
-patience: `5x` trains five times as many epochs. Nothing is tuned: the loss is SoftTarget at T=1 alone. A stopped run
-goes on from its file. `--quick` runs one seed for two epochs, to see that it works."""
+One row for each run of `kd_compare`: seed, method, accuracy on 797 test digits. The teacher (width 16) learned from
+1000 digits, the students (width 8) see 200. Every batch is shifted by up to two pixels in each direction. A method
+ends in its patience: `5x` trains five times as many epochs. Nothing is tuned: the only loss is SoftTarget at T=1. A
+stopped run goes on from its file. `--quick` runs one seed for two epochs, to see that it works."""
 import argparse
 from functools import cache, partial
 from pathlib import Path
@@ -62,7 +62,7 @@ def funmatch(learn, patience, mixup=True, teacher_epochs=30):
     return [kd, MixUp(1.)] if mixup else [kd]
 
 def fit(learn, epochs, cbs):
-    "Train as long as the way says"
+    "Train as long as the method says"
     learn.fit_one_cycle(epochs*learn.patience, 1e-2, cbs=[*cbs, NoValidation()])
 
 def main():
@@ -76,8 +76,8 @@ def main():
     if a.quick: a.seeds,a.epochs,a.patience,a.out = 1,2,[1,2],Path('funmatch_quick.csv')
     torch.set_num_threads(1)
     makers = {'labels': labels, 'FunMatch': funmatch, 'FunMatch without MixUp': partial(funmatch, mixup=False)}
-    ways = {f'{n}, {k}x': partial(f, patience=k) for k in a.patience for n,f in makers.items()}
-    res = kd_compare(make_learner, ways, a.seeds, a.epochs, csv=a.out, fit=fit, rounds=0, progress=False)
+    methods = {f'{n}, {k}x': partial(f, patience=k) for k in a.patience for n,f in makers.items()}
+    res = kd_compare(make_learner, methods, a.seeds, a.epochs, csv=a.out, fit=fit, rounds=0, progress=False)
     score = teacher(30)
     with score.no_bar(), score.no_logging(): print(f'teacher: {score.validate()[1]:.4f}')
     print(res)

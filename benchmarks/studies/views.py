@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py views [--seeds 8]
 
-Digits shifted at random by up to one pixel, 300 labels, a teacher trained on all 1000. All ways of one seed begin
+Digits shifted at random by up to one pixel, 300 labels, a teacher trained on all 1000. All methods of one seed begin
 with the same student. Writes `views.csv`, which the tutorial reads; about five minutes on one core."""
 import argparse, csv, warnings
 warnings.filterwarnings('ignore')
@@ -33,8 +33,8 @@ def train(dls, width, epochs, seed, cbs=()):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2, cbs=cbs)
     return learn
 
-def ways(teacher):
-    "How the teacher is asked, by name; without shifts for the first"
+def methods(teacher):
+    "Teachers by the number of views; the first sees no shifts"
     return {'no shifts': CachedTeacher(teacher), **{f'{k} views': CachedTeacher(teacher, views=k) for k in (1,2,4,8)},
             'fresh views': teacher}
 
@@ -42,11 +42,11 @@ def main(seeds=8, labels=300, epochs=24):
     teacher = train(shifted(990, 0), 32, 12, 0).model
     rows = []
     for seed in range(seeds):
-        for name,t in ways(teacher).items():
+        for name,t in methods(teacher).items():
             dls = digits(labels, seed) if name=='no shifts' else shifted(labels, seed)
             kd = KnowledgeDistillationCallback(t, SoftTarget, weight=0.9, task_weight=0.1)
-            rows.append({'seed': seed, 'way': name, 'accuracy': score(train(dls, 8, epochs, seed, kd))})
-        print(seed, {r['way']: round(r['accuracy'], 1) for r in rows if r['seed']==seed}, flush=True)
+            rows.append({'seed': seed, 'method': name, 'accuracy': score(train(dls, 8, epochs, seed, kd))})
+        print(seed, {r['method']: round(r['accuracy'], 1) for r in rows if r['seed']==seed}, flush=True)
     return rows
 
 if __name__=='__main__':

@@ -4,19 +4,19 @@ the tutorial `which_loss`.
     python benchmarks/accuracy.py which_loss [--data digits] [--seeds 8] [--epochs 20] [--only SoftTarget RKD]
         [--weight-by paper auto] [--runs FILE] [--out FILE] [--folder FOLDER] [--quick]
 
-One row a run: seed, loss, where its weight comes from (`paper`, `auto`, or `rising`, which is 'auto' with a schedule
-from 0 to 1), the weight, accuracy in percent of the test images, seconds of processor time, and why not where a loss
-does not fit this task. Rows of `--out` for losses and weights that are not measured now are kept. `--runs` keeps the
-runs in a file of `kd_compare`, from which a stopped sweep goes on; delete rows to have them made again. `--quick` runs
-one seed for two epochs, to see that it works.
+One row for each run: seed, loss, where its weight comes from (`paper`, `auto`, or `rising`, which is 'auto' with a
+schedule from 0 to 1), the weight, accuracy in percent of the test images, seconds of processor time, and why not
+where a loss does not fit this task. Rows of `--out` for losses and weights that are not measured now are kept.
+`--runs` keeps the runs in a file of `kd_compare`, from which a stopped sweep goes on; delete rows to have them made
+again. `--quick` runs one seed for two epochs, to see that it works.
 
 Each loss has the default weight of its page, or weight='auto', and the task a weight of 1: nothing is tuned. Teacher
 and student have the same channels, so that losses that compare features element by element take part without an
 adapter; the student's convolutions are separable, it has a sixth of the weights.
 
-`digits` (`which_loss.csv`): the teacher learned from 1000 labels, the students from 200; 797 test digits.
-`fashion` (`which_loss_fashion.csv`): Fashion-MNIST at 14x14 pixels, shifted and flipped at random; the teacher learned
-from 10,000 labels, the students from 1000; 10,000 test images.
+`digits` (`which_loss.csv`): the teacher learned from 1000 labels, the students from 200; 797 test digits. `fashion`
+(`which_loss_fashion.csv`): Fashion-MNIST at 14x14 pixels, shifted and flipped at random; the teacher learned from
+10,000 labels, the students from 1000; 10,000 test images.
 
 The classifier is a convolution before the mean, as `CATKD` needs it. `SRRL` and `SimKD` need a linear one: they get
 the same function with the mean first. `SimKD` is measured with its projector and the teacher's classifier, which
@@ -51,7 +51,7 @@ LAYERS = {**dict.fromkeys(('PKT','RKD','DarkRank','CorrelationCongruence','SRD')
           'CATKD': ['cam']}                                                               # a map for each class
 
 class TermWeight(Metric):
-    "The weight of the only term, with its schedule at the end, as a column of the runs; 0 for a student alone"
+    "The weight of the only term, with its schedule at the end, as a column of the runs; 0 for the baseline"
     kd,name = None,'weight'
     def reset(self): pass
     def accumulate(self, learn): pass
@@ -62,7 +62,7 @@ class TermWeight(Metric):
         return self.kd.weights[term.name]*term.schedule_at(1.)
 
 def fashion14(labels, seed, folder=None, **kwargs):
-    "Small images of clothes"
+    "Small images of Fashion-MNIST"
     return fashion(labels, seed, size=14, folder=folder, **kwargs)
 
 def student_data(data, seed, folder=None):
@@ -141,8 +141,8 @@ def main():
     task = {n: t for t,names in OTHER.items() for n in names}
     names = [n for n in all_losses() if n not in task and (not a.only or n in a.only)]
     get_teacher = partial(teacher, 2 if a.quick else 10, a.data, a.folder)
-    ways = {f'{n} {by}': partial(distillation, n, by, get_teacher) for n in names for by in a.weight_by}
-    res = kd_compare(partial(make_learner, a.data, a.folder), {'student alone': None, **ways}, a.seeds, a.epochs,
+    methods = {f'{n} {by}': partial(distillation, n, by, get_teacher) for n in names for by in a.weight_by}
+    res = kd_compare(partial(make_learner, a.data, a.folder), {'baseline': None, **methods}, a.seeds, a.epochs,
                      csv=a.runs, fit=fit, rounds=0, catch=ERRORS, progress=False)
     with get_teacher().no_bar(), get_teacher().no_logging(): score = get_teacher().validate()[1]
     first = pd.DataFrame([dict(seed=0, loss='teacher', accuracy=round(100*score, 2))])

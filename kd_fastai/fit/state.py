@@ -7,19 +7,19 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/state.html.md"""
 # %% auto #0
 __all__ = ['capture_one_forward', 'FitState']
 
-# %% ../../nbs/fit/state.ipynb #9ca6d983
+# %% ../../nbs/fit/state.ipynb #7c60284f
 from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn, Tensor
 from fastai.basics import Learner, find_bs
 from fastai.callback.schedule import LRFinder
 from .batch import find_mixer, first_tensors, read_inputs, read_labels, read_task, tracking
+from .checks import AgreementCheck
 from .columns import Columns
 from ..hooks.capture import Capture, LiveHook
 from ..hooks.models import RandomStream, get_logits, model_device
 from ..losses.batch import Batch
 from ..objective import Objective
-from ..teacher.classes import TeacherConfusion
 from ..teacher.live import BaseTeacher
 
 
@@ -39,7 +39,7 @@ def capture_one_forward(
         if handle: handle.remove()
 
 
-# %% ../../nbs/fit/state.ipynb #38e57beb
+# %% ../../nbs/fit/state.ipynb #4ce99892
 class FitState:
     "What exists only during a fit: captures, columns, and what was read of the present batch"
     def __init__(self,
@@ -47,9 +47,10 @@ class FitState:
         objective:Objective,  # Its objective
         teacher:BaseTeacher,  # Its teacher
         columns:Columns,      # Means for the progress table
-        confusion:TeacherConfusion|None=None # Counts the first epoch's predictions of the teacher by label
+        agreement:AgreementCheck|None=None # Of teachers with the labels, in the first epoch
     ):
-        self.learn,self.objective,self.teacher,self.columns,self.confusion = learn,objective,teacher,columns,confusion
+        self.learn,self.objective,self.teacher,self.columns = learn,objective,teacher,columns
+        self.agreement = AgreementCheck([]) if agreement is None else agreement
         self.capture = Capture(learn.model, [n for o in objective.terms for n in o.layers[0]], who='student')
         self.epoch = ExitStack()    # closed at the end of the epoch's training
         self.is_capturing = False   # whether hooks are on the models
@@ -57,7 +58,7 @@ class FitState:
         self.is_first_epoch = True  # of this fit
         self.is_trial = any(isinstance(cb, LRFinder) for cb in learn.cbs)
         self.uses_idx = teacher.needs_idx or any(o.uses_idx for o in objective.terms)
-        self.reads_pred = any(o.uses_predictions or o.takes_all or callable(o.sample_weight) for o in objective.terms)
+        self.reads_pred = any(o.reads_output for o in objective.terms)
         self.teacher_random = RandomStream() # for teachers that draw random numbers
         self.next_batch()
 
@@ -72,13 +73,13 @@ class FitState:
         self.epoch.close()
         self.columns.reset()
         for o in (tracking(learn.dl, self.uses_idx), self.teacher.ready(model_device(learn.model), learn.epoch),
-                  capture_one_forward(learn.model, self.capture), self.capture): self.epoch.enter_context(o)
+                  self.capture, capture_one_forward(learn.model, self.capture)): self.epoch.enter_context(o)
         self.epoch.callback(setattr, self, 'is_capturing', False)
         self.is_capturing = True
 
     def next_batch(self):
         "Release what belongs to a batch: its inputs, the teacher's predictions, and the losses with their graphs"
-        self.idx = self.mixer = self.teacher_xb = self.answer = self.pred = self.given = None
+        self.idx = self.mixer = self.teacher_xb = self.outputs = self.pred = self.given = None
         self.first = self.batch = self.values = self.weights = None
 
     def read_inputs(self,
@@ -102,7 +103,7 @@ class FitState:
         self.given.update(read_labels(self.learn, self.mixer))
         if self.idx is not None: self.given['idx'] = self.idx.to(pred.device)
         if task is None: task = read_task(self.learn, self.given['target'], self.objective.ignore_index)
-        teacher_pred,fm_t = self.answer
+        teacher_pred,fm_t = self.outputs
         return self.objective.prepare(pred, teacher_pred, self.capture.pop(), fm_t, task=task, **self.given)
 
     def record(self, batch:Batch, values:dict, weights:dict):
@@ -115,7 +116,4 @@ class FitState:
         where = f"epoch {self.learn.epoch}, batch {self.learn.iter}"
         self.columns.add(where, find_bs(self.learn.yb), columns, must_be_finite)
         self.columns.has_labels |= batch.label_mask is None or bool(batch.label_mask.any())
-        is_known = batch.teacher_pred is not None and batch.mixed is None
-        if self.confusion is not None and is_known:
-            self.confusion.add(batch.teacher_pred, batch.target, batch.label_mask)
 

@@ -14,8 +14,8 @@ from functools import partial
 from typing import Callable
 import torch
 from torch import nn, Tensor
-from .layers import get_module_by_name, layer_name, parse_layer
-from .layout import known_widths, standard_layout
+from .layers import layer_name, parse_layer
+from .layout import is_sequence_first, known_widths, standard_layout
 from .models import own_copy, tensor_version, unwrap_model
 from .models import RandomStream, eval_no_grad, naming_errors, preserving_modes # noqa: F401
 
@@ -39,7 +39,7 @@ class Capture:
         if self.specs: self._check_hooks_work()
 
     def _check_hooks_work(self):
-        for m in (self.model, *(get_module_by_name(self.model, o.name) for o in self.specs)):
+        for m in (self.model, *(o.module(self.model) for o in self.specs)):
             if isinstance(m, torch.jit.ScriptModule): raise TypeError(
                 f"{self.who}: cannot capture layers of a {type(m).__name__}, since TorchScript has no hooks: "
                 "give the model from before torch.jit, or use losses on predictions")
@@ -47,8 +47,9 @@ class Capture:
     def __enter__(self):
         self._thread = threading.get_ident()
         # look the modules up now, since SyncBatchNorm may have replaced some
-        self.modules = {o.spec: get_module_by_name(self.model, o.name) for o in self.specs}
+        self.modules = {o.spec: o.module(self.model) for o in self.specs}
         self.widths = {o.spec: known_widths(self.model, self.modules[o.spec], o.is_input) for o in self.specs}
+        self.sequence_first = {o.spec for o in self.specs if is_sequence_first(self.model, o.name)}
         if self.specs: self.handles.append(self.model.register_forward_pre_hook(LiveHook(self._on_forward_start)))
         for o in self.specs: self.handles.append(self._add_hook(o))
         return self
@@ -86,11 +87,16 @@ class Capture:
     def _record(self, spec, value):
         if not self._listens(): return
         t = self._select(spec, value)
-        if not callable(spec.item): t = standard_layout(t, self.widths[spec.spec])
+        if not callable(spec.item): t = self._standard(spec, t)
         if t.is_inference():  # autograd cannot use one, and it does not count changes in place
             with torch.inference_mode(False): t = own_copy(t)
         self.outputs.setdefault(spec.spec, []).append((t, tensor_version(t)))
         if self._stop_order and [*self.outputs]==self._stop_order: raise self.StopForward
+
+    def _standard(self, spec, t):
+        "A feature in the layout that losses expect"
+        if spec.spec in self.sequence_first and t.ndim==3: t = t.transpose(0, 1)
+        return standard_layout(t, self.widths[spec.spec])
 
     def execution_order(self)->list: # Empty if a layer did not run, or ran several times
         "Return the layers in the order in which they ran in the last forward"

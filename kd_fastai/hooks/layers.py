@@ -51,16 +51,24 @@ def _suggest_name(name, names):
 class LayerSpec(NamedTuple):
     "One tensor inside a model; `parse_layer` makes it"
     spec:str|tuple         # What the user wrote
-    name:str               # Name of the layer
+    name:str               # Name of the layer; empty for the model itself
     call:int|None=None     # Which of its calls in one forward; None if it has only one
     item:str|Callable|None=None # Position or key in its output, or a function of the output; None for a tensor
     is_input:bool=False    # Its input, instead of its output?
+
+    def module(self,
+        model:nn.Module # Model that has the layer
+    )->nn.Module:
+        "Return the layer"
+        return get_module_by_name(model, self.name) if self.name else unwrap_model(model)
 
 def parse_layer(
     model:nn.Module, # Model that has the layer
     spec:str|tuple   # `[>]name[@call][:item]`, or a tuple of this and a function from the output to the tensor
 )->LayerSpec:
-    "Parse a layer specification. Raises `TypeError` for other types and `ValueError` for an unknown layer"
+    """Parse a layer specification. `':item'` is an item of the model's own output.
+
+    Raises `TypeError` for other types and `ValueError` for an unknown layer."""
     if spec=='>': return LayerSpec(spec, last_linear(model), is_input=True)
     if isinstance(spec, str) and re.match('>maps(:|$)', spec): return _parse_class_maps(model, spec)
     if _has_picker(spec): return parse_layer(model, spec[0])._replace(spec=spec, item=spec[1])
@@ -70,7 +78,7 @@ def parse_layer(
     if spec in names: return LayerSpec(spec, spec)
     is_input,name,call,item = re.fullmatch(r'(>?)(.*?)(?:@(-?\d+))?(?::([^:@]+))?', spec, re.DOTALL).groups()
     if is_input+name in names: is_input,name = '',is_input+name
-    get_module_by_name(model, name)
+    if name or item is None: get_module_by_name(model, name)
     return LayerSpec(spec, name, call and int(call), item, bool(is_input))
 
 def _has_picker(spec):

@@ -151,7 +151,7 @@ def get_logits(
     raise TypeError(
         "Expected a tensor of predictions, a tuple that begins with one or a dict with 'logits', "
         f"got {type(out).__name__}{holds}: "
-        "take a model with a classifier, or losses on features only")
+        "take a model with a classifier, name an item, Term(SoftTarget, layers=':out'), or take losses on features")
 
 # %% ../../nbs/hooks/models.ipynb #3dad9992
 def restore_modes(

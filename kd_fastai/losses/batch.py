@@ -49,6 +49,16 @@ class Batch(NamedTuple):
         def select(names, fm): return dict(zip(unique_names([layer_name(n) for n in names]), [fm[n] for n in names]))
         return {'fm_s': select(layers[0], self.fm_s), 'fm_t': select(layers[1], self.fm_t)}
 
+    def with_predictions(self,
+        fm_s:dict, # A feature of the student, by layer
+        fm_t:dict  # A feature of the teacher, by layer
+    )->'Batch':
+        "Return the batch with these as predictions: `(B, C)`, `(B, C, *spatial)`, or of tokens `(B, N, C)`"
+        pred,teacher_pred = (f.movedim(-1, 1) if f.ndim==3 else f for fm in (fm_s, fm_t) for f in fm.values())
+        mask,size = self.label_mask,pred.shape[2:]
+        if mask is not None and mask.shape[1:]!=size: mask = resize_mask(mask, size) if mask.ndim==pred.ndim-1 else None
+        return self._replace(pred=pred, teacher_pred=teacher_pred, label_mask=mask)
+
     def labeled(self,
         known:bool=False # Only those whose class the teacher has?
     )->'Batch':
@@ -152,15 +162,16 @@ def class_labels(
     return target[:,0] if is_column and not target.is_floating_point() else target
 
 def find_label_mask(
-    ignore_index:int|None, # Label of positions that are left out, if it is known; so are negative labels
+    ignore_index:int|None, # Label of positions that are left out, if it is known; so are numbers of no class
     pred:Tensor,           # Predictions, classes in dimension 1
     *targets               # Labels, and those of the partners of mixed samples
 )->Tensor|None: # `(B, *spatial)`; None if all are labeled, or labels do not go by position
     "Return where all labels are classes. A mask of labels of another size than the predictions is resized"
-    mask = None
+    mask,n = None,pred.shape[1]
     for y in targets:
         if not isinstance(y, Tensor) or y.is_floating_point() or y.ndim!=pred.ndim-1 or len(y)!=len(pred): return None
-        is_class = y>=0 if ignore_index is None else (y>=0) & (y!=ignore_index)
+        is_class = (y>=0) & (y<n) if n>1 else y>=0
+        if ignore_index is not None: is_class &= y!=ignore_index
         mask = is_class if mask is None else mask & is_class
     if mask is None or mask.all(): return None
     size = pred.shape[2:]

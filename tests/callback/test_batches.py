@@ -7,8 +7,8 @@ from torch import nn
 from fastai.basics import (Adam, Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner,
     SGD, noop, ranger, set_seed)
 from fastai.callback.schedule import minimum
-from kd_fastai.all import (Ensemble, FitNet, KnowledgeDistillationCallback, Logits, Mutual, MutualLearning,
-    SoftTarget, Term)
+from kd_fastai.all import (Ensemble, FitNet, KnowledgeDistillationCallback, Logits, MultiLabel, Mutual,
+    MutualLearning, SoftTarget, Term)
 from kd_fastai.methods.gates import by_position
 
 pytestmark = pytest.mark.filterwarnings('ignore:The teacher agrees')   # teachers are not trained
@@ -114,7 +114,7 @@ def test_one_of_two_callbacks_may_be_off(off):
 @pytest.mark.parametrize('leave', [lambda learn, kd: learn.remove_cb(kd), lambda learn, kd: setattr(kd, 'run', False)],
                          ids=['removed','off'])
 def test_the_first_of_two_callbacks_leaves_in_mid_epoch(leave):
-    "The second trains on as if it were alone."
+    "The second trains on as if it were the only one."
     first,second = KD(mlp(9), Term(SoftTarget, 1.)),KD(mlp(8), Term(Logits, 0.5))
     class Leave(Callback):
         order = 50
@@ -281,6 +281,77 @@ def said(teacher, loss, **kwargs):
 def test_probabilities_are_noticed():
     assert 'are probabilities, and losses expect logits' in said(nn.Sequential(mlp(9), nn.Softmax(1)), SoftTarget)
     assert 'probabilities' not in said(nn.Sequential(mlp(9), nn.LogSoftmax(1)), SoftTarget)
+
+def test_probabilities_of_a_student_and_of_a_sigmoid_are_noticed():
+    expected = 'The predictions of the student are probabilities'
+    student = nn.Sequential(mlp(1), nn.Softmax(1))
+    with pytest.warns(UserWarning, match=expected): fit(learner(student, KD(mlp(9), SoftTarget)))
+    teacher = nn.Sequential(mlp(9), nn.Sigmoid())
+    assert 'leave out its last sigmoid' in said(teacher, MultiLabel)
+    assert 'sigmoid' not in said(teacher, Logits)+said(mlp(9), MultiLabel)
+
+def first_warning(teacher, n=256):
+    "What is said before the eighth step, and the number of warnings in all"
+    class At(Callback):
+        order,run_valid = 60,False
+        def after_step(self): early.append(len(ws))
+    early,labels = [],mlp(9)(Items(n).x).argmax(1)
+    dl = DataLoader(list(zip(Items(n).x, labels)), bs=16)
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        fit(learner(mlp(1), [KD(teacher, SoftTarget), At()], DataLoaders(dl, dl)))
+    return ' '.join(str(w.message) for w in ws[:early[7]]),len(ws)
+
+def test_an_untrained_teacher_is_noticed_in_the_first_batches():
+    text,n = first_warning(mlp(3))
+    assert 'hardly more than by chance' in text and n==1
+    assert first_warning(mlp(9))==('', 0)
+
+def test_an_untrained_one_of_several_teachers_is_named():
+    dl = DataLoader(list(zip(Items(256).x, mlp(9)(Items(256).x).argmax(1))), bs=16)
+    terms = [Term(SoftTarget, teacher=k) for k in ('good','bad')]
+    with pytest.warns(UserWarning, match="The teacher 'bad' agrees with .* hardly more than by chance") as ws:
+        fit(learner(mlp(1), KD({'good': mlp(9), 'bad': mlp(3)}, terms), DataLoaders(dl, dl)))
+    assert len(ws)==1
+
+def test_a_teacher_that_is_worse_than_the_student_is_noticed_on_the_first_batch():
+    class Stop(Callback):
+        order = 70
+        def after_batch(self): raise CancelFitException
+    dl = DataLoader(list(zip(Items().x, mlp(9)(Items().x).argmax(1))), bs=32)
+    def fit_first(student, teacher): fit(learner(student, [KD(teacher, SoftTarget), Stop()], DataLoaders(dl, dl)))
+    with pytest.warns(UserWarning, match='the student agrees with 100% of the labels'): fit_first(mlp(9), mlp(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        fit_first(mlp(3), mlp(9))
+
+# ---- models with several outputs
+
+class TwoHeads(nn.Module):
+    def __init__(self, seed, kind):
+        super().__init__()
+        self.body,self.kind = mlp(seed, n_out=8),kind
+        self.a,self.b = nn.Linear(8, 5),nn.Linear(8, 3)
+    def forward(self, x):
+        a,b = self.a(f := self.body(x)),self.b(f)
+        return {'tuple': (a, b), 'dict': dict(out=a, aux=b), 'after embedding': (f, b)}[self.kind]
+
+@pytest.mark.parametrize('kind,layer,i', [
+    ('tuple','b',1), ('tuple',':1',1), ('dict',':out','out'), ('dict',':aux','aux'), ('after embedding',':1',1)])
+def test_a_term_names_the_output_that_it_compares(kind, layer, i):
+    def task(pred, y): return F.cross_entropy(pred['out'] if kind=='dict' else pred[1].repeat(1,2), y)
+    student,teacher,got = TwoHeads(1, kind),TwoHeads(9, kind),[]
+    class Values(Callback):
+        order,run_valid = 6,False
+        def after_loss(self): got.append(kd.fit_state.values['soft_target'].item())
+    kd = KD(teacher, Term(SoftTarget, 1., layers=layer))
+    x = Items().x[:16]
+    expected = SoftTarget(student(x)[i], teacher(x)[i]).item()
+    fit(learner(student, [kd, Values()], loss_func=task), lr=0.)
+    assert got[0]==pytest.approx(expected)
+
+def test_a_term_on_predictions_has_one_layer():
+    with pytest.raises(ValueError, match='those of one layer'): Term(SoftTarget, layers=['0','2'])
 
 def test_a_constant_term_is_noticed():
     def constant(fm_s, fm_t): return sum((f-f).sum() for f in fm_s.values())

@@ -1,4 +1,4 @@
-"Small trainings with the callback: its numbers, what is left after a fit, and the errors."
+"Small training runs with the callback: its numbers, what is left after a fit, and the errors."
 import math, pickle, re, subprocess, sys, warnings
 from contextlib import nullcontext
 from copy import deepcopy
@@ -62,7 +62,7 @@ def names(losses): return '+'.join(loss_name(f) for f,_ in losses) if isinstance
     ([(FitNet, 1.), (PKT, 1000.), (RKD, 0.1)], 1.),
     ([(ActivationBoundaries, 1.)], 1.)], ids=names)
 def test_equals_hand_written_loop(teacher, losses, task_weight):
-    "The student's weights are those of a plain loop, and not those of a training without a teacher."
+    "The student's weights are those of a plain loop, and not those of a training run without a teacher."
     sgd = partial(OptimWrapper, opt=torch.optim.SGD)
     hand = by_hand(teacher, losses, task_weight)
     kd = KD(teacher, [Term(f, w) for f,w in losses], LAYERS, task_weight=task_weight)
@@ -157,7 +157,7 @@ def test_columns_are_means_over_samples(teacher):
     assert {n for n,_ in vals}=={20,15}
     assert h.spy.iloc[0]==pytest.approx(sum(n*v for n,v in vals)/95)
 
-# ---- fastai's ways to train
+# ---- fastai's methods of training
 
 @pytest.mark.slow
 @pytest.mark.parametrize('train', [

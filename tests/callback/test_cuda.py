@@ -97,7 +97,7 @@ def test_load_moves_the_state_of_owned_weights(tmp_path):
 
 @pytest.mark.parametrize('views', [None, 2])
 def test_a_cache_on_the_gpu(views, tmp_path):
-    "answers as the live teacher does, to the same inputs; draws on the GPU are replayed"
+    "predicts as the live teacher does, to the same inputs; draws on the GPU are replayed"
     teacher,got = net(8),[]
     live = deepcopy(teacher).eval().to(GPU)
     tfms = dict(after_batch=[Jitter]) if views else {}
@@ -129,7 +129,7 @@ def test_views_leave_the_random_numbers_of_the_gpu():
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('half', [False, True])
 def test_teacher_dtype(dtype, half):
-    "The copy answers on the GPU, also in a student's half precision; the teacher stays where it is and what it is"
+    "The copy predicts on the GPU, also in a student's half precision; the teacher stays where it is and what it is"
     teacher = net(8)
     def train(**kwargs):
         learn = learner(KnowledgeDistillationCallback(teacher, [SoftTarget, Term(Attention, 10.)], '1', **kwargs))

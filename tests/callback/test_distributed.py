@@ -75,7 +75,7 @@ def run(learn, ctx, n=2, **kwargs):
     return result(learn)
 
 def features_alone(learn, ctx):
-    "The student after a training on features without the task loss, so that its last layer has no gradient"
+    "The student after a training run on features without the task loss, so that its last layer has no gradient"
     learn.remove_cb(learn.knowledge_distillation)
     with ctx(learn): learn.fit(2, 0.1, cbs=KD(teacher(), Term(Adapted(), layers=[('2','2')]), task_weight=0))
     return deepcopy(learn.model.state_dict())
@@ -106,7 +106,7 @@ def found(ctx):
     return {'weights': kd.weights, 'student': deepcopy(learn.model.state_dict())}
 
 def worker(path):
-    "The trainings of one process"
+    "The training runs of one process"
     # imported later, torch.distributed.nn would keep the process group: see the tutorial on several processes
     import torch.distributed.nn
     from fastai.distributed import DistributedDL
@@ -123,7 +123,7 @@ def worker(path):
     res['norm'] = run(mine(norm=True), together)
     res['features alone'] = features_alone(mine(opt_func=SGD), together)
     res['positions'],res['found'] = positions(together),found(together)
-    res['student with batch norm'] = run(mine(model=small_net(4)), together)  # torch has SyncBatchNorm on GPUs alone
+    res['student with batch norm'] = run(mine(model=small_net(4)), together)  # torch has SyncBatchNorm on GPUs only
     learn = mine(path=path, opt_func=SGD)               # Adam's states, the student's too, would stay apart
     res['apart'] = run(learn, lambda l: nullcontext())           # each for itself, from other weights
     res['after apart'] = run(learn, together)

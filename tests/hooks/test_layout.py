@@ -47,6 +47,18 @@ def test_layout(case, size):
     with torch.no_grad(): out = model(x)
     torch.testing.assert_close(captured(model, layer, x), expected(out))
 
+@pytest.mark.parametrize('n', [3, 5, 10], ids=['fewer','as long as the sequence','a part of it'])
+@pytest.mark.parametrize('layer', ['0:0','1','1.norm1'])
+def test_sequence_first(layer, n):
+    "Known from the modules, also where two dimensions could be the batch"
+    class Net(nn.Sequential):
+        def forward(self, x): return self[1](self[0](x)[0])
+    model = Net(nn.GRU(6, 8), nn.TransformerEncoderLayer(8, 2, 16)).eval()
+    x = torch.randn(n, 1, 6).expand(n, 10 if n==3 else 5, 6)
+    f = batch_first(captured(model, layer, x.transpose(0, 1)), n, layer)
+    outs = captured(model, (layer.partition(':')[0], lambda o: o[0] if layer=='0:0' else o), x.transpose(0, 1))
+    torch.testing.assert_close(f, outs.transpose(0, 1))
+
 def test_a_function_says_the_layout_itself():
     model,x = nn.Sequential(nn.Conv1d(3, 8, 1)),torch.randn(2,3,24)
     torch.testing.assert_close(captured(model, ('0', lambda f: f), x), model(x).detach())

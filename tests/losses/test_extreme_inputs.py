@@ -163,7 +163,7 @@ def mask_last(x): return torch.cat([x, torch.full_like(x[:,:1], -torch.inf)], 1)
 
 @LOGITS
 def test_masked_class_counts_as_absent(name):
-    "Logits of -inf in both: no NaN, and the value of the other classes alone where the loss is a sum over classes"
+    "Logits of -inf in both: no NaN, and the value of only the other classes where the loss is a sum over classes"
     loss = OF_LOGITS[name]
     x = inputs(loss)
     value,grads = gradients(loss, {**x, 'pred': mask_last(x['pred']), 'teacher_pred': mask_last(x['teacher_pred'])})

@@ -102,7 +102,7 @@ def test_draws_depend_on_the_seed_alone(name):
 
 @pytest.mark.parametrize('name', ['MGD','CRDBank'])
 def test_students_dropout_is_the_same_at_weight_zero(name, teachers):   # noqa: F811
-    "A training whose only term has weight 0 equals one without a callback, bit for bit"
+    "A training run whose only term has weight 0 equals one without a callback, bit for bit"
     def model():
         torch.manual_seed(3)
         return nn.Sequential(*small_net(4)[:5], nn.Dropout(.5), nn.Linear(16, 10))

@@ -454,7 +454,7 @@ def test_tokens(name):
 
 @with_preds
 def test_dense(name):
-    "Positions are averaged: a picture of one answer counts like that answer"
+    "Positions are averaged: a picture with one prediction counts like that prediction"
     x = inputs(name, dtype=torch.float64)
     def wide(t): return t[...,None,None].expand(*t.shape, 2, 3).clone()
     close(ALL[name][0](**changed(x, wide, ('pred','teacher_pred','target'))), ALL[name][0](**x), 1e-6)

@@ -37,7 +37,7 @@ class Row(NamedTuple):
     student:tuple              # Shapes of the student's features, without the batch
     teacher:tuple              # Shapes of the teacher's
     golden:tuple = ()          # Methods among the golden numbers
-    layers:object = ['0','1','2'] # Layers of `small_net` for a training
+    layers:object = ['0','1','2'] # Layers of `small_net` for a training run
     width:int = 6              # Width of the teacher, where the student's is 4
 
 def must_match(name):
@@ -296,7 +296,7 @@ def test_gradient(name):
 @pytest.mark.slow
 @every
 def test_learns(name):
-    "Training its own weights alone makes it smaller"
+    "Training only its own weights makes it smaller"
     if name=='CTKD': pytest.skip("learns to make it larger: see test_temperature")
     if name=='CRD': pytest.skip("the same batch again and again would be its own negatives")
     x = inputs(name)
@@ -460,7 +460,7 @@ def test_bad_sizes_of_a_regressor():
 def test_bad_parameters(make, match):
     with pytest.raises(ValueError, match=match): make()
 
-# --- trainings
+# --- training runs
 
 @pytest.fixture(scope='module')
 def teachers():
@@ -587,7 +587,7 @@ def segmenter(width):
 @pytest.mark.parametrize('loss', [PairwiseKD, CIRKD, IFVD, TokenRelationKL, partial(PairwiseKD, window=2)],
                          ids=['PairwiseKD','CIRKD','IFVD','TokenRelationKL','windows'])
 def test_segmentation_losses_train(loss):
-    "Their column falls in a training with dense labels, on maps that are smaller than the labels"
+    "Their column falls in a training run with dense labels, on maps that are smaller than the labels"
     set_seed(9)
     teacher = segmenter(8)
     kd = KnowledgeDistillationCallback(teacher, loss, '3', weight=get_loss_info(loss).weight, task_weight=0.1)
@@ -771,7 +771,7 @@ def test_classifier(make):
 
 @pytest.mark.parametrize('name', ['SRRL','SimKD'])
 def test_classifier_that_is_captured(name, teachers):
-    "Its copy does not answer for it"
+    "Its copy has a state of its own"
     learn = learner(KnowledgeDistillationCallback(teachers[6],
                                                   [Term(ALL[name].make(), layers=ALL[name].layers),
                                                    Term(FitNet, layers='5')]))
@@ -782,7 +782,7 @@ def test_classifier_that_is_captured(name, teachers):
 @pytest.mark.slow
 def test_simkd_student(layer, teachers, tmp_path):
     """Its body, the projector and the teacher's classifier: better than its own head, which was not trained, and of
-    torch alone"""
+    torch only"""
     kd = KnowledgeDistillationCallback(teachers[6], simkd := SimKD(), [layer], weight=1., task_weight=0)
     learn = fit(learner(kd, model=small_net(4) if layer!=('1','2')
                         else nn.Sequential(*small_net(4)[:2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10))),
@@ -827,7 +827,7 @@ def test_simkd_student_refuses():
 
 @pytest.mark.parametrize('mask,ratio,dims', [('position', .65, (0,2,3)), ('channel', .15, (0,1))])
 def test_masks(mask, ratio, dims):
-    "As many zeros as asked for, another mask each time, the same mask for the same state"
+    "As many zeros as required, another mask each time, the same mask for the same state"
     loss,t = MGD(mask).build(**inputs('MGD')),torch.zeros(40,50,9,9)
     before = state(loss)
     a = loss.draw(t)

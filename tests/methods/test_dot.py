@@ -80,7 +80,7 @@ def test_golden_trajectories(case, torchs):
     total = sum(p.sum().item() for p in model.params.values())
     assert total==pytest.approx(case['expected'], rel=1e-5, abs=1e-6)
 
-# ---- a training
+# ---- a training run
 
 def by_hand(teacher, model, dls, delta, mom=0.9, lr=0.05, wd=0.01, task_weight=0.7, weight=0.5, n=2):
     "Train with two momentum buffers in plain PyTorch; returns the model"
@@ -129,7 +129,7 @@ def test_delta_zero_is_plain_training_with_owned_weights(teacher):
     assert not torch.allclose(dot, plain, atol=1e-3)
 
 def test_terms_of_weight_zero_are_plain_momentum(teacher):
-    "While a schedule is at 0, the optimizer trains alone."
+    "While a schedule is at 0, the optimizer trains without a teacher."
     late = combine_scheds([0.5,0.5], [SchedNo(0,0), SchedNo(1,1)])
     def run(schedule, *cbs):
         return weights(fit(learner([KD(teacher, SoftTarget, schedule=schedule), *cbs], opt_func=sgd), 1, 0.02))

@@ -194,7 +194,7 @@ def by_hand(nets, dls, w, lr=1e-2):
 
 @pytest.mark.parametrize('n', [2,3])
 def test_mutual_learning_equals_a_hand_written_loop(n):
-    "The weights of each network are those of the plain loop, and not those of training alone."
+    "The weights of each network are those of the plain loop, and not those of training without a teacher."
     sgd = partial(OptimWrapper, opt=torch.optim.SGD)
     hand = by_hand([learner(width=4+2*i, seed=i).model for i in range(n)], digits(100), 0.7)
     first,*rest = [learner(width=4+2*i, seed=i, opt_func=sgd) for i in range(n)]

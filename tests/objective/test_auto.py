@@ -82,7 +82,7 @@ def test_equals_a_training_with_the_found_weights(teacher, name):
     assert history(auto).equals(history(fixed))
 
 def test_a_cached_teacher_and_an_early_exit_find_the_same(teacher):
-    "The teacher's whole answer is not needed for it."
+    "The teacher's whole prediction is not needed for it."
     def run(teacher, **options): return fit(learner(KD(teacher, Attention, '1', weight='auto', **options)))
     a,b = run(teacher),run(teacher, early_exit=False)
     assert found(a)==found(b)

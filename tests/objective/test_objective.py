@@ -66,18 +66,24 @@ def value(term, pred, teacher_pred, target, **kwargs):
     objective = Objective([term], **kwargs)
     return objective.values(objective.prepare(pred, teacher_pred, target=target))[term.name]
 
-def test_negative_labels_are_left_out_though_nobody_names_them():
+@pytest.mark.parametrize('ignored', [-100, -1, 5, 255])
+def test_labels_of_no_class_are_left_out_though_nobody_names_them(ignored):
     p,t = torch.randn(2, 4, 6, 5).unbind()
-    y = torch.randint(5, (4,6)); y[:,4:] = -100
+    y = torch.randint(5, (4,6)); y[:,4:] = ignored
     for loss in (SoftTarget, DecoupledKD):
         got = value(Term(loss, 1.), p, t, y, class_axis=None)
-        args = (p[y>=0], t[y>=0])+((y[y>=0],) if loss is DecoupledKD else ())
+        args = (p[:,:4].flatten(0,1), t[:,:4].flatten(0,1))+((y[:,:4].flatten(),) if loss is DecoupledKD else ())
         torch.testing.assert_close(got, loss(*args))
 
 def test_labels_of_another_size_leave_out_positions():
     p,t = torch.randn(2, 3, 4, 4, 4).unbind()
     y = torch.randint(4, (3,16,16)); y[:,:8] = 255
     torch.testing.assert_close(value(Term(SoftTarget, 1.), p, t, y, ignore_index=255), SoftTarget(p[:,:,2:], t[:,:,2:]))
+
+def test_numbers_of_one_output_are_no_classes():
+    p,t = torch.randn(2, 6, 1, 4).unbind()
+    y = torch.randint(9, (6,4))
+    torch.testing.assert_close(value(Term(Logits, 1.), p, t, y), Logits(p, t))
 
 def test_labels_in_a_column_are_those_of_the_samples():
     "fastai's tabular classification has labels `(B, 1)`."

@@ -120,7 +120,7 @@ def test_samples_without_a_label_do_not_count():
 @pytest.mark.parametrize('weight', [None, teacher_sure(0.3)], ids=['plain','gated'])
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
 def test_labels_of_mixed_samples_are_exact(teacher, mix, weight):
-    "In a training, each sample is interpolated by its own share."
+    "In a training run, each sample is interpolated by its own share."
     class Look(Callback):
         order,run_valid = KD.order+1,False
         def after_loss(self):

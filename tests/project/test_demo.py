@@ -1,8 +1,9 @@
 "The command, as a user types it."
-import os, subprocess, sys
+import math, os, subprocess, sys
 from pathlib import Path
 import pandas as pd
-import pytest
+import pytest, torch
+from torch import nn
 from kd_fastai.report.compare import KDComparison, comparison_table
 from kd_fastai.demo import kd_demo
 
@@ -22,14 +23,14 @@ def done(tmp_path_factory):
 
 def test_prints_a_table_and_draws_a_plot(done):
     stdout,folder = done
-    for o in ('teacher', 'student alone', 'with SoftTarget', 'with SoftTarget + Attention', '±', 'better in', '94186',
+    for o in ('teacher', 'baseline', 'with SoftTarget', 'with SoftTarget + Attention', '±', 'better in', '94186',
               '6274', 'undecided'):
         assert o in stdout
     assert (folder/'kd_demo.png').stat().st_size>5000
 
 @pytest.mark.parametrize('args,says', [
     (dict(labels=5),'--labels must be 10 to 990, got 5'), (dict(seeds=0),'--seeds must be at least 1'),
-    (dict(epochs=0),'--epochs must be'), (dict(data='cats'),'--data must be digits or fashion'),
+    (dict(epochs=0),'--epochs must be'), (dict(data='cats'),'--data must be one of digits, fashion, emoji'),
     (dict(temperature=0),'--temperature must be'), (dict(out='nowhere/x.png'),"no folder 'nowhere'"),
     (dict(out='x.doc'),'--out must end in')])
 def test_bad_values_end_the_command_with_a_sentence(args, says, tmp_path, monkeypatch):
@@ -52,13 +53,13 @@ def test_module_runs_too():
     assert r.returncode and '10 to 990' in r.stderr
 
 def test_picture_shows_every_run_and_the_mean():
-    "Above the way, epoch by epoch, with the teacher's line; below the gain of each run, and its mean"
+    "Above the accuracy, epoch by epoch, with the teacher's line; below the gain of each run, and its mean"
     import matplotlib; matplotlib.use('agg')
     from kd_fastai.demo import picture
-    curves = {'student alone': [[50.,80.],[60.,90.]], 'with X': [[40.,92.],[50.,94.]]}
+    curves = {'baseline': [[50.,80.],[60.,90.]], 'with X': [[40.,92.],[50.,94.]]}
     top,bottom = picture(comparison({n: [o[-1] for o in v] for n,v in curves.items()}), 98., curves).axes
     lines = {l.get_label(): [*l.get_ydata()] for l in top.lines}
-    assert (lines['teacher'], lines['student alone'], lines['with X']) == ([98.,98.], [55.,85.], [45.,93.])
+    assert (lines['teacher'], lines['baseline'], lines['with X']) == ([98.,98.], [55.,85.], [45.,93.])
     drawn = [[*l.get_ydata()] for l in top.lines]
     assert all(o in drawn for runs in curves.values() for o in runs)
     assert [round(o, 4) for o in next(l for l in bottom.lines if l.get_marker()=='.').get_xdata()] == [.12,.04]
@@ -71,14 +72,14 @@ def comparison(scores):
 
 def test_verdict_counts_runs_and_takes_the_interval():
     from kd_fastai.demo import verdict
-    assert verdict(comparison({'student alone': [90.,90.], 'with X': [91.,89.4]}))==(
-        'with X: +0.2 points against the student alone, better in 1 of 2 runs, worse in 1: undecided')
-    assert verdict(comparison({'student alone': [90.,90.1,90.2], 'with X': [95.,95.,95.3]})).endswith(
+    assert verdict(comparison({'baseline': [90.,90.], 'with X': [91.,89.4]}))==(
+        'with X: +0.2 points against the baseline, better in 1 of 2 runs, worse in 1: undecided')
+    assert verdict(comparison({'baseline': [90.,90.1,90.2], 'with X': [95.,95.,95.3]})).endswith(
         'better in 3 of 3 runs, worse in 0: better')
 
 def test_students_have_one_latency(done):
     "Time and size belong to the architecture"
-    rows = [l.split() for l in done[0].splitlines() if l.startswith(('student alone','with SoftTarget'))]
+    rows = [l.split() for l in done[0].splitlines() if l.startswith(('baseline','with SoftTarget'))]
     ends = {tuple(o[-3:]) for o in rows if '6274' in o}
     assert len(ends)==1, rows
 
@@ -100,3 +101,35 @@ def test_missing_fashion_gets_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Path, 'home', lambda: tmp_path)
     with pytest.raises(SystemExit, match='kd-demo: Fashion-MNIST is not in .*dataset-fashion-mnist'):
         module.kd_demo(data='fashion', out=str(tmp_path/'x.png'))
+
+def test_missing_emoji_get_a_sentence_with_the_command(tmp_path, monkeypatch):
+    from kd_fastai import demo as module
+    monkeypatch.setattr(module, 'CACHE', tmp_path)
+    monkeypatch.setenv('PATH', '')
+    module.emoji.cache_clear()
+    command = 'npm pack emoji-datasource-google@16.0.0'
+    with pytest.raises(SystemExit, match=f'kd-demo: No emoji-.* Fetch it there: {command}'):
+        module.kd_demo(data='emoji', out=str(tmp_path/'x.png'))
+
+class TinyPretrained(nn.Module):
+    "In place of EfficientNet-Lite0"
+    def __init__(self, n_classes=0):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 9, 8), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(8, n_classes) if n_classes else nn.Identity()
+    def forward(self, x): return self.classifier(self.body(x))
+
+def test_emoji_run_too(monkeypatch):
+    "With pictures of noise and a tiny teacher; pretraining takes one of the epochs"
+    from kd_fastai import demo as module
+    number = torch.arange(30).repeat(2)
+    pictures = torch.randint(0, 256, (60,3,64,64), dtype=torch.uint8)
+    monkeypatch.setattr(module, 'emoji', lambda: (pictures, number%9, number, number//30, [*'abcdefghi']))
+    monkeypatch.setattr(module, 'lite0', TinyPretrained)
+    module.read_views.cache_clear()
+    try: res,teacher,curves = module.compare(2, epochs=3, data='emoji', say=lambda o: None)
+    finally: module.read_views.cache_clear()
+    assert teacher.dls.train.n==18*2 and teacher.dls.valid.n==12
+    assert [*curves]==['baseline', 'learn.distill', 'kd_pretrain, then distill']
+    assert [math.isnan(runs[0][0]) for runs in curves.values()]==[False,False,True]
+    assert module.table(res, teacher, module.small_separable).parameters['baseline']==21513

@@ -22,14 +22,14 @@ def done(tmp_path_factory, fashion_folder):
 
 def results(folder): return [pd.read_csv(folder/'fashion_quick'/f'{n}.csv') for n in ('fashion_runs','fashion')]
 
-def test_every_way_runs_on_every_seed(done):
+def test_every_method_runs_on_every_seed(done):
     runs,table = results(done)
-    assert {*runs.groupby('way').seed.count()}=={2}
-    assert [*table.way]==['teacher','student alone','learn.distill(teacher)','SoftTarget, auto','SoftTarget, paper',
+    assert {*runs.groupby('method').seed.count()}=={2}
+    assert [*table.method]==['teacher','baseline','learn.distill(teacher)','SoftTarget, auto','SoftTarget, paper',
                           'DecoupledKD, auto','Logits, auto','Attention, auto','FitNet, auto','RKD, auto',
                           'Similarity, auto']
 
-def test_ways_of_a_seed_are_paired(done):
+def test_methods_of_a_seed_are_paired(done):
     runs,_ = results(done)
     assert {*runs.groupby('seed').start.nunique()}=={1}
 
@@ -40,20 +40,20 @@ def test_runs_name_the_ratios_of_auto(done):
 def test_table_names_its_machine(done):
     assert 'torch' in (done/'fashion_quick/fashion.md').read_text()
 
-def test_another_way_is_added_to_the_finished_ones(done, fashion_folder):
+def test_another_method_is_added_to_the_finished_ones(done, fashion_folder):
     before = results(done)[0]
     r = run(done, '--quick', '--folder', fashion_folder, '--students', 'thin', '--only', 'Similarity, paper')
     assert r.returncode==0, r.stderr[-2000:]
     after = results(done)[0]
-    assert {*after.way}-{*before.way}=={'Similarity, paper'}
-    def in_order(runs): return runs.sort_values(['seed','way']).reset_index(drop=True)
-    kept = in_order(after[after.way!='Similarity, paper'])
+    assert {*after.method}-{*before.method}=={'Similarity, paper'}
+    def in_order(runs): return runs.sort_values(['seed','method']).reset_index(drop=True)
+    kept = in_order(after[after.method!='Similarity, paper'])
     pd.testing.assert_frame_equal(kept, in_order(before))   # seconds, too: they did not run again
 
 def test_missing_files_are_named(tmp_path):
     r = run(tmp_path, '--quick', '--folder', tmp_path)
     assert r.returncode and "Install Debian's package dataset-fashion-mnist" in r.stderr
 
-def test_unknown_ways_are_named(tmp_path):
+def test_unknown_methods_are_named(tmp_path):
     r = run(tmp_path, '--quick', '--only', 'Nonsense')
-    assert r.returncode and 'No such way: Nonsense' in r.stderr
+    assert r.returncode and 'No such method: Nonsense' in r.stderr

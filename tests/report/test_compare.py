@@ -63,7 +63,7 @@ def test_unknown_baseline():
         comparison_table(RUNS, 'accuracy', 'x')
 
 def test_false_verdicts_are_as_rare_as_promised():
-    "600 comparisons of three equal ways with the baseline: at most 5% have any verdict, within three standard errors"
+    "600 comparisons of three equal methods with a baseline: at most 5% have any verdict, within three standard errors"
     g = np.random.default_rng(1)
     wrong = 0
     for _ in range(600):
@@ -369,7 +369,7 @@ def test_the_note_says_how_many_seeds_are_missing():
     n = seeds_for_verdict(res.differences('b'))
     assert res.table.verdict.b=='undecided' and f'b: about {n} seeds would decide' in res.note
     z = pd.Series(np.linspace(-1, 1, n))
-    d = z/z.std()*res.differences('b').std()+res.differences('b').mean()  # as many with this mean and spread
+    d = z/z.std()*res.differences('b').std()+res.differences('b').mean()  # n differences with this mean and spread
     assert paired_interval(d)['verdict']=='better' and paired_interval(d[1:-1])['verdict']!='worse'
 
 # ---- several students, the best student, progress

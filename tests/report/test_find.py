@@ -1,4 +1,4 @@
-"`learn.kd_find`: paired trainings, a Learner that stays as it was, and no suggestion within the noise."
+"`learn.kd_find`: paired training runs, a Learner that stays as it was, and no suggestion within the noise."
 from functools import partial
 import pandas as pd, pytest, torch
 from fastai.basics import set_seed

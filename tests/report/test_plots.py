@@ -238,7 +238,7 @@ def test_any_teacher_of_the_callback(student, tmp_path):
     assert np.array_equal(*similar)
 
 def test_tokens_keep_their_class_token():
-    "`adapt='auto'` moves positions to positions: the class token of the teacher is compared with the student's alone"
+    "`adapt='auto'` moves positions to positions: the class token of the teacher is compared with the student's only"
     small,large = torch.randn(2,5,8),torch.randn(2,17,8)      # 2x2 and 4x4 positions after a class token
     loss = LossWithAdapters(FitNet)
     loss.build({'s': small}, {'t': large})

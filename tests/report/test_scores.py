@@ -78,7 +78,7 @@ def test_ignored_labels_count_nowhere(loss_func):
     assert len(predicted_classes(learn))==(y!=255).sum()
 
 def test_labels_of_tabular_data():
-    "(B, 1) beside logits (B, C)"
+    "(B, 1) next to logits (B, C)"
     data = [*zip(6*torch.eye(3).repeat(4,1), torch.arange(3).repeat(4)[:,None])]
     dls = DataLoaders(*(DataLoader(data, bs=5, num_workers=0) for _ in range(2)))
     learn = Learner(dls, eye(3, [0,1,2]), loss_func=CrossEntropyLossFlat())

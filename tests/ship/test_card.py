@@ -163,7 +163,7 @@ def test_models_of_one_architecture_have_one_latency(card):
 
 def test_epochs_without_validation_count(teacher):
     class LastOnly(Callback):
-        "Validates in the last epoch alone"
+        "Validates in the last epoch only"
         def before_validate(self):
             if self.epoch<self.n_epoch-1: raise CancelValidException
     assert 'epochs: 3' in learner(epochs=3, cbs=LastOnly()).kd_card(teacher).markdown

@@ -1,4 +1,4 @@
-"Resumed trainings, exported models, and students that were pruned or quantized first."
+"Resumed training runs, exported models, and students that were pruned or quantized first."
 import pytest, torch
 from functools import partial
 from fastai.basics import *

@@ -108,6 +108,9 @@ def look(url, new_tab):
         return SimpleNamespace(**seen, **dict(zip(('requests','errors'), map(list, logs))))
     return f
 
+# Their formulas and pictures are on the pages of losses
+split = {f'losses/{m}.html' for m in 'output feature relation connectors classifier embedding temperature'.split()}
+
 @for_sizes
 def test_loads(look, page, size): assert not look(page, size).errors
 
@@ -131,7 +134,7 @@ def test_formulas(look, page, source, size):
     "All formulas are rendered without an error"
     seen = look(page, size)
     assert not seen.bad and '$$' not in seen.text
-    assert seen.formulas or '$$' not in source
+    assert seen.formulas or page in split or '$$' not in source
 
 def test_markdown(look, page):
     "Links and callouts are rendered. A symbol in backticks would break the link around it: it becomes a link itself"
@@ -142,7 +145,7 @@ def test_pictures(look, page, source, size):
     "A plot stored in the notebook is a picture on the page"
     pictures = look(page, size).pictures
     assert all(pictures)
-    assert pictures or '"image/png"' not in source
+    assert pictures or page in split or '"image/png"' not in source
 
 @pytest.mark.parametrize('scheme', schemes)
 def test_readable(look, page, scheme):
@@ -183,14 +186,23 @@ def test_keyboard(url, new_tab):
     tab.close()
 
 @for_sizes
+@pytest.mark.parametrize('loss', ['softtarget','cwd','crdbank','minilmv2'])
+def test_page_of_a_loss(look, loss, size):
+    "A sample of the generated pages loads, fits the screen and shows formulas"
+    seen = look(f'losses/{loss}.html', size)
+    assert not seen.errors and not seen.bad and seen.formulas and '$$' not in seen.text
+    assert seen.sideways <= 1 and seen.cut <= 8 and not (size=='desktop' and seen.wide)
+    assert all(seen.pictures) and (seen.pictures or loss!='cwd')
+
+@for_sizes
 def test_search(url, new_tab, size):
-    "The search finds a loss and links to its definition"
+    "The search finds a loss and links to its page"
     tab = new_tab(size)
     tab.goto(url)
     if size=='phone': tab.locator('.navbar-toggler').click()
     tab.locator('.smalldocs-search input').press_sequentially('SoftTarget')
-    tab.locator('a.search-result[href$="#softtarget"]').click()
-    tab.wait_for_url('**/*.html#softtarget')
+    tab.locator('a.search-result[href$="losses/softtarget.html"]').click()
+    tab.wait_for_url('**/losses/softtarget.html')
     signature = 'SoftTarget(pred, teacher_pred, T=5, **kwargs) -> Tensor'
     assert tab.locator('main pre').filter(has_text=signature).is_visible()
     tab.close()
@@ -204,10 +216,11 @@ queries = {
     'install': 'tutorials/install',
     'timm': 'tutorials/any_learner', 'hugging face': 'tutorials/any_learner', 'onnx': 'tutorials/ship|ship/',
     'quantization': 'tutorials/ship', 'unlabelled': 'tutorials/unlabeled', 'segmentation': 'tutorials/segmentation',
-    'cache': 'tutorials/cache', 'CRD': 'losses/|tutorials/papers', 'SoftTarget': 'losses/output'}
+    'cache': 'tutorials/cache', 'CRD': 'losses/crd.html', 'SoftTarget': 'losses/softtarget.html',
+    'VID': 'losses/vid', 'standardize': 'losses/standardize', 'ReviewKD': 'losses/reviewkd'}
 
 def test_search_order(url, new_tab):
-    "The first result of a search is on the page that answers it"
+    "The first result of a search is on the expected page"
     tab = new_tab('desktop')
     tab.goto(url)
     first = tab.evaluate('''async (queries) => {
@@ -221,11 +234,11 @@ def test_search_order(url, new_tab):
 def test_sidebar_shows_the_page(url, new_tab, size):
     "The entry of the page is marked, and visible without scrolling the sidebar"
     tab = new_tab(size)
-    for page in ('glossary.html','teacher/store.html'):
+    for page in ('glossary.html','teacher/store.html','losses/vid.html'):
         tab.goto(url+page)
         if size=='phone': tab.locator('.quarto-btn-toggle').click()
         entry = tab.locator('#quarto-sidebar a.sidebar-link.active')
-        assert entry.count()==1 and entry.get_attribute('aria-current')=='page'
+        assert entry.count()==1 and entry.get_attribute('aria-current')
         if size=='desktop': assert 0 < entry.bounding_box()['y'] < sizes[size][1]
     tab.close()
 
@@ -250,3 +263,52 @@ def test_menu(url, new_tab):
     tab.wait_for_url(url+target)
     assert tab.locator('main h1').is_visible()
     tab.close()
+
+# ---- the page that predicts
+
+@pytest.fixture
+def predicting(url, site, new_tab):
+    "The page that predicts in a new tab, and the folder of its files"
+    folder = site/'site_libs/predict'
+    if not folder.exists(): pytest.skip('npm could not download onnxruntime-web, or onnxscript is not installed')
+    tab = new_tab('desktop')
+    requests,errors = listen(tab)
+    tab.goto(f'{url}tutorials/browser.html')
+    assert not [r for r in requests if 'onnx' in r]   # 14 MB: with the first picture
+    yield tab,folder
+    assert not errors and not [r for r in requests if not r.startswith((url, 'data:'))]
+    tab.close()
+
+def shown(tab):
+    "The table of the page after a prediction: `{model: [prediction, probability, ms, kB, accuracy]}`"
+    tab.wait_for_function("document.querySelector('#kd-teacher').cells[5].textContent!='–'", timeout=60_000)
+    rows = tab.locator('#kd-predict tbody tr').all_inner_texts()
+    return {name: values for name,*values in (r.split('\t') for r in rows)}
+
+@pytest.mark.parametrize('mode,suffix,close', [('RGB','png',1e-3), ('RGBA','png',1e-3), ('L','jpg',2e-2)])
+def test_a_picture_file_in_the_browser(predicting, mode, suffix, close, tmp_path):
+    "A file on disk gets the name and probability of ONNX Runtime in Python, by student and teacher"
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from kd_fastai.ship.export import OnnxModel
+    tab,folder = predicting
+    file = tmp_path/f'digit.{suffix}'
+    digit = Image.fromarray((load_digits().images[1003]*15.9).astype(np.uint8)).resize((40,52), Image.BICUBIC)
+    digit.convert(mode).save(file)
+    tab.locator('#kd-predict input').set_input_files(file)
+    for name,(predicted,probability,ms,kb,_) in shown(tab).items():
+        index,_,expected = OnnxModel(folder/f'{name}.onnx').predict(file)
+        assert predicted==index and float(probability)==pytest.approx(expected.max(), abs=close)
+        assert float(ms)>0 and float(kb)==round((folder/f'{name}.onnx').stat().st_size/1000)
+
+def test_a_drawing_in_the_browser(predicting):
+    "A vertical line is a 1"
+    tab,_ = predicting
+    box = tab.locator('#kd-predict canvas').bounding_box()
+    x = box['x']+box['width']/2
+    tab.mouse.move(x, box['y']+0.15*box['height'])
+    tab.mouse.down()
+    tab.mouse.move(x, box['y']+0.85*box['height'], steps=5)
+    tab.mouse.up()
+    assert shown(tab)['teacher'][0]=='1'

@@ -1,5 +1,5 @@
 "The site builds, its links and anchors exist, and it documents everything that the package exports."
-import ast, builtins, inspect, json, pkgutil, posixpath, re, subprocess, sys
+import ast, builtins, inspect, json, pkgutil, posixpath, re, shutil, subprocess, sys
 from functools import cache
 from html.parser import HTMLParser
 from importlib import import_module
@@ -47,9 +47,72 @@ def shown(obj, name, pages):
 
 @pytest.mark.slow
 def test_pages(site, pages):
-    "Each notebook has one page, with the name that nbdev's links use; the others are redirects and the page for errors"
+    "Each notebook has one page, with the name that nbdev's links use, and each loss; the others are redirects"
     made = {p.relative_to(site).as_posix() for p in site.rglob('*.html')}
-    assert made == {*pages, *redirects(), '404.html'}
+    assert made == {*pages, *loss_pages(), *redirects(), '404.html'}
+
+def loss_pages():
+    "The pages of losses and wrappers, by name"
+    from kd_fastai import losses
+    return {f'losses/{n.lower()}.html': n for n in losses.__all__ if n!='TrainableLoss'}
+
+@pytest.mark.slow
+def test_loss_pages(site):
+    "The page of a loss has all parts, and working links; links to its old section lead to it"
+    from kd_fastai import losses
+    linked = {l for p in site.rglob('*.html') for l in parse(p).links}
+    for page,name in loss_pages().items():
+        assert not broken(site/page)
+        if not hasattr(getattr(losses, name), 'info'): continue
+        assert {'use-it','signature','gain-and-cost','examples','reference','see-also'}<=parse(site/page).ids, page
+        html = (site/page).read_text(encoding='utf-8')
+        assert re.search(r'\$\$|class="math', html) and 'learn.distill(teacher' in re.sub('<.*?>', '', html), page
+        assert any(l.endswith(page.removeprefix('losses/')) for l in linked), page
+    anchors = {(m, n.lower()) for m in ('output','feature','relation','embedding') for n in loss_pages().values()}
+    assert not [l for l in linked if (m := re.search(r'(\w+)\.html#(\w+)$', l)) and (m[1], m[2]) in anchors]
+
+@pytest.fixture(scope='module')
+def loss_notebooks(site, tmp_path_factory):
+    "The notebooks of the pages of losses, by name"
+    sys.path.insert(0, str(root/'.github'/'scripts'))
+    try: from loss_pages import loss_names, write_loss_pages
+    finally: sys.path.pop(0)
+    proc = tmp_path_factory.mktemp('losses')/'proc'
+    shutil.copytree(site.parent/'_proc', proc)
+    write_loss_pages(proc)
+    return {n: json.loads((proc/'losses'/f'{n}.ipynb').read_text(encoding='utf-8'))['cells'] for n in loss_names()}
+
+def python_of(cells):
+    "The code of a page after the heading *Examples*, with the output of each cell"
+    at = next((i for i,c in enumerate(cells) if ''.join(c['source']).startswith('## Examples')), len(cells))
+    for c in cells[at:]:
+        text = ''.join(c['source'])
+        if c['cell_type']=='markdown': yield from ((o, None) for o in re.findall(r'```python\n(.*?)```', text, re.S))
+        elif not text.startswith('#| echo: false'): yield text, c['outputs']
+
+@pytest.mark.slow
+def test_loss_pages_run_as_pasted(loss_notebooks):
+    "The examples on the page of a loss run without the rest of its module's page, and the numbers shown come out"
+    for name,cells in loss_notebooks.items():
+        names,fixed = {},'other random numbers' not in str(cells)
+        for code,outputs in python_of(cells):
+            *start,last = ast.parse(code).body
+            exec(compile(ast.Module(start, []), name, 'exec'), names)
+            said = ''.join(''.join(o['data'].get('text/plain', '')) for o in outputs or [] if 'data' in o)
+            if not isinstance(last, ast.Expr): exec(compile(ast.Module([last], []), name, 'exec'), names)
+            else:
+                value = eval(compile(ast.Expression(last.value), name, 'eval'), names)
+                if fixed and re.match(r'tensor\([\d.e-]+', said): assert repr(value)==said, (name, code)
+
+@pytest.mark.slow
+def test_lines_of_loss_pages(loss_notebooks):
+    "The lines that the pages give construct the terms that they show"
+    from kd_fastai import all as names
+    for name,cells in loss_notebooks.items():
+        text = '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown')
+        terms = re.findall(r'learn\.distill\(teacher, (Term\(.*?\))(?:, task_weight=1)?\)\n', text)
+        assert all(name in repr(eval(t, dict(vars(names)))) for t in terms), name
+        assert len(terms)==2*hasattr(vars(names)[name], 'info')
 
 def redirects():
     "The old addresses of pages, and the new ones"

@@ -1,6 +1,6 @@
 """Our own word list: words that a reader of English manuals stumbles over, each with the word of the field.
 
-It reads the prose of notebooks, docstrings and comments of their code, and Markdown files, without inline code."""
+It reads the prose of notebooks, Markdown files, and the docstrings and comments of code, without inline code."""
 import ast, io, json, re, tokenize
 from pathlib import Path
 import pytest
@@ -43,9 +43,9 @@ def comments(code):
     return [t.string.lstrip('# ') for t in tokenize.generate_tokens(lines) if t.type==tokenize.COMMENT]
 
 def docstrings(code):
-    "The docstrings of a cell"
+    "The docstrings of a cell or a script"
     tree = ast.parse(re.sub(r'^[%!].*', '', code, flags=re.M))
-    nodes = (n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
+    nodes = (n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.FunctionDef, ast.ClassDef)))
     return [d for d in map(ast.get_docstring, nodes) if d]
 
 def without_code(markdown):
@@ -54,11 +54,12 @@ def without_code(markdown):
         markdown = re.sub(code, ' x ', markdown, flags=re.S)
     return re.sub(r'\*[A-Z][^*]{15,}\*', ' x ', markdown)
 
+def code_prose(code): return [without_code(o) for o in (*comments(code), *docstrings(code))]
+
 def prose(cell):
     "What a person reads in a cell"
     source = ''.join(cell['source'])
-    if cell['cell_type']!='code': return [without_code(source)]
-    return [without_code(o) for o in (*comments(source), *docstrings(source))]
+    return code_prose(source) if cell['cell_type']=='code' else [without_code(source)]
 
 def hits(text):
     "Words of the list in a text, with the better word"
@@ -67,14 +68,16 @@ def hits(text):
             if not ALLOWED.search(text[max(0, m.start()-12):m.end()+6])]
 
 def read(path):
-    "The prose of a notebook or a Markdown file"
+    "The prose of a notebook, a Markdown file, or a script"
     text = path.read_text(encoding='utf-8')
-    return [o for c in json.loads(text)['cells'] for o in prose(c)] if path.suffix=='.ipynb' else [without_code(text)]
+    if path.suffix=='.ipynb': return [o for c in json.loads(text)['cells'] for o in prose(c)]
+    return [without_code(text)] if path.suffix=='.md' else code_prose(text)
 
 def name(path): return path.relative_to(root).as_posix()
 
 files = [*sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root).parts)),
-         root/'README.md', root/'CONTRIBUTING.md']
+         root/'README.md', root/'CONTRIBUTING.md', *sorted((root/'benchmarks').rglob('*.py')),
+         *sorted(p for p in (root/'tests').rglob('*.py') if 'golden' not in p.parts and p!=Path(__file__).resolve())]
 
 @pytest.mark.parametrize('path', files, ids=name)
 def test_words(path):

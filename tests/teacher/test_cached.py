@@ -1,4 +1,4 @@
-"The cache changes no number: it answers as the live teacher does, or refuses."
+"The cache changes no number: it predicts as the live teacher does, or refuses."
 import os, re, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
 
 def files(d): return sorted(d.glob('*.npy'))
 def records(d, kind='pred'):
-    "The table with this kind of answers"
+    "The table with this kind of predictions"
     return next(o for f in files(d) if kind in (o := np.load(f, allow_pickle=False)).dtype.names)
 
 LOADERS = dict(shuffled={}, ordered=dict(shuffle=False), workers=dict(num_workers=2), drop_last=dict(drop_last=True),
@@ -36,7 +36,7 @@ def test_trains_as_without_a_cache(name, where, tmp_path):
     plain = cached_fit(t, loaders(**LOADERS[name]))
     seen = asked(t)
     cached = cached_fit(CachedTeacher(t, tmp_path/'c' if where=='file' else None), loaders(**LOADERS[name]))
-    # a batch of which some are there is asked in part, and may be rounded otherwise
+    # a batch of which some are stored is predicted in part, and may be rounded otherwise
     apart = name in ('weighted','drop_last')
     torch.testing.assert_close(weights(cached), weights(plain), rtol=1e-4*apart, atol=1e-5*apart)
     np.testing.assert_allclose(values(cached), values(plain), rtol=1e-5*apart)
@@ -154,7 +154,7 @@ CachedTeacher(t, {path!r}, layers=['1']).fill(loaders(), bar=False)
 '''
 
 def test_a_crash_while_filling_loses_nothing(tmp_path):
-    "killed in the fourth batch: three are there, and the rest is asked for"
+    "killed in the fourth batch: three are stored, and the rest is predicted"
     code = CRASH.format(tests=str(Path(__file__).parent), path=str(tmp_path/'c'))
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True).returncode==-signal.SIGKILL
     assert (records(tmp_path/'c')['check']!=0).sum()==48
@@ -221,7 +221,7 @@ torch.distributed.destroy_process_group()
 """
 
 def test_processes_that_train_together_share_a_cache(tmp_path):
-    "each asks about its own samples, which are others in the next epoch, and reads what any has written"
+    "each predicts its own samples, which are others in the next epoch, and reads what any has written"
     import socket
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     code = DISTRIBUTED.format(tests=str(Path(__file__).parent), path=str(tmp_path/'c'))
@@ -421,7 +421,7 @@ class Skips(Images):
         return super().__getitem__(i)
 
 def exact(t, learn, got):
-    "A loss that compares the teacher's answers with those of the live teacher to the student's inputs"
+    "A loss that compares the teacher's predictions with those of the live teacher to the student's inputs"
     def loss(pred, teacher_pred):
         with torch.no_grad(): live = t(*learn[0].xb)
         torch.testing.assert_close(teacher_pred, live, rtol=1e-4, atol=1e-5)
@@ -430,7 +430,7 @@ def exact(t, learn, got):
     return loss
 
 def exact_fit(teacher, live, dls, n=4, cbs=(), **kwargs):
-    "Train, and compare each answer; how many were compared"
+    "Train, and compare each prediction; how many were compared"
     holder,got,live = [],[],deepcopy(live).eval()
     for m in live.modules(): m._forward_hooks.clear()  # of `asked`
     holder.append(learner(dls, [KnowledgeDistillationCallback(teacher, exact(live, holder, got)), *cbs], **kwargs))
@@ -734,7 +734,7 @@ def test_positions_are_tracked_twice_at_once():
 # ---- transforms of other libraries, as a plain Transform
 
 class ImagesAsPictures(Images):
-    "Grey pictures of 24x24, which students see as 16x16"
+    "Gray pictures of 24x24, which students see as 16x16"
     def __init__(self, n=48):
         from fastai.vision.core import PILImageBW
         super().__init__(n)
@@ -831,7 +831,7 @@ MOMENTS = dict(
 
 @pytest.mark.parametrize('moment', MOMENTS)
 def test_views_after_a_kill(moment, tmp_path):
-    "What was written is there, what was not is asked for, and every answer is the live teacher's"
+    "What was written is stored, the rest is predicted, and every prediction is the live teacher's"
     kill_when,n_there = MOMENTS[moment]
     t = net(8)
     def fill(): return CachedTeacher(t, tmp_path/'c', views=2).fill(jittered(), bar=False)
@@ -843,7 +843,7 @@ def test_views_after_a_kill(moment, tmp_path):
     assert exact_fit(StoredTeacher(tmp_path/'c'), t, jittered(), 2)==200
 
 def test_two_processes_fill_the_same_views(tmp_path):
-    "at once, and one of them is killed on the way"
+    "at once, and one of them is killed in between"
     t = net(8)
     t.register_forward_hook(lambda *args: time.sleep(0.01))
     def fill(): CachedTeacher(t, tmp_path/'c', views=2).fill(jittered(), bar=False)

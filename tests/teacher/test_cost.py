@@ -157,7 +157,7 @@ def cached_fit(teacher, dls=None, n=3, losses=None, layers='1', **kwargs):
 def values(learn): return np.array([o[:-1] for o in learn.recorder.values])
 
 def asked(t):
-    "How many samples a teacher is asked about, from now on"
+    "How many samples a teacher predicts, from now on"
     seen = []
     t.register_forward_hook(lambda m,x,out: seen.append(len(out)))
     return seen

@@ -1,4 +1,4 @@
-"Inputs that are the teacher's alone: `teacher_inputs` of the callback."
+"Inputs for the teacher only: `teacher_inputs` of the callback."
 import matplotlib.pyplot as plt, pytest, torch
 from torch import nn
 from torch.nn import functional as F
