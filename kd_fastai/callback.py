@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['make_terms', 'KnowledgeDistillationCallback', 'kd_callbacks', 'check_second']
 
-# %% ../nbs/callback.ipynb #705d23db
+# %% ../nbs/callback.ipynb #3be70090
 import inspect, warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -55,7 +55,7 @@ def make_terms(
     return [with_defaults(o if isinstance(o, Term) else Term(o, weight), pairs, schedule, adapt, mask) for o in losses]
 
 
-# %% ../nbs/callback.ipynb #8226ce9c
+# %% ../nbs/callback.ipynb #eeb6d0fd
 class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
     """Train a student with a teacher.
 
@@ -117,7 +117,7 @@ class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
         self.warned.add(key)
 
 
-# %% ../nbs/callback.ipynb #63670f23
+# %% ../nbs/callback.ipynb #21297dd0
 @patch(as_prop=True)
 def weights(self:KnowledgeDistillationCallback)->dict: # `{name: number}`; None for a weight that has not been found yet
     "The weight of each term, before schedules: as it was given, or as 'auto' found it"
@@ -130,7 +130,7 @@ def reset_weights(self:KnowledgeDistillationCallback):
     for found in (self.objective.found_weights, self.objective.assumed_weights): found.clear()
 
 
-# %% ../nbs/callback.ipynb #bac4f48b
+# %% ../nbs/callback.ipynb #bce63236
 @patch
 def sidecar_key(self:KnowledgeDistillationCallback)->str:
     "Return the name of its part of a sidecar: by its terms and, if it does not change, the teacher"
@@ -152,7 +152,7 @@ def around_export(self:KnowledgeDistillationCallback, *args, **kwargs):
         finally: learn.metrics,learn.dls = metrics,dls
 
 
-# %% ../nbs/callback.ipynb #32c75d36
+# %% ../nbs/callback.ipynb #3ac7876b
 @patch
 def before_fit(self:KnowledgeDistillationCallback):
     "Check what needs no forward pass, add the columns, and let the optimizer train what losses own"
@@ -188,7 +188,7 @@ def compares_with_labels(self:KnowledgeDistillationCallback)->bool:
     return self.has_trained_teacher and self.objective.task_weight!=0 and not self.objective.class_maps
 
 
-# %% ../nbs/callback.ipynb #78c49e47
+# %% ../nbs/callback.ipynb #1a3aa4a3
 @patch
 def after_fit(self:KnowledgeDistillationCallback):
     "Leave the Learner as it was"
@@ -204,7 +204,7 @@ def end_fit(self:KnowledgeDistillationCallback):
     self.fit_state = None
 
 
-# %% ../nbs/callback.ipynb #a4d7c7bb
+# %% ../nbs/callback.ipynb #efa7cd83
 def kd_callbacks(
     learn:Learner # Any Learner
 )->list:
@@ -234,7 +234,7 @@ def check_models(self:KnowledgeDistillationCallback, first):
     if first is not self: check_second(first, self)
 
 
-# %% ../nbs/callback.ipynb #789b42e5
+# %% ../nbs/callback.ipynb #f8f7d1be
 @patch
 def before_train(self:KnowledgeDistillationCallback):
     "Put hooks on the models until the epoch's training ends"
@@ -260,7 +260,7 @@ def after_epoch(self:KnowledgeDistillationCallback):
     if self.fit_state is not None and not in_validation_context(self.learn): self.fit_state.epoch.close()
 
 
-# %% ../nbs/callback.ipynb #d94c569d
+# %% ../nbs/callback.ipynb #7d1f66ff
 @patch(as_prop=True)
 def is_capturing(self:KnowledgeDistillationCallback)->bool:
     "Whether a training batch is computed, with hooks on the models"
@@ -293,7 +293,7 @@ def run_teacher(self:KnowledgeDistillationCallback, *xb)->tuple:
         return self.teacher(*xb, need_pred=need_pred.get(None, need_pred), idx=self.fit_state.idx)
 
 
-# %% ../nbs/callback.ipynb #33ac37be
+# %% ../nbs/callback.ipynb #9ed1358d
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss. In several processes every parameter must take part, or they wait for it"

@@ -68,7 +68,7 @@ def digits(
     train,test = train_test_split(range(len(y)), train_size=1000, stratify=y, random_state=0)
     if labels is not None:
         if not 10<=labels<=990: raise ValueError(
-            f"Expected 10 to 990 labels (of 1000, at least one a class), got {labels}")
+            f"Expected 10 to 990 labels (of 1000, at least one per class), got {labels}")
         train,_ = train_test_split(train, train_size=labels, stratify=y[train], random_state=seed)
     train,test = _Digits(x[train], y[train]),_Digits(x[test], y[test])
     dls = DataLoaders(_WholeBatchLoader(train, bs=min(bs, len(train)), shuffle=True, drop_last=True),
@@ -170,7 +170,7 @@ def fashion(
     valid = (x[n:], y[n:]) if holdout else [o[:test] for o in of_test]
     take = range(n)
     if labels is not None:
-        if not 10<=labels<=n-10: raise ValueError(f"Expected 10 to {n-10} labels (at least one a class), got {labels}")
+        if not 10<=labels<=n-10: raise ValueError(f"Expected 10 to {n-10} labels (at least one per class), got {labels}")
         take,_ = train_test_split(take, train_size=labels, stratify=y[:n], random_state=seed)
     train = _fashion_dataset(x[take], y[take], size)
     augmented = dict(after_batch=_augment) if augment else {}
@@ -359,7 +359,7 @@ def train(
     seed:int,        # Seed of the network's weights and the order of the data
     kd=None          # A function from the untrained network to a distillation callback, or None
 )->Learner:
-    "Train one network, in the same way with and without a teacher"
+    "Train one network, with or without a teacher, all else equal"
     set_seed(seed, reproducible=True)
     learn = Learner(dls, small_net(width), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2, cbs=kd and kd(learn.model))
@@ -380,7 +380,7 @@ def recipes(
     x,                 # A batch, to find layers with
     T:float=4.         # Temperature
 )->dict: # Name to a function from Learner to callback, or None, as `kd_compare` takes them
-    "Return the ways to train a student"
+    "Return the methods that train a student"
     def distill(losses): return KnowledgeDistillationCallback(teacher, losses, task_weight=0.1)
     soft = Term(partial(SoftTarget, T=T), weight=0.9)
     def attention(student): return Term(Attention, weight=10., layers=match_feature_layers(student, teacher, x))
@@ -393,7 +393,7 @@ def emoji_recipes(
     x,                 # Not used
     T:float=4.         # Temperature
 )->dict: # As `recipes`
-    "Return the ways to train a student on color pictures. The last begins with features, without labels"
+    "Return the methods that train a student on color pictures. The last begins with features, without labels"
     tuned,pretrained = CachedTeacher(teacher),CachedTeacher(Embedding(lite0()))
     def distill(learn): return KnowledgeDistillationCallback(tuned, partial(SoftTarget, T=T))
     def start_with_features(learn):
@@ -415,7 +415,7 @@ class DemoTask(NamedTuple):
     epochs:int=20           # How long a student is trained, if the user gives no number
     teacher:Callable=partial(train, width=32, epochs=10, seed=0) # `teacher(dls)` returns its Learner
     student:Callable=partial(small_net, 8) # Creates the student
-    recipes:Callable=recipes# `recipes(teacher, x, T)` returns the ways to train a student
+    recipes:Callable=recipes# `recipes(teacher, x, T)` returns the methods that train a student
 
 DEMO_TASKS = {'digits': DemoTask(digits, 990, 'test digits'),
     'fashion': DemoTask(partial(fashion, bs=20, size=14, augment=False, test=2000), 6000, 'test images', 6000),
@@ -425,19 +425,19 @@ DEMO_TASKS = {'digits': DemoTask(digits, 990, 'test digits'),
 class FitAndRecord:
     "Trains as `fit_one_cycle` does, keeps the accuracy after each epoch of each run, and reports a seed that is finished"
     def __init__(self,
-        ways:list, # Names of the ways, in the order of the runs of one seed
+        methods:list, # Names of the methods, in the order of the runs of one seed
         say=print  # Function that prints progress
     ):
-        self.ways,self.say,self.curves = ways,say,{n: [] for n in ways}
-        self.turn = cycle(ways)
+        self.methods,self.say,self.curves = methods,say,{n: [] for n in methods}
+        self.turn = cycle(methods)
     def __call__(self, learn, epochs, cbs=None):
         spent = getattr(learn, 'spent', 0)  # epochs of pretraining
         learn.fit_one_cycle(epochs-spent, cbs=cbs)
-        way = next(self.turn)
-        self.curves[way].append([float('nan')]*spent+curve(learn))
-        if way!=self.ways[-1]: return
+        method = next(self.turn)
+        self.curves[method].append([float('nan')]*spent+curve(learn))
+        if method!=self.methods[-1]: return
         students = [f"{n} {runs[-1][-1]:.1f}%" for n,runs in self.curves.items()]
-        self.say(f"seed {len(self.curves[way])}: {', '.join(students)}")
+        self.say(f"seed {len(self.curves[method])}: {', '.join(students)}")
 
 def compare(
     seeds:int=5,    # Number of students of each kind
@@ -446,18 +446,18 @@ def compare(
     T:float=4.,     # Temperature of `SoftTarget`
     data:str='digits', # Name of a task, see `DEMO_TASKS`
     say=print       # Function that prints progress
-)->tuple: # The comparison, the teacher's Learner, and the accuracies after each epoch by way, a list for each seed
-    "Train a teacher, and then students in every way, over several seeds"
+)->tuple: # The comparison, the teacher's Learner, and the accuracies after each epoch by method, a list for each seed
+    "Train a teacher, and then students by every method, over several seeds"
     task = DEMO_TASKS[data]
     labels,epochs = labels or task.labels,epochs or task.epochs
     teacher = task.teacher(task.data(labels if task.teacher_labels=='same' else task.teacher_labels))
     say(f"teacher: {score(teacher):.1f}% of {teacher.dls.valid.n} {task.says}")
-    ways = task.recipes(teacher.model, teacher.dls.one_batch()[0], T)
+    methods = task.recipes(teacher.model, teacher.dls.one_batch()[0], T)
     def make_learner(seed):
         return Learner(task.data(labels, seed), task.student(), lr=1e-2, loss_func=CrossEntropyLossFlat(),
                        metrics=accuracy)
-    record = FitAndRecord([*ways], say)
-    res = kd_compare(make_learner, ways, seeds, epochs, teacher=teacher, fit=record, rounds=0, progress=False)
+    record = FitAndRecord([*methods], say)
+    res = kd_compare(make_learner, methods, seeds, epochs, teacher=teacher, fit=record, rounds=0, progress=False)
     return res,teacher,record.curves
 
 # %% ../nbs/demo.ipynb #e99c1b1c
@@ -479,7 +479,7 @@ def table(
     for n,row in res.table.iterrows():
         gain = '' if n==res.baseline else f'{100*row.gain:+.1f} ({100*row.low:.1f} to {100*row.high:.1f})'
         rows[n] = _mean_and_std(100*res.runs.accuracy[res.runs.method==n]),gain,row.verdict,*sizes['student']
-    columns = ['accuracy %', 'gain', 'verdict', 'parameters', 'kB on disk', 'ms a batch of 64']
+    columns = ['accuracy %', 'gain', 'verdict', 'parameters', 'kB on disk', 'ms per batch of 64']
     return pd.DataFrame.from_dict(rows, orient='index', columns=columns).fillna('')
 
 def _mean_and_std(runs): return f"{runs.mean():.1f} ± {runs.std():.1f}" if len(runs)>1 else f"{runs.mean():.1f}"
@@ -508,13 +508,13 @@ def picture(
     teacher:float,    # Accuracy of the teacher
     curves:dict       # Accuracies after each epoch by name, a list for each run
 ):
-    "Plot the curves above, and below the gain of each way over the student alone: runs, mean and interval"
+    "Plot the curves above, and below the gain of each method over the baseline: runs, mean and interval"
     import matplotlib.pyplot as plt
     fig,axs = plt.subplots(2, 1, figsize=(6,4.2), height_ratios=(3,1), layout='constrained')
     plot_curves(curves, teacher, axs[0])
     ax = res.plot(axs[1])
     ax.set_yticks(ax.get_yticks(), [o.get_text().replace(' + ', '\n+ ') for o in ax.get_yticklabels()])
-    ax.set_xlabel('gain over the student alone of the same seed, in percentage points')
+    ax.set_xlabel('gain over the baseline of the same seed, in percentage points')
     ax.xaxis.set_major_formatter(lambda v, _: f'{100*v:g}')
     return fig
 
@@ -522,7 +522,7 @@ def picture(
 def verdict(
     res:KDComparison # Of `compare`
 )->str:
-    "Describe the change by distillation against the student alone"
+    "Describe the change by distillation against the baseline"
     def line(n, row):
         wins = res.runs.pivot(index='seed', columns='method', values='accuracy').pipe(lambda o: o[n]-o[res.baseline])
         counts = f"better in {(wins>0).sum()} of {len(wins)} runs, worse in {(wins<0).sum()}"

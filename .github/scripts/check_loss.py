@@ -32,7 +32,7 @@ def main(name, *methods):
     chosen = ' or '.join([name, *(f'golden and {m}' for m in methods), 'reason'])
     files = [f'tests/losses/test_{o}.py' for o in ('losses', 'trainable', 'extreme_inputs', 'extreme_trainable')]
     run(sys.executable, '-m', 'pytest', '-q', '-k', chosen, *files)
-    run('nbdev-test', 'nbs/losses.ipynb', '--save')
+    for page in ('losses','losses/a_z'): run('nbdev-test', f'nbs/{page}.ipynb', '--save')
     run('nbdev-clean')
 
 if __name__=='__main__': main(*sys.argv[1:]) if sys.argv[1:] else sys.exit(__doc__)

@@ -137,7 +137,7 @@ def runs(table): return pd.read_csv(tables/f'{table}.csv')
 def gain(name, table, weight_by):
     "Cells of a row: the mean gain over the baseline with its interval, the number of runs, and the time; or None"
     o = runs(table)
-    base = o[o.loss=='student alone'].set_index('seed')
+    base = o[o.loss=='baseline'].set_index('seed')
     mine = o[(o.loss==name) & (o.weight_by==weight_by)].set_index('seed').dropna(subset='accuracy')
     diff = (mine.accuracy-base.accuracy).dropna()
     if len(diff)<2: return None

@@ -9,7 +9,7 @@ __all__ = ['check_count', 'check_words', 'advice_for', 'check_teacher_names', 's
            'check_data', 'check_terms', 'check_frozen', 'check_negligible', 'check_channels', 'check_first_batch',
            'check_probabilities', 'check_targets', 'check_outputs', 'check_epoch', 'AgreementCheck']
 
-# %% ../../nbs/fit/checks.ipynb #9eb2322d
+# %% ../../nbs/fit/checks.ipynb #39502580
 from pathlib import Path
 from typing import Callable
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from ..teacher.classes import TeacherConfusion, check_compatible_data, compare_w
 from ..teacher.live import BaseTeacher, Teacher, shared_tensors
 from ..term import Term
 
-# %% ../../nbs/fit/checks.ipynb #22600a1f
+# %% ../../nbs/fit/checks.ipynb #6e728f07
 def check_count(
     n,       # A whole number
     what:str # Its name in error messages
@@ -81,7 +81,7 @@ def check_teacher_names(
         f"got other names or none in {', '.join(unnamed)}")
     raise ValueError(f"No term learns from the teachers {sorted(known-named)}: give each a term, or leave them out")
 
-# %% ../../nbs/fit/checks.ipynb #6576302c
+# %% ../../nbs/fit/checks.ipynb #da76acbd
 def stateful_modules(
     model:nn.Module # Any model
 )->set:
@@ -108,7 +108,7 @@ def check_pair(
         f"The student's {shared[0][0]!r} and the teacher's {shared[0][1]!r} are the same tensor, "
         "so that training the student would change the teacher: give the teacher a copy (copy.deepcopy)")
 
-# %% ../../nbs/fit/checks.ipynb #10b66397
+# %% ../../nbs/fit/checks.ipynb #cab7f432
 def is_elementwise(
     loss_func # A loss function, or its class or instance
 )->bool:
@@ -183,7 +183,7 @@ def check_negligible(
     warn(('small', term.name), f"{term.name} adds {weight*value:.1g} to a task loss of {task:.2g}, "
          f"too little to matter: {hint}, and weight='auto' finds one")
 
-# %% ../../nbs/fit/checks.ipynb #a1267914
+# %% ../../nbs/fit/checks.ipynb #a14108ed
 def check_channels(
     objective:Objective, # The objective
     batch:Batch          # The first batch
@@ -196,7 +196,7 @@ def check_channels(
             "a student with other layers needs a callback of its own")
 
 
-# %% ../../nbs/fit/checks.ipynb #d643eb35
+# %% ../../nbs/fit/checks.ipynb #ef6a77e7
 def check_first_batch(
     objective:Objective, # The objective
     batch:Batch,         # The first batch

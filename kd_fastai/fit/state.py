@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/state.html.md"""
 # %% auto #0
 __all__ = ['capture_one_forward', 'FitState']
 
-# %% ../../nbs/fit/state.ipynb #a5b47b6b
+# %% ../../nbs/fit/state.ipynb #4f8ea333
 from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn, Tensor
@@ -39,7 +39,7 @@ def capture_one_forward(
         if handle: handle.remove()
 
 
-# %% ../../nbs/fit/state.ipynb #1565d823
+# %% ../../nbs/fit/state.ipynb #2a5f4271
 class FitState:
     "What exists only during a fit: captures, columns, and what was read of the present batch"
     def __init__(self,

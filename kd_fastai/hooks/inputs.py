@@ -28,7 +28,7 @@ def batch_inputs(
 # %% ../../nbs/hooks/inputs.ipynb #815a99fd
 def split_inputs(
     xb:tuple, # Inputs of a batch: the student's, and then the teacher's
-    n:int     # How many of them are the teacher's alone; 0: it gets the student's
+    n:int     # How many of them only the teacher gets; 0: it gets the student's
 )->tuple: # Inputs of the student, and of the teacher
     "Split the inputs of a batch. Raises `ValueError` if none would be left for the student"
     if not n: return xb,xb

@@ -105,7 +105,7 @@ def timm_teacher(
 def read_model(
     source # A model, a `Learner`, its file, `'timm/name'`, or an object with the attributes `model` and `learner`
 )->tuple: # The model, and its `Learner` or None
-    """Return the model that a source stands for.
+    """Return the model that a source names.
 
     Files are read by fastai's `load_learner`, which warns: a pickle can run code, load only files that you trust.
     `'timm/resnet18'` is timm's pretrained `resnet18`.

@@ -139,7 +139,7 @@ def _on_samples(loss, fm_s, fm_t, mask, inputs):
     return total
 
 def _groups_of_equal_count(s, t, m):
-    "`(n, s, t)`: samples that have as many positions that count, as tokens `(n, count, C)`"
+    "`(n, s, t)`: samples with equal numbers of valid positions, as tokens `(n, count, C)`"
     counts,res = m.sum(1),[]
     s,t = (channels_first(f).flatten(2).mT for f in (s,t))
     for count in counts.unique():

@@ -51,7 +51,7 @@ def momentum_buffer(
 def changes_gradients(
     cb:Callback # A callback of the Learner
 )->bool:
-    "Whether a callback changes gradients or losses in a way that needs their sum"
+    "Whether a callback changes gradients or losses and needs their sum"
     if isinstance(cb, MixedPrecision): return cb.learn.scaler.is_enabled()
     return isinstance(cb, (GradientAccumulation, GradientClip, MutualLearning))
 

@@ -28,7 +28,7 @@ class BatchReader(BaseTeacher):
     "A model that takes its own inputs out of those of a batch: the student's, or with `is_teacher` the teacher's"
     def __init__(self,
         source,           # A module, Learner, path or `Teacher`
-        teacher_inputs:int, # How many of a batch's last inputs are the teacher's alone
+        teacher_inputs:int, # How many of a batch's last inputs only the teacher gets
         is_teacher:bool=False # Is it the teacher?
     ):
         self.reader = source if isinstance(source, BaseTeacher) else Teacher(source)
@@ -46,13 +46,13 @@ class BatchReader(BaseTeacher):
 
 def batch_readers(
     models:dict,       # Models by name, that of the teacher is 'teacher'
-    teacher_inputs:int # How many of a batch's last inputs are the teacher's alone
+    teacher_inputs:int # How many of a batch's last inputs only the teacher gets
 )->dict: # `{name: BatchReader}`
     "Models that each take their own inputs out of those of a batch"
     return {n: m if isinstance(m, BatchReader) else BatchReader(m, teacher_inputs, n=='teacher')
             for n,m in models.items()}
 
-# %% ../../nbs/report/compare.ipynb #49d996a1
+# %% ../../nbs/report/compare.ipynb #ac7922c8
 def paired_interval(
     differences:pd.Series, # One for each seed; missing ones are left out
     level:float=0.95,      # Probability that all intervals hold at once
@@ -90,7 +90,7 @@ def comparison_table(
     baseline:str|dict|None=None, # Method that others are compared with, or its name by method; default: the first
     level:float=0.95,   # Probability that all intervals hold at once
     lower:bool|None=None# Is a smaller value better? Needed for metrics that are not fastai's
-)->pd.DataFrame: # A row for each method: `runs`, `mean`, `std`, `gain`, `low`, `high`, `verdict`, means of other columns
+)->pd.DataFrame: # A row for each method: `runs`, `mean`, `std`, `gain`, `low`, `high`, `verdict`, and other means
     "Compare methods by paired differences over seeds, with Student's t intervals and Bonferroni's correction"
     methods,lower = [*dict.fromkeys(runs.method)],lower_is_better(metric, lower)
     baseline = methods[0] if baseline is None else baseline
@@ -226,7 +226,7 @@ def main_metric(
     after = names[names.index('valid_loss')+1]
     return 'valid_loss' if after in ('agreement','calibration_error','parameters') else after
 
-# %% ../../nbs/report/compare.ipynb #52ce7b51
+# %% ../../nbs/report/compare.ipynb #f6996bb1
 def kd_compare(
     make_learner:Callable|dict, # Makes a new Learner: `make_learner(seed)`; or several of these by name
     methods:dict,          # Name to None (no teacher), arguments of `distill`, a loss, a callback or `method(learn)`
@@ -271,6 +271,8 @@ def kd_compare(
     if rounds: res['ms'] = pd.Series(_latencies(arms, seeds[0], teacher, rounds, catch, teacher_inputs))
     return KDComparison(runs.drop(columns='settings'), res, metric, baseline, level, best)
 
+
+# %% ../../nbs/report/compare.ipynb #f373ea86
 def _arms(make_learner, methods, baseline):
     "`{name: (make_learner, method)}`, and the baseline of each"
     if not isinstance(make_learner, Mapping): return {n: (make_learner, m) for n,m in methods.items()},baseline
@@ -301,7 +303,7 @@ def _in_order(runs, seeds, methods):
     return runs[runs.seed.isin(seeds)].sort_values(['seed','method'], key=rank).reset_index(drop=True)
 
 def _latencies(arms, seed, teacher, rounds, catch, teacher_inputs):
-    "Milliseconds a batch for each method, one measurement for each architecture"
+    "Milliseconds per batch for each method, one measurement for each architecture"
     models = {}
     for n,(f,m) in arms.items():
         with no_random(seed):

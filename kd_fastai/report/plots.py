@@ -50,7 +50,7 @@ def plot_attention(
     ax=None,                    # Axes to draw on, `n` rows and one column more than twice the layers
     teacher_tfm:Callable|str|None=None # Converts the student's inputs to the teacher's
 ): # The axes
-    """Plot one row a sample: the input, then the attention maps of student and teacher side by side, layer by layer.
+    """Plot one row per sample: the input, then the attention maps of student and teacher side by side, layer by layer.
 
     Raises `ValueError` for a layer whose output is not a map `(B, C, H, W)`."""
     teacher,*inputs = inputs_of_both(teacher, data, teacher_tfm, find_teacher_inputs(student))

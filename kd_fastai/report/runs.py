@@ -48,7 +48,7 @@ def is_loss(
 def distill_args(
     method # A loss, a `Term`, a list of them, a teacher, or a dict of arguments of `Learner.distill`
 )->dict|None: # None for a callback or a function of a Learner
-    "Return the arguments of `Learner.distill` that a method stands for"
+    "Return the arguments of `Learner.distill` that a method means"
     if isinstance(method, Mapping): return dict(method)
     losses = [*method] if is_listy(method) else [method]
     if losses and all(map(is_loss, losses)): return dict(loss=method)
@@ -143,7 +143,7 @@ def _is_installed(f):
     return 'site-packages' in file or file.startswith((sys.prefix, str(Path(kd_fastai.__file__).parent)))
 
 def _learner_settings(learn):
-    "What a training run depends on, besides the data themselves"
+    "What a training run depends on, in addition to the data"
     data = [(type(o).__name__, getattr(o, 'bs', getattr(o, 'batch_size', None)),
              len(o.dataset) if hasattr(o.dataset, '__len__') else None) for o in learn.dls.loaders]
     return (weights_digest(learn.model), learn.lr, learn.wd, learn.moms, learn.opt_func, learn.loss_func,

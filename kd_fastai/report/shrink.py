@@ -142,9 +142,10 @@ class Pilots:
         def difference(n): return runs[f'{best}: distilled']-runs[f'{n}: distilled']
         return [n for n in others if paired_interval(difference(n))['verdict']=='undecided']
 
-# %% ../../nbs/report/shrink.ipynb #0c73290f
+# %% ../../nbs/report/shrink.ipynb #8e9f8438
 FINAL = 1000  # the seeds of full training runs begin here, those of the pilots at 0
 
+# %% ../../nbs/report/shrink.ipynb #61b44183
 class KDShrink:
     "What `kd_shrink` returns: the chosen student, trained, and how it was found. A notebook shows sentence and table"
     def __init__(self,
@@ -187,28 +188,14 @@ class KDShrink:
     def sentence(self)->str:
         "The result in words"
         t = self.costs.ms['teacher']
-        if self.best is None:
-            fastest = self.costs.ms.drop('teacher').idxmin()
-            return (f"No candidate is within the budget: the fastest, {fastest}, takes "
-                    f"{self.costs.ms[fastest]:.3g} ms and {self.costs.kb[fastest]:.0f} kB.")
+        if self.best is None: return _none_fits(self.costs)
         d,unit,k = self.below(self.final('distilled')),'',1
         if self.teacher_score<=1 and not self.lower: unit,k = ' points',100
         res = (f"{self.best}: {t/self.costs.ms[self.best]:.1f} times faster, {k*d['gain']:.2g}{unit} below the teacher "
-               f"[{k*d['low']:.2g}, {k*d['high']:.2g}]{self._next_smaller(k, unit)}.")
+               f"[{k*d['low']:.2g}, {k*d['high']:.2g}]{_next_faster(self, k, unit)}.")
         if self.chosen is None: res = f"No candidate comes near enough. The best one, {res}"
         if self.ties: res += f" The pilots cannot tell it from {', '.join(self.ties)}."
         return res
-
-    def _next_smaller(self, k, unit):
-        "What the pilots say about the next faster candidate"
-        ms = self.costs.ms
-        smaller = [n for n in ms.index if ms[n]<ms[self.best]]
-        for epochs,scores in self.rounds[::-1]:
-            known = [n for n in smaller if n in scores and self.best in scores]
-            if not known: continue
-            n = max(known, key=lambda n: ms[n])
-            return f"; the next faster, {n}, is {k*(scores[self.best]-scores[n]):.2g}{unit} lower after {epochs} epochs"
-        return ''
 
     def __repr__(self): return f"{self.sentence}\n\n{self.table.to_string(float_format='{:.4g}'.format, na_rep='')}"
     def _repr_html_(self): return f"<p>{self.sentence}</p>{self.table.to_html(float_format='{:.4g}'.format, na_rep='')}"
@@ -220,18 +207,8 @@ class KDShrink:
         "Draw score against cost: pilots as dots, the teacher, and the final runs with their intervals"
         import matplotlib.pyplot as plt
         if ax is None: ax = plt.subplots(figsize=(6,3.2), layout='constrained')[1]
-        sign = -1 if self.lower else 1
-        last = {n: (e, sign*v) for e,scores in self.rounds for n,v in scores.items()}
-        for n,(epochs,v) in last.items():
-            ax.plot(self.costs[cost][n], v, 'o', color='C7')
-            ax.annotate(f'{n} ({epochs} epochs)', (self.costs[cost][n], v), xytext=(6,0), textcoords='offset points',
-                        va='center', fontsize=7)
-        ax.plot(self.costs[cost]['teacher'], self.teacher_score, 'k*', ms=11, label='teacher')
-        for m,color in (('distilled','C2'), ('baseline','C3')):
-            if self.best is None: continue
-            row = self.table.loc[f'{self.best}, {m}']
-            half = (row.high-row.low)/2
-            ax.errorbar(row[cost], row.score, half, fmt='D', color=color, label=f'{self.best}, {m}')
+        _draw_pilots(ax, self, cost)
+        _draw_final(ax, self, cost)
         ax.set(xscale='log', xlabel=cost, ylabel=self.metric)
         ax.margins(x=0.2)
         ax.legend(fontsize=7)
@@ -248,6 +225,41 @@ class KDShrink:
         self.learner.kd_card(self.learner.kd_teacher, title=self.best).save(folder)
         self.learner.export((folder/'student.pkl').absolute())
         return folder
+
+# %% ../../nbs/report/shrink.ipynb #62f28dd6
+def _none_fits(costs):
+    "The sentence where no candidate is within the budget"
+    n = costs.ms.drop('teacher').idxmin()
+    return (f"No candidate is within the budget: the fastest, {n}, takes {costs.ms[n]:.3g} ms and "
+            f"{costs.kb[n]:.0f} kB.")
+
+def _next_faster(found, k, unit):
+    "What the pilots say about the next faster candidate"
+    ms,best = found.costs.ms,found.best
+    for epochs,scores in found.rounds[::-1]:
+        known = [n for n in scores if best in scores and ms[n]<ms[best]]
+        if not known: continue
+        n = max(known, key=lambda n: ms[n])
+        return f"; the next faster, {n}, is {k*(scores[best]-scores[n]):.2g}{unit} lower after {epochs} epochs"
+    return ''
+
+def _draw_pilots(ax, found, cost):
+    "A dot for the last pilots of each candidate"
+    sign = -1 if found.lower else 1
+    last = {n: (epochs, sign*v) for epochs,scores in found.rounds for n,v in scores.items()}
+    for n,(epochs,v) in last.items():
+        ax.plot(found.costs[cost][n], v, 'o', color='C7')
+        ax.annotate(f'{n} ({epochs} epochs)', (found.costs[cost][n], v), xytext=(6,0), textcoords='offset points',
+                    va='center', fontsize=7)
+
+def _draw_final(ax, found, cost):
+    "The teacher, and the final runs with their intervals"
+    table = found.table
+    ax.plot(table[cost]['teacher'], found.teacher_score, 'k*', ms=11, label='teacher')
+    if found.best is None: return
+    for m,color in (('distilled','C2'), ('baseline','C3')):
+        row = table.loc[f'{found.best}, {m}']
+        ax.errorbar(row[cost], row.score, (row.high-row.low)/2, fmt='D', color=color, label=row.name)
 
 # %% ../../nbs/report/shrink.ipynb #b0892fbc
 def student_learner(
@@ -278,7 +290,7 @@ def _trained(learn, make, state, run, task):
     res.kd_teacher = deepcopy(learn.model)
     return res
 
-# %% ../../nbs/report/shrink.ipynb #c051adc1
+# %% ../../nbs/report/shrink.ipynb #8e20def1
 @patch
 def kd_shrink(self:Learner,
     ms:float|None=None,       # Largest latency of a forward pass, in milliseconds on this machine
@@ -303,8 +315,8 @@ def kd_shrink(self:Learner,
 )->KDShrink:
     """Find a student for a budget, and train it with this Learner's model as its teacher.
 
-    Changes nothing of the Learner. With `within` and no other limit, the fastest candidate is searched that comes so near in a full training run. With
-    other limits, `within` says what is near enough: otherwise `chosen` is None.
+    Changes nothing of the Learner. With `within` and no other limit, the fastest candidate is searched that comes so
+    near in a full training run. With other limits, `within` says what is near enough: otherwise `chosen` is None.
 
     Raises `ValueError` without a budget, and for a teacher without smaller copies if no candidates are given."""
     if all(o is None for o in (ms, kb, multiply_adds, faster, within)): raise ValueError(

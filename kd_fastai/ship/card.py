@@ -1,4 +1,4 @@
-"""A model card for a trained student: scores, classes that lost, samples that are wrong now, and the training
+"""A model card for a trained student: scores, classes that lost, regressions, and the training run
 
 Docs: https://kd-fastai.github.io/kd_fastai/ship/card.html.md"""
 
@@ -53,7 +53,7 @@ class KDCard:
         parts:list,              # Headings and paragraphs (str), tables (`DataFrame`), and `(name, figure)`
         metadata:dict,           # Front matter
         scores:pd.DataFrame,     # A row a model
-        recall:pd.DataFrame|None,# A row a class; None where labels are not classes
+        recall:pd.DataFrame|None,# A row per class; None where labels are not classes
         lost:pd.DataFrame|None   # Samples that the teacher gets right and the student wrong
     ): store_attr()
 
@@ -197,7 +197,7 @@ def _architecture(model):
     "Models of one architecture have one latency, which is measured once"
     return without_address(model)+repr([(*p.shape,) for p in model.parameters()])
 
-# %% ../../nbs/ship/card.ipynb #999530bd
+# %% ../../nbs/ship/card.ipynb #b9058c13
 def _training(learn, kd, epochs):
     "How the student was trained, a list of Markdown"
     says = []
@@ -225,6 +225,8 @@ def _history(learn):
     names = [*getattr(recorder, 'metric_names', [])][1:][:max(map(len, values), default=0)]
     return pd.DataFrame(values, columns=names) if values and len(names)==len(values[0]) else pd.DataFrame()
 
+
+# %% ../../nbs/ship/card.ipynb #4bcb2ec8
 LIMITS = [
     'All scores are of one validation set and of one trained student. Another seed gives others (see `kd_compare`).',
     'A setting that was chosen on this validation set makes the scores better than they will be on new data.',
@@ -240,8 +242,8 @@ def _front_matter(title, scores, task, metadata):
     res |= metadata
     try: from huggingface_hub import EvalResult, ModelCardData
     except ImportError: return res
-    found = [EvalResult(task_type=task or 'other', dataset_type='validation', dataset_name='validation set', metric_type=n,
-                        metric_value=float(scores.loc['student',n])) for n in metrics]
+    data = dict(task_type=task or 'other', dataset_type='validation', dataset_name='validation set')
+    found = [EvalResult(**data, metric_type=n, metric_value=float(scores.loc['student',n])) for n in metrics]
     return ModelCardData(**res, model_name=title, eval_results=found or None).to_dict()
 
 _TASKS = dict(image='image-classification', table='tabular-classification', tokens='text-classification')
@@ -249,6 +251,9 @@ _TASKS = dict(image='image-classification', table='tabular-classification', toke
 def _card_task(dls, recall):
     "The Hub's name of the task; None if it is not a classification of pictures, rows or texts"
     return None if recall is None else _TASKS.get(input_kind(dls))
+
+# %% ../../nbs/ship/card.ipynb #12cc5733
+USE = 'The file has the preprocessing and the class names. This script needs onnxruntime, Pillow and NumPy:'
 
 @patch
 def kd_card(self:Learner,
@@ -278,14 +283,17 @@ def kd_card(self:Learner,
         training = _training(self, kd, epochs)
         recall,lost,parts = _class_parts(self.dls, found.classes, [*scores.index], samples)
     parts = [*([intended] if intended else []), '## Scores', scores, *parts]
-    if file is not None: parts += ['## Use', USE, f'```python\n{runner_code(OnnxModel(file).info, Path(file).name)}\n```']
+    if file is not None:
+        code = runner_code(OnnxModel(file).info, Path(file).name)
+        parts += ['## Use', USE, f'```python\n{code}\n```']
     parts += ['## Training', '\n'.join(f'- {o}' for o in training)]
     if len(history): parts += [('history', _history_figure(history))]
     parts += ['## Limits', '\n'.join(f'- {o}' for o in [*LIMITS, *limits])]
-    return KDCard(title, parts, _front_matter(title, scores, _card_task(self.dls, recall), metadata), scores, recall, lost)
+    front = _front_matter(title, scores, _card_task(self.dls, recall), metadata)
+    return KDCard(title, parts, front, scores, recall, lost)
 
-USE = 'The file has the preprocessing and the class names. This script needs onnxruntime, Pillow and NumPy:'
 
+# %% ../../nbs/ship/card.ipynb #2ce958c0
 def _readers(learn, models, kd):
     "The models with the inputs and classes that the callback gave them in the training run, also if it was taken off"
     if kd is None: return model_readers(learn, models)
@@ -309,7 +317,8 @@ def _class_parts(dls, classes, names, n):
     if classes is None: return None,None,[]
     vocab = class_names(dls)
     recall,lost = recall_by_class(classes, names, vocab),_lost_samples(classes, vocab, _files(dls))
-    return recall,lost,['## Recall by class', recall, ('recall', _recall_figure(recall, names)), *_lost_parts(dls, lost, n)]
+    figure = 'recall',_recall_figure(recall, names)
+    return recall,lost,['## Recall by class', recall, figure, *_lost_parts(dls, lost, n)]
 
 def _lost_parts(dls, lost, n):
     "The section on samples that only the teacher gets right"

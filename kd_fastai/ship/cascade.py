@@ -58,7 +58,7 @@ class Cascade(nn.Module):
         self.calls = 0,0  # samples, and those that the teacher predicted
 
     def forward(self, *xb)->Tensor: # Probabilities `(N, C)`
-        "Predict a batch of tensors, or a list of items such as files. The teacher runs on the unsure samples alone"
+        "Predict a batch of tensors, or a list of items such as files. The teacher runs only on the unsure samples"
         if self.threshold is None: raise ValueError(
             "The cascade has no threshold: call calibrate(data, accuracy=0.95), or give Cascade(..., threshold=0.9)")
         pred = self.models['student'](*xb)

@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/export.html.md"""
 __all__ = ['LogitsOnly', 'student_batch', 'deployable', 'export_onnx', 'loss_activation', 'TensorInput', 'ImageInput',
            'TableInput', 'TokensInput', 'ChunksInput', 'OnnxModel', 'read_image', 'table_inputs', 'runner_code']
 
-# %% ../../nbs/ship/export.ipynb #675a365d
+# %% ../../nbs/ship/export.ipynb #d7737d99
 import copy, io, json, math
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,9 @@ from ..report.measure import resize_batch
 from ..report.scores import first_batch, score_models, split_xy
 from ..hooks.inputs import split_inputs
 from ..hooks.models import as_plain_tensor, isolated_rng
-from .steps import Ops, batch_module, class_names, image_ops, input_kind, item_pixels, item_transforms
-from .steps import run_versions, mask_ops, reads_in_chunks, table_columns, table_ops, text_ops
-from .steps import _DOUBLE, _INT32, _INT64, _STRING, _UINT8
+from .steps import OnnxType, Ops, batch_module, class_names, image_ops, input_kind, item_pixels
+from .steps import item_transforms, mask_ops, reads_in_chunks, run_versions, table_columns, table_ops
+from .steps import text_ops
 from ..callback import kd_callbacks
 from ..teacher.live import Teacher
 
@@ -81,7 +81,7 @@ def export_onnx(
     learn:Learner, # A trained student
     file:str|Path  # File to write
 )->Path: # The file
-    "Write the network alone as one ONNX file: normalized batches to logits, with a free batch size"
+    "Write only the network as one ONNX file: normalized batches to logits, with a free batch size"
     Path(file).write_bytes(_traced(*deployable(learn)).SerializeToString())
     return Path(file)
 
@@ -120,7 +120,7 @@ def _task(loss_func, activation, ndim):
     if activation(torch.zeros(1,2)).sum()!=1 or hasattr(loss_func, 'thresh'): return 'multi-label'
     return 'segmentation' if ndim==4 else 'classification'
 
-# %% ../../nbs/ship/export.ipynb #62c1e0e3
+# %% ../../nbs/ship/export.ipynb #aa6eab37
 class TensorInput:
     "Tensors, as the loader gives them"
     kind,names = 'tensors',None # names of the network's inputs; the exporter's, if None
@@ -140,18 +140,19 @@ class ImageInput(TensorInput):
         return nn.Sequential(batch_module(self.dls), network),(x.expand(4, *x.shape).contiguous(),),shapes
 
     def before(self, op): return dict(pixels=image_ops(op, 'image', self.dls))
-    def inputs(self): return dict(image=(_UINT8, ['batch',*self._size(),3]))
+    def inputs(self): return dict(image=(OnnxType.UINT8, ['batch',*self._size(),3]))
     def _size(self): return ['height','width'] if item_transforms(self.dls) else [*item_pixels(self.dls).shape[-2:]]
     def after(self, op, task):
         if task!='segmentation': return {}
-        return dict(mask=(mask_ops(op, 'logits', 'image', item_transforms(self.dls)), _INT32, ['batch',*self._size()]))
+        mask = mask_ops(op, 'logits', 'image', item_transforms(self.dls))
+        return dict(mask=(mask, OnnxType.INT32, ['batch',*self._size()]))
 
 class TableInput(TensorInput):
     "Categories as strings `(N, n)`, and numbers, float64 `(N, m)`"
     kind,names = 'table',['codes','scaled']
     def before(self, op): return dict(zip(self.names, table_ops(op, self.dls)))
     def inputs(self):
-        kinds = dict(categories=_STRING, numbers=_DOUBLE)
+        kinds = dict(categories=OnnxType.STRING, numbers=OnnxType.DOUBLE)
         return {n: (kinds[n], ['batch',len(c)]) for n,c in table_columns(self.dls).items() if c}
     def metadata(self): return dict(columns=table_columns(self.dls))
 
@@ -167,7 +168,7 @@ class ChunksInput(TokensInput):
         layers = deployable(self.learn)[0].model[1].layers
         return layers,(torch.randn(4, layers[0][0].num_features),),(({0: torch.export.Dim.DYNAMIC},),)
     def before(self, op): return dict(pooled=text_ops(op, deployable(self.learn)[0].model))
-    def inputs(self): return dict(tokens=(_INT64, ['batch','length']))
+    def inputs(self): return dict(tokens=(OnnxType.INT64, ['batch','length']))
 
 def _input_of(learn):
     kind = ChunksInput if reads_in_chunks(learn.model) else None
@@ -232,7 +233,7 @@ def _write_metadata(model, values):
     texts = {k: v if isinstance(v, str) else json.dumps(_no_nan(v)) for k,v in values.items() if v not in (None,'')}
     helper.set_model_props(model, texts)
 
-# %% ../../nbs/ship/export.ipynb #30167d3d
+# %% ../../nbs/ship/export.ipynb #cd310b92
 class OnnxModel(nn.Module):
     "An ONNX file as a module, run by ONNX Runtime on the CPU"
     def __init__(self,
@@ -275,7 +276,7 @@ class OnnxModel(nn.Module):
         if kind in ('image','table') and isinstance(first, Tensor): raise TypeError(
             f"{self.file.name} takes {kind}s before the preprocessing, got a tensor of shape {(*first.shape,)}: give "
             f"{'files' if kind=='image' else 'a DataFrame'}, compare by learn.kd_parity(files, ...), "
-            "or write the network alone with export_onnx")
+            "or write only the network with export_onnx")
         if kind in ('image','table'):
             items = first if isinstance(first, (list,tuple)) else [first]
             return torch.cat([torch.from_numpy(next(iter(self.outputs(o).values()))) for o in items])
@@ -298,6 +299,8 @@ class OnnxModel(nn.Module):
         i = int(prob.argmax())
         return (names[i] if names else str(i)),i,prob
 
+
+# %% ../../nbs/ship/export.ipynb #7197a208
 def _from_json(text):
     try: return json.loads(text)
     except json.JSONDecodeError: return text
@@ -322,13 +325,15 @@ def table_inputs(
                numbers=rows[columns['numbers']].to_numpy(float, na_value=math.nan))
     return {n: v for n,v in res.items() if columns[n]}
 
-# %% ../../nbs/ship/export.ipynb #76df83a1
+# %% ../../nbs/ship/export.ipynb #f6a2ebaa
 _READ = dict(
-    image=("from PIL import Image\n", "image = np.asarray(Image.open(sys.argv[1]).convert('RGB'))[None]", "{'image': image}"),
+    image=("from PIL import Image\n", "image = np.asarray(Image.open(sys.argv[1]).convert('RGB'))[None]",
+           "{'image': image}"),
     table=("import pandas as pd\n", "columns,rows = json.loads(info['columns']),pd.read_csv(sys.argv[1])[:1]",
            "{n: rows[c].to_numpy(str if n=='categories' else float).astype(object if n=='categories' else float)\n"
            "     for n,c in columns.items() if c}"),
-    tokens=("", "tokens = np.array([json.loads(sys.argv[1])], np.int64)  # ids, see info['vocab']", "{'tokens': tokens}"))
+    tokens=("", "tokens = np.array([json.loads(sys.argv[1])], np.int64)  # ids, see info['vocab']",
+            "{'tokens': tokens}"))
 _SHOW = {
     'classification': "for i in out.argsort()[::-1][:3]: print(f'{names[i]}: {out[i]:.1%}')",
     'multi-label': "print(*[n for n,o in zip(names, out) if o>float(info['threshold'])], sep=', ')",

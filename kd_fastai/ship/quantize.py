@@ -33,7 +33,7 @@ def file_inputs(
     kind,dl = model.info.get('input', 'tensors'),learn.dls.valid if valid else learn.dls.train
     if kind=='table': raise ValueError(
         "kd_quantize needs the raw rows, and TabularPandas keeps the processed ones: ship the float file "
-        "(a table's network is small), or write the network alone with export_onnx")
+        "(a table's network is small), or write only the network with export_onnx")
     if kind=='image':
         images = dl.dataset.tls[0]
         count = len(images) if n is None else min(n, len(images))
@@ -109,7 +109,7 @@ def kd_quantize(self:Learner,
     lower:bool=False,     # Is a smaller value of that metric better?
     rounds:int=30         # Measurements of latency
 )->KDQuantized:
-    """Write an int8 copy of a file, and compare both on the validation set: size, milliseconds a sample, metrics.
+    """Write an int8 copy of a file, and compare both on the validation set: size, milliseconds per sample, metrics.
 
     Without metrics, `valid_loss` decides. Metadata are kept. Raises `ValueError` for tables."""
     model = OnnxModel(file, threads=1)

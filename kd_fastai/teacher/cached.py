@@ -166,7 +166,7 @@ def _output_arrays(outputs):
             f"Expected finite predictions, but {(~finite).sum()} rows of {k} have NaN or infinite values, the first is "
             f"{np.flatnonzero(~finite)[0]}")
     if len({*map(len, arrays.values())})>1: raise ValueError(
-        f"Expected one row a sample in each, got { {k: len(v) for k,v in arrays.items()} }")
+        f"Expected one row per sample in each, got { {k: len(v) for k,v in arrays.items()} }")
     return arrays
 
 # %% ../../nbs/teacher/cached.ipynb #be0bb940
@@ -211,7 +211,7 @@ class RowTeacher(BaseTeacher):
         self._scale = spread(self.store.made_with['inputs']) if 'inputs' in self.store.made_with else None
 
     def _view_seed(self, epoch):
-        "Seed of all draws in an epoch; None where they are left alone"
+        "Seed of all draws in an epoch; None where they are not set"
         return seed_from(self.seed, epoch%self.views) if self.views else None
 
     @contextmanager
@@ -268,7 +268,7 @@ class StoredTeacher(RowTeacher):
     Raises `ValueError` for data that differ from those of the predictions, for layers that are not stored, and for
     inputs that are not the recorded ones."""
     def __init__(self,
-        outputs, # Folder of a filled cache; array, tensor or `DataFrame`, one row a sample; dict of `'pred'` and layers
+        outputs, # Folder of a filled cache; array, tensor or `DataFrame`, one row per sample; dict of `'pred'` and layers
         probabilities:bool=False # Are predictions probabilities? They are turned to logits
     ):
         if isinstance(outputs, (str,Path)): store = OutputStore(outputs).load()
@@ -320,15 +320,15 @@ class StoredTeacher(RowTeacher):
 
 # %% ../../nbs/teacher/cached.ipynb #f4b3736e
 def as_arrays(
-    outputs:dict,    # Predictions (`pred`) and features, one row a sample
+    outputs:dict,    # Predictions (`pred`) and features, one row per sample
     n:int,           # Samples
     half:bool=False, # Keep float16?
     topk:int|None=None # Keep the likeliest classes?
 )->dict:
-    "Return outputs in the types in which they are kept. Raises `ValueError` for other than one row a sample"
+    "Return outputs in the types in which they are kept. Raises `ValueError` for other than one row per sample"
     for k,v in outputs.items():
         if len(v)!=n: raise ValueError(
-            f"A cache keeps one row a sample, but the teacher's {k} for {n} samples is {tuple(v.shape)}: train "
+            f"A cache keeps one row per sample, but the teacher's {k} for {n} samples is {tuple(v.shape)}: train "
             f"without a cache")
     res = dict(outputs)
     if topk and 'pred' in res: res['pred'],res['classes'] = to_topk(res['pred'], topk)

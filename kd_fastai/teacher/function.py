@@ -24,7 +24,7 @@ from .several import Teachers
 class FunctionTeacher(nn.Module):
     """A model whose predictions come from a function.
 
-    Raises `TypeError` and `ValueError` for predictions that are not numbers, not finite, or not one row a sample."""
+    Raises `TypeError` and `ValueError` for predictions that are not numbers, not finite, or not one row per sample."""
     is_function = True # A cache compares predictions, as there are no weights
     def __init__(self,
         f:Callable,               # Takes the inputs, returns predictions `(B, C, ...)` as an array or a tensor
@@ -48,7 +48,7 @@ class FunctionTeacher(nn.Module):
             f"Expected predictions as an array or a tensor from {self.extra_repr()}, got {type(pred).__name__}")
         pred = torch.as_tensor(pred).to(first.device)
         if pred.ndim<2 or len(pred)!=len(first): raise ValueError(
-            f"Expected one row a sample, ({len(first)}, C, ...), from {self.extra_repr()}, got {tuple(pred.shape)}")
+            f"Expected one row per sample, ({len(first)}, C, ...), from {self.extra_repr()}, got {tuple(pred.shape)}")
         if not pred.is_floating_point(): raise TypeError(
             f"Expected floating-point predictions from {self.extra_repr()}, got {pred.dtype}")
         if not pred.isfinite().all(): raise ValueError(

@@ -552,7 +552,7 @@ def test_what_a_stored_teacher_refuses(tmp_path):
             cached_fit(StoredTeacher(answers), layers='1' if 'No' in text else None,
                        losses=None if 'No' in text else SoftTarget)
     for text,answers in {'Expected numbers of shape': a[:,0], 'rows of pred have NaN': a*float('nan'),
-                         'Expected one row a sample': {'pred': a, '1': a[:5]},
+                         'Expected one row per sample': {'pred': a, '1': a[:5]},
                          'Expected numbers': np.array([['a']])}.items():
         with pytest.raises(ValueError, match=text): StoredTeacher(answers)
     with pytest.raises(ValueError, match='is not a valid cache index'): StoredTeacher(tmp_path)
