@@ -313,9 +313,10 @@ def compute(self:KnowledgeDistillationCallback)->tuple: # A `Batch`, and the val
     batch = state.read_batch(None if state.first is self else state.first.loss_parts()[0])
     if not state.is_checked: self.build(batch)
     if not any(objective.needs_pred.values()): batch = batch._replace(teacher_pred=None)
-    values = objective.values(batch, state.progress)
+    progress = state.progress
+    values = objective.values(batch, progress)
     if objective.unknown_weights: find_weights(self.learn, objective, batch, values, self.warn)
-    weights = objective.weights(batch, values, state.progress)
+    weights = objective.weights(batch, values, progress)
     if not state.is_checked: check_first_batch(
         objective, batch, values, weights, state.capture.modules, self.learn.pred, self.warn)
     state.is_checked = True

@@ -139,7 +139,6 @@ class OwnedWeights(OwnedState):
         scope          # An `ExitStack` that is closed at the end of the fit
     ):
         "Average gradients over processes, as `DistributedDataParallel` does, and join an optimizer that is new"
-        if not self.params: return
         if is_distributed(learn): all_reduce_grads(self.params)
         if self.extra.opt is not None and learn.opt is not self.extra.opt: self.join(learn, scope)
 
@@ -215,7 +214,7 @@ class OwningCallback(ScopedCallback):
 
     def after_backward(self):
         "Average the gradients of owned weights over processes"
-        self.owned.after_backward(self.learn, self.scope)
+        if self.owned.params: self.owned.after_backward(self.learn, self.scope)
 
     def sidecar_state(self)->dict:
         "Return what is saved next to the student"

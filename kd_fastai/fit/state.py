@@ -9,7 +9,6 @@ __all__ = ['capture_one_forward', 'FitState']
 
 # %% ../../nbs/fit/state.ipynb #4f8ea333
 from contextlib import ExitStack, contextmanager
-import torch
 from torch import nn, Tensor
 from fastai.basics import Learner, find_bs
 from fastai.callback.schedule import LRFinder
@@ -31,7 +30,6 @@ def capture_one_forward(
 ):
     "End the capture after each forward pass, until `enabled` is set again. Copies of the model do not"
     capture.enabled = False
-    @torch.compiler.disable
     def stop(*args): capture.enabled = False
     handle = model.register_forward_hook(LiveHook(stop)) if capture.specs else None
     try: yield

@@ -40,7 +40,8 @@ def _teacher_settings(
     kd # A distillation callback
 )->dict: # Arguments of `Learner.distill`
     "Return what a callback says about its teacher: its inputs and its classes"
-    res = dict(teacher_inputs=kd.teacher_inputs, teacher_tfm=kd.teacher.tfm, class_map=kd.objective.class_maps)
+    maps = kd.objective.class_maps
+    res = dict(teacher_inputs=kd.teacher_inputs, teacher_tfm=kd.teacher.tfm, class_map=maps.get(None, maps))
     return {k: v for k,v in res.items() if v}
 
 # %% ../../nbs/report/find.ipynb #51f75841

@@ -147,7 +147,11 @@ class Teacher(BaseTeacher):
             features = self.capture.pop()
         dtype = _result_dtype(xb, float_dtype(self.model))
         if dtype is not None: pred,features = _cast(pred, dtype),{k: _cast(f, dtype) for k,f in features.items()}
-        return self._as_logits(pred),features
+        if pred is not None and self.probabilities: pred = to_logits(pred)
+        elif pred is not None and not self._looked:
+            warn_of_probabilities(pred, 'Teacher')
+            self._looked = True
+        return pred,features
 
     @property
     def conversion(self)->Callable|None:
@@ -165,10 +169,9 @@ class Teacher(BaseTeacher):
         return xb if dtype is None else tuple(_cast(o, dtype) for o in xb)
 
     def _run(self, xb, need_pred):
-        """The prediction; None if the forward stopped after the last layer or returned none.
+        """Return the prediction; None if the forward stopped after the last layer or returned none.
 
-        The first forward of inputs of a shape runs to its end. It shows in which order the layers run, and whether
-        stopping is safe."""
+        The first forward of inputs of a shape is whole: it shows the order of the layers, and if stopping is safe."""
         with naming_errors('teacher', self.model, xb):
             if need_pred: return get_logits(self.model(*xb))
             if not self.early_exit: return find_logits(self.model(*xb))
@@ -182,12 +185,6 @@ class Teacher(BaseTeacher):
             self._orders[shapes] = self.capture.execution_order() if watch.is_static else []
             return pred
 
-    def _as_logits(self, pred):
-        if pred is None: return None
-        if self.probabilities: return to_logits(pred)
-        if not self._looked: warn_of_probabilities(pred, 'Teacher')
-        self._looked = True
-        return pred
 
 # %% ../../nbs/teacher/live.ipynb #f2ca9fa5
 _users,_lock = weakref.WeakKeyDictionary(),threading.Lock()  # module: number of teachers that use it, and its mode
