@@ -151,10 +151,10 @@ def student(data, source, method, xb, seeds=5):
     table.loc[name] = dict(runs=len(hand), score=hand.mean(), **found.costs.loc[HAND])
     gain = paired_interval(found.final('distilled')-hand)
     table.loc[best,['gain','gain_low','gain_high','verdict']] = [*gain.values()]
-    table.loc[best,'minutes'] = sum(runs[o].seconds.sum() for o in used_by(found, runs))/60
     table.round(4).rename_axis('student').to_csv(TABLES/'shrink_student.csv')
     found.costs.round(4).rename_axis('candidate').to_csv(TABLES/'shrink_costs.csv')
-    print(found, table.T, sep='\n')
+    seconds = sum(runs[o].seconds.sum() for o in used_by(found, runs))
+    print(found, table.T, f'{seconds/60:.1f} minutes of processor', sep='\n')
 
 def used_by(found, runs):
     "Masks of the runs that a result needed: its pilots and full runs"
@@ -167,7 +167,7 @@ def slices(data, source, method, xb, epochs=8, seeds=4):
     for start in ('new','sliced'):
         makers = family(source.model, xb, (1/4,), (1/2,), start=='sliced')
         for o in tasks(source, makers, method, {epochs: range(seeds)}):
-            todo.append({**o, 'name': f"{start} {o['name'].removesuffix(': distilled')}"})
+            todo.append({**o, 'name': f"{start}: {o['name'].removesuffix(': distilled')}"})
     runs = trained(todo, TABLES/f'shrink_{data}_slices_runs.csv')
     names = [*dict.fromkeys(runs.method)]
     table = comparison_table(runs.drop(columns=['start','settings']), 'accuracy',

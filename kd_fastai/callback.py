@@ -30,7 +30,7 @@ from kd_fastai.fit.internals import (in_validation_context, is_distributed, with
     without_last_inputs)
 from .fit.owned import OwnedWeights, OwningCallback
 from .fit.state import FitState
-from .hooks.inputs import split_inputs
+from .hooks.inputs import n_samples, split_inputs
 from .hooks.layers import parse_layer_pairs, unique_names
 from .hooks.models import KDWarning, digest, get_logits, unwrap_model
 from .losses import Attention, SoftTarget
@@ -127,7 +127,8 @@ def weights(self:KnowledgeDistillationCallback)->dict: # `{name: number}`; None 
 @patch
 def reset_weights(self:KnowledgeDistillationCallback):
     "Forget the weights that 'auto' found: the next fit finds them again, on its first batch"
-    for found in (self.objective.found_weights, self.objective.assumed_weights): found.clear()
+    o = self.objective
+    for found in (o.found_weights, o.assumed_weights, o.task_losses): found.clear()
 
 
 # %% ../nbs/callback.ipynb #bce63236
@@ -326,10 +327,8 @@ def compute(self:KnowledgeDistillationCallback)->tuple: # A `Batch`, and the val
 def build(self:KnowledgeDistillationCallback, batch):
     "Let losses create their weights, once, and the optimizer train them for the rest of the fit"
     if self.objective.built: return check_channels(self.objective, batch)
-    train_ds = getattr(self.learn.dls.train, 'dataset', None)
-    n_data = len(train_ds) if hasattr(train_ds, '__len__') else None
     teacher = {k: unwrap_model(o.model) for k,o in self.teacher.by_name.items()}
-    self.objective.build(batch, unwrap_model(self.learn.model), teacher, n_data=n_data)
+    self.objective.build(batch, unwrap_model(self.learn.model), teacher, n_data=n_samples(self.learn.dls.train))
     self.owned.created(self.learn)
     self.owned.attach(self.learn, self.scope)
 

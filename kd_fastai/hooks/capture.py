@@ -7,18 +7,18 @@ Docs: https://kd-fastai.github.io/kd_fastai/hooks/capture.html.md"""
 # %% auto #0
 __all__ = ['pick_tensor', 'unchanged_tensor', 'outside_graphs', 'LiveHook', 'Capture']
 
-# %% ../../nbs/hooks/capture.ipynb #823632c6
+# %% ../../nbs/hooks/capture.ipynb #b503eab1
 import sys, threading
 from contextlib import contextmanager, nullcontext
 from typing import Callable
 import torch
 from torch import nn, Tensor
 from .layers import LayerSpec, layer_name, parse_layer
-from .layout import is_sequence_first, known_widths, standard_layout
+from .layout import feature_layout
 from .models import own_copy, tensor_version, unwrap_model
 from .models import RandomStream, eval_no_grad, naming_errors, preserving_modes # noqa: F401
 
-# %% ../../nbs/hooks/capture.ipynb #ace13d16
+# %% ../../nbs/hooks/capture.ipynb #73b2603d
 def _side(spec): return 'input' if spec.is_input else 'output'
 
 def _get_item(value, item): return value[item] if hasattr(value, 'keys') else value[int(item)]
@@ -51,7 +51,7 @@ def pick_tensor(
     return value
 
 
-# %% ../../nbs/hooks/capture.ipynb #694081dd
+# %% ../../nbs/hooks/capture.ipynb #be04984e
 def unchanged_tensor(
     spec:LayerSpec, # A layer
     outs:list,      # `(tensor, version)` of each of its calls in a forward
@@ -73,7 +73,7 @@ def unchanged_tensor(
     return t
 
 
-# %% ../../nbs/hooks/capture.ipynb #6b13af75
+# %% ../../nbs/hooks/capture.ipynb #4a7dc02b
 def outside_graphs(
     function:Callable # Reads what has no meaning in a traced graph
 )->Callable:
@@ -89,7 +89,7 @@ class LiveHook:
     def __reduce__(self): return getattr, (nullcontext(), '__exit__')  # takes anything, returns None
 
 
-# %% ../../nbs/hooks/capture.ipynb #da197c03
+# %% ../../nbs/hooks/capture.ipynb #2800debc
 class Capture:
     """Capture the outputs of named layers of `model`, or their inputs; `pop` returns them.
 
@@ -115,8 +115,7 @@ class Capture:
         self._thread = threading.get_ident()
         # look the modules up now, since SyncBatchNorm may have replaced some
         self.modules = {o.spec: o.module(self.model) for o in self.specs}
-        self.widths = {o.spec: known_widths(self.model, self.modules[o.spec], o.is_input) for o in self.specs}
-        self.sequence_first = {o.spec for o in self.specs if is_sequence_first(self.model, o.name)}
+        self.layouts = {o.spec: feature_layout(self.model, o.name, o.is_input) for o in self.specs}
         self.handles = [self._add_hook(self.modules[o.spec], o) for o in self.specs]
         if self.specs: self.handles.append(self.model.register_forward_pre_hook(LiveHook(self._on_forward_start)))
         return self
@@ -143,9 +142,7 @@ class Capture:
     def _record(self, spec, value):
         if not self._listens(): return
         t = pick_tensor(spec, value, self.who)
-        if not callable(spec.item):
-            if spec.spec in self.sequence_first and t.ndim==3: t = t.transpose(0, 1)
-            t = standard_layout(t, self.widths[spec.spec])
+        if not callable(spec.item): t = self.layouts[spec.spec](t)
         if t.is_inference():  # autograd cannot use one, and it does not count changes in place
             with torch.inference_mode(False): t = own_copy(t)
         self.outputs.setdefault(spec.spec, []).append((t, tensor_version(t)))

@@ -175,7 +175,7 @@ def model_scores(
     "The number of parameters and `validation_scores`"
     return {'parameters': sum(p.numel() for p in learn.model.parameters()), **validation_scores(learn)}
 
-# %% ../../nbs/methods/schemes.ipynb #9e4cdf23
+# %% ../../nbs/methods/schemes.ipynb #7d3715bd
 class PeerTeacher(Teacher):
     "Networks that predict while they train: in training mode, and with gradients of their own"
     @contextmanager
@@ -192,7 +192,7 @@ class PeerTeacher(Teacher):
         return self.model.combine([p.detach() for p in self.preds]),{}
 
 
-# %% ../../nbs/methods/schemes.ipynb #2eeb94b0
+# %% ../../nbs/methods/schemes.ipynb #1efd79cb
 class Peers:
     "Networks as the source of `OwnedWeights`: they exist from the start"
     built = True
@@ -217,7 +217,7 @@ class Peers:
         "Load what `state_dict` returned"
         self.networks.load_state_dict(state)
 
-# %% ../../nbs/methods/schemes.ipynb #bbba0f9b
+# %% ../../nbs/methods/schemes.ipynb #0ddc4f8d
 class MutualLearning(KnowledgeDistillationCallback):
     """Train `peers` together with this Learner: each learns from the others' predictions for the same batch.
 

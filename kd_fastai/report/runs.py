@@ -28,7 +28,8 @@ from fastai.basics import Callback, DataLoaders, Learner, Recorder, is_listy, no
 from fastai.callback.progress import ProgressCallback  # gives Learner its no_bar  # noqa: F401
 from fastai.callback.schedule import ParamScheduler    # gives Learner its fit_one_cycle  # noqa: F401
 from ..fit.batch import SplitsInputs
-from ..hooks.inputs import split_inputs
+from ..hooks.inputs import n_samples, split_inputs
+from ..hooks.models import without_address
 from ..objective import Term
 from .measure import size_kb
 from .scores import score_models
@@ -97,7 +98,8 @@ class _Digest:
 
     def _add_object(self, o):
         if isinstance(o, Tensor): o = o.detach().float().cpu().numpy()
-        if isinstance(o, np.ndarray):
+        if hasattr(o, '__array_interface__'):  # of NumPy, and pictures
+            o = np.asarray(o)
             step = max(1, o.nbytes//10**8)  # of a large array every n-th row
             return self.hash.update(f'{o.shape}'.encode()+np.ascontiguousarray(o[::step] if o.ndim else o).tobytes())
         if isinstance(o, nn.Module):
@@ -142,13 +144,19 @@ def _is_installed(f):
     file = f.__code__.co_filename
     return 'site-packages' in file or file.startswith((sys.prefix, str(Path(kd_fastai.__file__).parent)))
 
+# %% ../../nbs/report/runs.ipynb #81c8dcf6
 def _learner_settings(learn):
-    "What a training run depends on, in addition to the data"
-    data = [(type(o).__name__, getattr(o, 'bs', getattr(o, 'batch_size', None)),
-             len(o.dataset) if hasattr(o.dataset, '__len__') else None) for o in learn.dls.loaders]
+    "What a training run depends on"
+    data = [_data_settings(o) for o in learn.dls.loaders]
     return (weights_digest(learn.model), learn.lr, learn.wd, learn.moms, learn.opt_func, learn.loss_func,
             learn.wd_bn_bias, learn.train_bn, learn.metrics.attrgot('name'), data,
             [o for o in learn.cbs.sorted('order') if not isinstance(o, (Recorder,ProgressCallback))])
+
+def _data_settings(dl):
+    "What tells a loader from another one: its type, batch size, transforms, length, and the first and the last item"
+    n,tfms = n_samples(dl),[getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
+    items = [dl.dataset[i] for i in (0,n-1)] if n and hasattr(dl.dataset, '__getitem__') else []
+    return type(dl).__name__,getattr(dl, 'bs', getattr(dl, 'batch_size', None)),without_address(tfms),n,items
 
 def digest(
     *settings # Anything
