@@ -130,9 +130,7 @@ class Teacher(BaseTeacher):
 
     @contextmanager
     def ready(self, device=None, epoch=None):
-        """Prepare to run: eval mode, hooks on the layers, the model on `device`. Afterwards all is as before.
-
-        Several teachers, also in several threads, can share modules: the last one restores them."""
+        "Run in eval mode, with hooks on the layers, on `device`; the last of several teachers restores shared modules"
         self._orders = {}
         with shared_eval_mode(self.model), on_device(self.model, device):
             reset_hidden_state(self.model, self.learner)
