@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, L, accuracy, set_seed
-from kd_fastai.all import KDReport  # noqa: F401  gives Learner its methods
+from kd_fastai.report.report import KDReport  # noqa: F401  gives Learner its methods
 from kd_fastai.demo import digits
 from kd_fastai.report.candidates import family
 from kd_fastai.report.compare import comparison_table, paired_interval

@@ -23,7 +23,8 @@ from .candidates import family
 from .compare import paired_interval
 from .measure import latency, multiply_adds, resize_batch, size_kb
 from .runs import RunTable, TrainRun, lower_is_better, run_all
-from .scores import find_teacher_inputs, first_batch, score_models, split_xy
+from ..fit.batch import find_teacher_inputs
+from .scores import first_batch, score_models, split_xy
 from .trial import trial_learner
 
 # %% ../../nbs/report/shrink.ipynb #087ce439
