@@ -18,7 +18,7 @@ from pictures import Follow, feature, falling, fit, rising, soft, write_table
 
 # data, labels, epochs, batch size
 REGIMES = {'digits short': ('digits', 200, 5, 20), 'digits': ('digits', 200, 20, 20),
-           'digits long': ('digits', 200, 80, 20),
+           'digits long': ('digits', 200, 80, 20), 'digits 50': ('digits', 50, 100, 20),
            'fashion 300, 24 steps': ('fashion', 300, 4, 50), 'fashion 300, 240 steps': ('fashion', 300, 40, 50),
            'fashion 300, 720 steps': ('fashion', 300, 120, 50),
            'fashion 3000, 240 steps': ('fashion', 3000, 4, 50), 'fashion 3000, 720 steps': ('fashion', 3000, 12, 50)}
@@ -53,6 +53,7 @@ def started(share, method):
 
 METHODS = {
     'baseline': lambda learn, teacher, epochs: fit(learn, epochs, []),
+    'distill': kd(lambda: [Term(SoftTarget, T=4)]),
     'soft rising': kd(lambda: [soft(rising())]),
     'soft adapt': kd(lambda: [soft(None)], Follow()),
     'soft adapt rising': kd(lambda: [soft(rising())], Follow()),

@@ -252,6 +252,7 @@ def started(share, method, unlabeled=False):
 
 METHODS = {
     'baseline': baseline,
+    'distill': kd(lambda: [Term(SoftTarget, T=4)]),
     'soft rising': kd(lambda: [soft(rising())]),
     'F before x.5': kd(lambda: [feature(times(.5))]),
     'F before x3 falling': kd(lambda: [feature(falling(3))]),
@@ -273,11 +274,18 @@ METHODS = {
     'start half, soft rising': started(1/2, kd(lambda: [soft(rising())])),
     'start third, soft adapt rising': started(1/3, kd(lambda: [soft(rising())], Follow())),
     'start 60% on all pictures, labels': started(.6, baseline, unlabeled=True),
-    'start 60% on all pictures, soft rising': started(.6, kd(lambda: [soft(rising())]), unlabeled=True),
+    'start 60% on all pictures, distill': started(.6, kd(lambda: [Term(SoftTarget, T=4)]), unlabeled=True),
     'folds, soft rising': kd(lambda: [soft(rising())], predictions='folds'),
     'folds, soft adapt rising': kd(lambda: [soft(rising())], Follow(), predictions='folds'),
     'start third, folds, soft rising': started(1/3, kd(lambda: [soft(rising())], predictions='folds')),
 }
+
+# losses one by one, as in `accuracy.py which_loss`: on predictions, or on what the classifiers read
+METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', schedule=None)])
+            for f in (SoftTarget, DecoupledKD, Logits, DIST, Mutual)}
+METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', layers=[('>','features')])]) for f in (RKD, Similarity)}
+METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', layers=[('>','features')], adapt='auto')])
+            for f in (FitNet, CosineSmoothL1)}
 
 # --- the study
 

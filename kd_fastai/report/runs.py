@@ -27,7 +27,9 @@ from fastprogress.fastprogress import progress_bar
 from fastai.basics import Callback, DataLoaders, Learner, Recorder, is_listy, no_random, noop, set_seed
 from fastai.callback.progress import ProgressCallback  # gives Learner its no_bar  # noqa: F401
 from fastai.callback.schedule import ParamScheduler    # gives Learner its fit_one_cycle  # noqa: F401
-from ..hooks.inputs import split_inputs
+from ..fit.batch import SplitsInputs
+from ..hooks.inputs import n_samples, split_inputs
+from ..hooks.models import without_address
 from ..objective import Term
 from .measure import size_kb
 from .scores import score_models
@@ -96,7 +98,8 @@ class _Digest:
 
     def _add_object(self, o):
         if isinstance(o, Tensor): o = o.detach().float().cpu().numpy()
-        if isinstance(o, np.ndarray):
+        if hasattr(o, '__array_interface__'):  # of NumPy, and pictures
+            o = np.asarray(o)
             step = max(1, o.nbytes//10**8)  # of a large array every n-th row
             return self.hash.update(f'{o.shape}'.encode()+np.ascontiguousarray(o[::step] if o.ndim else o).tobytes())
         if isinstance(o, nn.Module):
@@ -141,13 +144,19 @@ def _is_installed(f):
     file = f.__code__.co_filename
     return 'site-packages' in file or file.startswith((sys.prefix, str(Path(kd_fastai.__file__).parent)))
 
+# %% ../../nbs/report/runs.ipynb #81c8dcf6
 def _learner_settings(learn):
-    "What a training run depends on, in addition to the data"
-    data = [(type(o).__name__, getattr(o, 'bs', getattr(o, 'batch_size', None)),
-             len(o.dataset) if hasattr(o.dataset, '__len__') else None) for o in learn.dls.loaders]
+    "What a training run depends on"
+    data = [_data_settings(o) for o in learn.dls.loaders]
     return (weights_digest(learn.model), learn.lr, learn.wd, learn.moms, learn.opt_func, learn.loss_func,
             learn.wd_bn_bias, learn.train_bn, learn.metrics.attrgot('name'), data,
             [o for o in learn.cbs.sorted('order') if not isinstance(o, (Recorder,ProgressCallback))])
+
+def _data_settings(dl):
+    "What tells a loader from another one: its type, batch size, transforms, length, and the first and the last item"
+    n,tfms = n_samples(dl),[getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
+    items = [dl.dataset[i] for i in (0,n-1)] if n and hasattr(dl.dataset, '__getitem__') else []
+    return type(dl).__name__,getattr(dl, 'bs', getattr(dl, 'batch_size', None)),without_address(tfms),n,items
 
 def digest(
     *settings # Anything
@@ -156,7 +165,7 @@ def digest(
     return _Digest().add(*settings).hash.hexdigest()
 
 # %% ../../nbs/report/runs.ipynb #c534c99d
-class StudentInputs(Callback):
+class StudentInputs(SplitsInputs, Callback):
     "Give the student its own inputs only, where the data also have a teacher's: for training without the teacher"
     def __init__(self,
         teacher_inputs:int # Number of inputs, at the end of each batch, for the teacher only
@@ -167,7 +176,7 @@ class StudentInputs(Callback):
 
 def _with_student_inputs(learn, cbs, teacher_inputs, name):
     "Add `StudentInputs` to callbacks that leave the teacher's inputs in. Raises `ValueError` for another number"
-    given = [vars(cb)['teacher_inputs'] for cb in (*learn.cbs, *cbs) if 'teacher_inputs' in vars(cb)]
+    given = [cb.teacher_inputs for cb in (*learn.cbs, *cbs) if isinstance(cb, SplitsInputs)]
     if not given: return cbs+L(StudentInputs(teacher_inputs)) if teacher_inputs else cbs
     if wrong := [o for o in given if o!=teacher_inputs]: raise ValueError(
         f"The method {name!r} has teacher_inputs={wrong[0]}, expected {teacher_inputs}: give kd_compare(..., "

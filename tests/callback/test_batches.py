@@ -11,6 +11,8 @@ from kd_fastai.all import (Ensemble, FitNet, KnowledgeDistillationCallback, Logi
     MutualLearning, SoftTarget, Term)
 from kd_fastai.methods.gates import by_position
 
+pytestmark = pytest.mark.filterwarnings('ignore:The teacher agrees')   # teachers are not trained
+
 KD = KnowledgeDistillationCallback
 
 def mlp(seed=0, n_in=6, hidden=8, n_out=5):
@@ -167,6 +169,7 @@ def test_lr_find_holds_schedules_constant():
         with learn.no_bar(): return learn.lr_find(suggest_funcs=minimum, show_plot=False).minimum
     assert 0.1<find()/find(schedule=lambda p: 0.5)<10
 
+@pytest.mark.filterwarnings('ignore:.* are frozen')
 def test_a_frozen_phase_leaves_no_weight_behind():
     "The weight of a term on frozen layers is found when they train."
     def split(model): return [[*model[0].parameters()], [*model[2].parameters()]]

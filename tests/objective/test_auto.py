@@ -9,7 +9,7 @@ from fastai.basics import L, params, set_seed
 from fastai.callback.all import GradientAccumulation, GradientClip, SchedLin
 from kd_fastai.all import *
 from kd_fastai.losses.facts import get_loss_info
-from kd_fastai.objective import auto_ratio
+from kd_fastai.objective import MAX_GROWTH, Objective, auto_ratio, growth
 from support import CPUMixedPrecision, KD, fit, history, hooks, learner, trained_teacher, weights
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
@@ -144,6 +144,57 @@ def test_report_shows_it_and_does_not_keep_it(teacher, capsys):
     assert report.terms.gradient['soft_target']==pytest.approx(auto_ratio(SoftTarget), rel=1e-3)
     assert found(learn)=={'soft_target': None}
     assert 'Weights found' not in capsys.readouterr().out
+
+# ---- it grows as the labels are learned
+
+def test_growth_by_hand():
+    "The first task loss over its running mean; batches without labels and losses that are not finite do not count"
+    kept,mean = {},2.
+    for task in (2., 1., 0., float('nan'), float('inf'), 0.5, 3.):
+        if 0<task<float('inf'): mean += 0.02*(task-mean)
+        assert growth(kept, 'a', torch.tensor(task)).item()==pytest.approx(max(1., 2/mean), rel=1e-5)
+    for _ in range(2000): last = growth(kept, 'a', torch.tensor(1e-9))
+    assert last==MAX_GROWTH and growth(kept, 'a', torch.tensor(1e9))==1.
+
+@pytest.mark.parametrize('first', [0., float('nan'), float('inf')])
+def test_growth_starts_with_a_loss_that_counts(first):
+    kept = {}
+    for task in (first, 4.): assert growth(kept, 'a', torch.tensor(task))==1.
+    for _ in range(1000): last = growth(kept, 'a', torch.tensor(1.))
+    assert last.item()==pytest.approx(4, rel=1e-3)
+
+def test_only_default_schedules_grow():
+    "Terms with a weight or a schedule of their own, and terms on features, stay as they are; several grow alike"
+    terms = [Term(SoftTarget), Term(Logits), Term(SoftTarget, 2.), Term(SoftTarget, schedule=None),
+             Term(FitNet, layers='a')]
+    o = Objective(terms)
+    o.found_weights = dict.fromkeys((t.name for t in o.terms if t.weight=='auto'), 0.5)
+    p = torch.randn(4,3)
+    for task in [2.]+2000*[0.5]: last = o.weights(o.prepare(p, p, task=torch.tensor(task)), {}, 1.)
+    assert [float(w) for w in last.values()]==pytest.approx([2.,2.,2.,.5,.5], rel=1e-3)
+
+def test_growth_is_saved_and_lr_find_leaves_it(teacher, tmp_path):
+    "A training run that goes on after `learn.load` goes on from there, in a second fit, too"
+    def new(dls=None): return learner(KD(teacher, SoftTarget), dls, path=tmp_path)
+    def task_losses(learn): return learn.knowledge_distillation.objective.task_losses
+    a = fit(new(), 3)
+    before = task_losses(a)['soft_target']
+    assert before[0]>before[1]
+    a.save('m')
+    b = new(a.dls).load('m')
+    a.lr_find(num_it=8, show_plot=False)
+    assert task_losses(a)==task_losses(b)=={'soft_target': before}
+    for o in (a, b):
+        first,mean = task_losses(fit(o, seed=2))['soft_target']
+        assert first==before[0] and mean<before[1]
+
+def test_a_weight_that_is_found_again_starts_again(teacher):
+    learn = fit(learner(KD(teacher, SoftTarget)), 3)
+    kd = learn.knowledge_distillation
+    first,_ = kd.objective.task_losses['soft_target']
+    kd.reset_weights()
+    fit(learn, seed=2)
+    assert kd.objective.task_losses['soft_target'][0]<first
 
 # ---- nothing to compare
 
