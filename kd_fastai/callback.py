@@ -68,13 +68,14 @@ def make_terms(
 )->list:
     "Return the terms. Raises `TypeError` if teacher and loss are swapped, `ValueError` without a loss"
     check_words(loss, pairs)
-    is_swapped = isinstance(loss, (nn.Module,Learner)) and not isinstance(
+    losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
+    is_swapped = any(isinstance(o, (nn.Module,Learner)) for o in losses) and not isinstance(
         teacher, (nn.Module,Learner,str,Path,BaseTeacher,dict))
     if is_swapped: raise TypeError(
         "teacher and loss are swapped: expected (teacher, loss), "
-        f"got ({loss_name(teacher)}, {type(loss).__name__})")
+        f"got ({loss_name(teacher)}, {', '.join(type(o).__name__ for o in losses)})")
     for check,o in (check_schedule,schedule), (check_adapt,adapt), (check_mask,mask): check(o)
-    weight,losses = check_weight(weight, 'weight'),[*loss] if isinstance(loss, (list,tuple)) else [loss]
+    weight = check_weight(weight, 'weight')
     if not losses: raise ValueError("Expected at least one loss, got none")
     terms = [o if isinstance(o, Term) else Term(o, weight) for o in losses]
     return [with_defaults(o, pairs, schedule, adapt, mask) for o in terms]
@@ -174,7 +175,6 @@ class DistillationFit(DistillationSettings):
         check_data(self.learn, self.teacher, self.objective, self.warn)
         self.objective.set_layout(*loss_layout(self.learn.loss_func))
         tell_class_axis(self.teacher.model, self.objective.class_axis)
-        self.objective.assumed_weights.clear()
         self.teacher.prepare(self.learn.dls.train)
         capture = Capture(self.learn.model, [n for o in self.terms for n in o.layers[0]], who='student')
         self.fit_state = FitState(capture, self.make_columns())
@@ -243,6 +243,7 @@ class DistillationEpoch(DistillationFit):
         state,learn = self.fit_state,self.learn
         if state is None: raise RuntimeError("The callback was added during a fit: add it before")
         state.epoch.close()
+        self.objective.assumed_weights.clear()  # the Learner may have unfrozen layers
         state.columns.reset()
         self.owned.before_train(learn)
         device = next((p.device for p in learn.model.parameters()), None)
