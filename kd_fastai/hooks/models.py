@@ -21,6 +21,9 @@ from torch.utils.data import get_worker_info
 from fastai.basics import Learner, is_listy, load_learner
 
 # %% ../../nbs/hooks/models.ipynb #d0be06c5
+class KDWarning(UserWarning):
+    "The class of all warnings of this package, by which a filter can name them"
+
 def as_plain_tensor(
     t # A tensor, perhaps of a fastai subclass, or any other object
 ):
@@ -86,7 +89,8 @@ def float_dtype(
     model:nn.Module # Any model
 )->torch.dtype|None: # None without floating-point parameters
     "Return the type of the first floating-point parameter"
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    for p in model.parameters():
+        if p.is_floating_point(): return p.dtype
 
 def replace_layer(
     model:nn.Module, # Model to change
@@ -248,15 +252,15 @@ class RandomStream:
     "A stream of random numbers of its own; the global states stay as they are"
     def __init__(self): self.states = None
 
-    @contextmanager
-    def on(self,
-        device:torch.device=None # Not used: the streams of all devices are kept
-    ):
+
+    def __enter__(self):
         "Draw from this stream in this context. It starts as a copy of the global one"
-        with isolated_rng():
-            if self.states is not None: _set_states(*self.states)
-            try: yield
-            finally: self.states = _get_states()
+        self.outer = _get_states()
+        if self.states is not None: _set_states(*self.states)
+
+    def __exit__(self, *exc):
+        self.states = _get_states()
+        _set_states(*self.outer)
 
 @contextmanager
 def eval_no_grad(

@@ -27,6 +27,7 @@ from fastprogress.fastprogress import progress_bar
 from fastai.basics import Callback, DataLoaders, Learner, Recorder, is_listy, no_random, noop, set_seed
 from fastai.callback.progress import ProgressCallback  # gives Learner its no_bar  # noqa: F401
 from fastai.callback.schedule import ParamScheduler    # gives Learner its fit_one_cycle  # noqa: F401
+from ..fit.batch import SplitsInputs
 from ..hooks.inputs import n_samples, split_inputs
 from ..hooks.models import without_address
 from ..objective import Term
@@ -164,7 +165,7 @@ def digest(
     return _Digest().add(*settings).hash.hexdigest()
 
 # %% ../../nbs/report/runs.ipynb #c534c99d
-class StudentInputs(Callback):
+class StudentInputs(SplitsInputs, Callback):
     "Give the student its own inputs only, where the data also have a teacher's: for training without the teacher"
     def __init__(self,
         teacher_inputs:int # Number of inputs, at the end of each batch, for the teacher only
@@ -175,7 +176,7 @@ class StudentInputs(Callback):
 
 def _with_student_inputs(learn, cbs, teacher_inputs, name):
     "Add `StudentInputs` to callbacks that leave the teacher's inputs in. Raises `ValueError` for another number"
-    given = [vars(cb)['teacher_inputs'] for cb in (*learn.cbs, *cbs) if 'teacher_inputs' in vars(cb)]
+    given = [cb.teacher_inputs for cb in (*learn.cbs, *cbs) if isinstance(cb, SplitsInputs)]
     if not given: return cbs+L(StudentInputs(teacher_inputs)) if teacher_inputs else cbs
     if wrong := [o for o in given if o!=teacher_inputs]: raise ValueError(
         f"The method {name!r} has teacher_inputs={wrong[0]}, expected {teacher_inputs}: give kd_compare(..., "

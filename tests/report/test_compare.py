@@ -11,6 +11,8 @@ from kd_fastai.report.measure import latency
 from kd_fastai.report.runs import RunTable, lower_is_better
 from kd_fastai.report.scores import calibration_error, predicted_classes
 
+pytestmark = pytest.mark.filterwarnings('ignore:The teacher .*agrees')   # teachers are not trained
+
 for o in [*globals()]:
     if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
 
