@@ -4,6 +4,7 @@
 
 step: one step, next to a loop by hand and two packages. scale: how it grows. losses: time and memory of each loss.
 per_sample: values of single samples. cached: stored predictions, views and faster copies. dot: an epoch with DOT.
+compare: worker processes of kd_compare.
 `benchmarks/run` measures those that have targets."""
 import warnings
 warnings.filterwarnings('ignore')

@@ -1,7 +1,7 @@
 """Which student? `kd_shrink` on color pictures, and whether its short pilots predict full training runs.
 
     python benchmarks/shrink.py pilots [--data digits]
-    python benchmarks/shrink.py student
+    python benchmarks/shrink.py student [--pilot-seeds 4]
     python benchmarks/shrink.py slices
 
 The color pictures, the teacher (a fine-tuned EfficientNet-Lite0) and the views of each picture are those of
@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, L, accuracy, set_seed
-from kd_fastai.all import KDReport  # noqa: F401  gives Learner its methods
+from kd_fastai.report.report import KDReport  # noqa: F401  gives Learner its methods
 from kd_fastai.demo import digits
 from kd_fastai.report.candidates import family
 from kd_fastai.report.compare import comparison_table, paired_interval
@@ -139,10 +139,12 @@ def pilots(data, source, method, xb):
     table.round(3).to_csv(TABLES/f'shrink_{data}_pilots.csv', index=False)
     print(full, table.to_string(), sep='\n')
 
-def student(data, source, method, xb, seeds=5):
-    csv = TABLES/f'shrink_{data}_runs.csv'
+def student(data, source, method, xb, pilot_seeds=2, seeds=5):
+    more = '' if pilot_seeds==2 else f'_{pilot_seeds}'
+    csv = TABLES/f'shrink_{data}_runs{more}.csv'
     found = source.kd_shrink(faster=10, candidates=CANDIDATES, epochs=EPOCHS, pilot_epochs=2, seeds=seeds,
-                             method=method, fit=train, batch_size=BATCH, csv=csv, progress=False)
+                             pilot_seeds=pilot_seeds, method=method, fit=train, batch_size=BATCH, csv=csv,
+                             progress=False)
     name = f'by hand, {HAND}'
     runs = trained([dict(name=name, make_learner=lambda seed: student_learner(source, CANDIDATES[HAND]), method=None,
                          seed=FINAL+s, epochs=EPOCHS) for s in range(seeds)], csv)
@@ -151,10 +153,10 @@ def student(data, source, method, xb, seeds=5):
     table.loc[name] = dict(runs=len(hand), score=hand.mean(), **found.costs.loc[HAND])
     gain = paired_interval(found.final('distilled')-hand)
     table.loc[best,['gain','gain_low','gain_high','verdict']] = [*gain.values()]
-    table.loc[best,'minutes'] = sum(runs[o].seconds.sum() for o in used_by(found, runs))/60
-    table.round(4).rename_axis('student').to_csv(TABLES/'shrink_student.csv')
-    found.costs.round(4).rename_axis('candidate').to_csv(TABLES/'shrink_costs.csv')
-    print(found, table.T, sep='\n')
+    table.round(4).rename_axis('student').to_csv(TABLES/f'shrink_student{more}.csv')
+    found.costs.round(4).rename_axis('candidate').to_csv(TABLES/f'shrink_costs{more}.csv')
+    seconds = sum(runs[o].seconds.sum() for o in used_by(found, runs))
+    print(found, table.T, f'{seconds/60:.1f} minutes of processor', sep='\n')
 
 def used_by(found, runs):
     "Masks of the runs that a result needed: its pilots and full runs"
@@ -167,7 +169,7 @@ def slices(data, source, method, xb, epochs=8, seeds=4):
     for start in ('new','sliced'):
         makers = family(source.model, xb, (1/4,), (1/2,), start=='sliced')
         for o in tasks(source, makers, method, {epochs: range(seeds)}):
-            todo.append({**o, 'name': f"{start} {o['name'].removesuffix(': distilled')}"})
+            todo.append({**o, 'name': f"{start}: {o['name'].removesuffix(': distilled')}"})
     runs = trained(todo, TABLES/f'shrink_{data}_slices_runs.csv')
     names = [*dict.fromkeys(runs.method)]
     table = comparison_table(runs.drop(columns=['start','settings']), 'accuracy',
@@ -179,6 +181,7 @@ def slices(data, source, method, xb, epochs=8, seeds=4):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('study', choices=['pilots','student','slices'])
+    p.add_argument('--pilot-seeds', type=int, default=2, help='of `student`')
     p.add_argument('--data', default='pictures', choices=['pictures','digits'])
     a = p.parse_args()
     torch.set_num_threads(1)
@@ -186,6 +189,7 @@ def main():
     xb = first_batch(source.dls.valid)[:1]
     method = dict(teacher=Remembers(source.model) if a.data=='pictures' else source)
     xb = tuple(o[:BATCH] for o in xb)
-    dict(pilots=pilots, student=student, slices=slices)[a.study](a.data, source, method, xb)
+    studies = dict(pilots=pilots, student=partial(student, pilot_seeds=a.pilot_seeds), slices=slices)
+    studies[a.study](a.data, source, method, xb)
 
 if __name__=='__main__': main()

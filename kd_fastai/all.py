@@ -3,27 +3,22 @@ from .losses.adapters import make_adapter
 from .teacher.cached import CachedTeacher, StoredTeacher
 from .callback import KnowledgeDistillationCallback
 from .hooks.capture import Capture
-from .ship.card import KDCard
 from .teacher.classes import match_classes
-from .report.compare import KDComparison, kd_compare
+from .report.compare import kd_compare
 from .methods.dot import DOT
-from .report.find import KDFind
 from .methods import gates
 from .hooks.inputs import normalization_tfm
 from .hooks.layers import get_model_layers, get_module_by_name
 from .losses import *
-from .hooks.matching import classifier_input, layer_similarity, linear_cka, match_feature_layers
+from .hooks.matching import layer_similarity, match_feature_layers
 from .objective import Objective, Term
 from .ship.cascade import Cascade
 from .ship.export import OnnxModel, deployable, export_onnx
-from .ship.hub import *
-from .ship.parity import KDParity
-from .ship.quantize import KDQuantized
-from .methods import pretrain as _pretrain  # gives Learner its kd_pretrain
-from .report.plots import *
-from .report.report import KDReport
+from .methods import pretrain as _pretrain                     # these give Learner its other methods kd_...
+from .report import find as _find, report as _report, shrink as _shrink
+from .ship import card as _card, hub as _hub, parity as _parity, quantize as _quantize
+from .report.plots import plot_attention, plot_class_agreement, plot_similarity, plot_softened, plot_tradeoff
 from .report.runs import StudentInputs
-from .report.shrink import KDShrink
 from .methods.schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation
 from .methods.schemes import train_generations
 from .teacher.fast import FastTeacher, fast_copy

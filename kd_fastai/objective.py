@@ -48,7 +48,7 @@ def default_schedule(
 # %% ../nbs/objective.ipynb #6415e2be
 AUTO_RATIO = {'predictions': 1., 'features': 0.5}  # for weight='auto': gradient norm of a term by what it compares
 KEPT = 'found_weights','magnitudes','task_losses'  # of an objective, in its `state_dict`
-MAX_AUTO_RATIO = 1e7  # a term whose gradient is smaller than the task's by this factor is constant up to rounding
+MAX_AUTO_RATIO = 1e6  # a term whose gradient is smaller than the task's by this factor is constant up to rounding
 
 def auto_ratio(
     loss:Callable # A loss

@@ -2,16 +2,20 @@
 
     python benchmarks/cost.py cached [--rounds 15] [--device cuda]
 
-A resnet18 teaches a network of four stages on random images, flipped and shifted at random: small ones of 32x32 pixels
-in batches of 64, and of 96x96 in batches of 32. Targets are for the latter: a step of the former takes 15 ms, of which
-fastai and this package take a large part. Epochs and steps take turns in one process; ratios are taken round by round,
+A resnet18 teaches a network of four stages on random images: tensors of 32x32 pixels in batches of 64 and of 96x96 in
+batches of 32, flipped and shifted at random, and JPEG files that one worker decodes and crops at random to 96x96.
+Targets are for the files, which is the usual case, and for steps of 96x96: a step of 32x32 takes 15 ms, of which fastai
+and this package take a large part. Epochs and steps take turns in one process; ratios are taken round by round,
 with quartiles. An epoch is measured without the start of its fit, which is a column of its own: there the data and the
 weights of the teacher are compared with the cache."""
 import argparse, statistics, tempfile, time, warnings
+from functools import cache, partial
+from pathlib import Path
 warnings.filterwarnings('ignore')
-import torch
+import numpy as np, torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, Tensor, Transform, TfmdDL, noop, set_seed
 from fastai.callback.progress import ProgressCallback
+from fastai.vision.all import CategoryBlock, DataBlock, Flip, ImageBlock, RandomResizedCrop, get_image_files
 from kd_fastai.all import CachedTeacher, KnowledgeDistillationCallback, SoftTarget
 from kd_fastai.teacher.cached import StoredTeacher
 from kd_fastai.demo import shift_and_flip
@@ -39,6 +43,23 @@ def data(pixels=32, n=256):
     train._n_inp = 1
     return DataLoaders(train, _Rows(ds, **kwargs))
 
+@cache
+def pictures(n=256):
+    "A folder of JPEG files of 128x128, which is deleted at the end"
+    from PIL import Image
+    folder,rng = tempfile.TemporaryDirectory(),np.random.default_rng(0)
+    for i in range(n):
+        coarse = Image.fromarray(rng.integers(0, 256, (16,16,3), dtype=np.uint8))
+        coarse.resize((128,128)).save(Path(folder.name)/f'{i}.jpg')
+    return folder
+
+def from_files():
+    "Pictures that a worker decodes and crops at random; the validation set is not used"
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=[*range(100)])), get_items=get_image_files,
+                      get_y=lambda f: int(f.stem)%100, splitter=lambda o: (range(len(o)), [0]),
+                      item_tfms=RandomResizedCrop(96), batch_tfms=Flip())
+    return block.dataloaders(pictures().name, bs=BATCH[96], num_workers=1)
+
 def learner(dls, teacher=None):
     set_seed(0)
     cbs = [] if teacher is None else KnowledgeDistillationCallback(teacher, SoftTarget)
@@ -64,22 +85,24 @@ def epoch_of(learn, starts):
         return learn.epoch_took
     return fit
 
-def epochs(pixels, rounds, K=2):
+IMAGES = {'32x32': partial(data, 32), '96x96': partial(data, 96), '96x96, files': from_files}
+
+def epochs(images, rounds, K=2):
     "An epoch with the teacher, with views that are all recorded, and without a teacher"
-    teacher = step.on_images(1, pixels)[0]
+    teacher,data = step.on_images(1, int(images[:2]))[0],IMAGES[images]
     with tempfile.TemporaryDirectory() as d:
-        CachedTeacher(teacher, d, views=K).fill(data(pixels), bar=False)
+        CachedTeacher(teacher, d, views=K).fill(data(), bar=False)
         teachers = {'no teacher': None, 'live teacher': teacher, f'{K} views': CachedTeacher(teacher, d, views=K),
                     'stored': StoredTeacher(d)}
         starts = {n: [] for n in teachers}
-        fits = {n: epoch_of(learner(data(pixels), t), starts[n]) for n,t in teachers.items()}
+        fits = {n: epoch_of(learner(data(), t), starts[n]) for n,t in teachers.items()}
         times = take_turns(fits, rounds, 1)
     rows = []
     for n in times:
         mid,low,high = ratio(times, n, 'no teacher')
-        rows.append({'pixels': pixels, 'epoch with': n, 'ms': ms(times[n]), 'to no teacher': mid, 'quartile 1': low,
+        rows.append({'images': images, 'epoch with': n, 'ms': ms(times[n]), 'to no teacher': mid, 'quartile 1': low,
                      'quartile 3': high, 'start of a fit, ms': 1000*statistics.median(starts[n])})
-    return rows,[target('epoch with views to no teacher', ratio(times, f'{K} views', 'no teacher')[0], 1.05)]
+    return rows,[target(f'{images}: epoch with views to no teacher', ratio(times, f'{K} views', 'no teacher')[0], 1.05)]
 
 def sweep(students=10, n_epochs=3):
     "Ten training runs with the live teacher, and the filling of a cache with ten training runs after it"
@@ -125,19 +148,18 @@ def memory():
             [target('memory of a step with stored predictions to no teacher',
                     mib['stored predictions']/mib['no teacher'], 1.02)])
 
-def by_size(measure, rounds):
-    "The rows for small and large images, and the targets of the large ones"
-    small,_ = measure(32, rounds)
-    rows,targets = measure(96, rounds)
-    return small+rows,targets
+def by_size(measure, sizes, rounds):
+    "The rows of all sizes, and the targets of the last"
+    res = [measure(o, rounds) for o in sizes]
+    return [row for rows,_ in res for row in rows],res[-1][1]
 
 def main(rounds=15):
     "Measure, write the tables, and return the targets"
     targets = []
-    for name,(rows,ts),said in (('cached_epoch', by_size(epochs, rounds),
+    for name,(rows,ts),said in (('cached_epoch', by_size(epochs, IMAGES, rounds),
                                  'An epoch on augmented data, all methods taking turns.'),
             ('cached_sweep', sweep(), 'Ten students, three epochs each.'),
-            ('fast_teacher', by_size(fast, 2*rounds), 'A step with a faster copy of the teacher.'),
+            ('fast_teacher', by_size(fast, (32,96), 2*rounds), 'A step with a faster copy of the teacher.'),
             ('cached_memory', memory(), 'Memory of a step, without the weights.')):
         write(name, rows, said)
         targets += ts

@@ -10,16 +10,17 @@ __all__ = ['LeftOut', 'ScopedCallback', 'in_validation_context', 'without_last_i
 
 # %% ../../nbs/fit/internals.ipynb #8e58d23f
 import copy, warnings
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import update_wrapper
 from itertools import chain
 import torch
 from torch import distributed, nn
 from fastai.basics import Callback, DataLoader, DataLoaders, Datasets, Learner, Optimizer, OptimWrapper, no_random
+from ..hooks.models import KDWarning
 
-# %% ../../nbs/fit/internals.ipynb #c497a51e
+# %% ../../nbs/fit/internals.ipynb #ea00a552
 class _WrappedMethod:
-    """A method of a Learner that runs inside a context of every `ScopedCallback` of this Learner.
+    """A method of a Learner that runs inside the contexts which its `ScopedCallback`s name for it.
 
     It is an attribute of the Learner, because fastai has no event there. It calls what it replaced: the method of the
     class, or an attribute of the user's. A pickle of it is the plain method; a copy belongs to the copied Learner."""
@@ -33,11 +34,11 @@ class _WrappedMethod:
         inner = self.replaced or getattr(type(self.learn), self.name).__get__(self.learn)
         with ExitStack() as stack:
             for cb in [*self.learn.cbs]:
-                if not isinstance(cb, ScopedCallback): continue
+                if not isinstance(cb, ScopedCallback) or self.name not in cb.contexts: continue
                 if cb.learn is not self.learn: raise RuntimeError(
                     f"{type(cb).__name__} was moved to another Learner: "
                     "remove it from this one (remove_cb), or give each its own")
-                stack.enter_context(getattr(cb, f"around_{self.name.strip('_')}")(*args, **kwargs))
+                stack.enter_context(getattr(cb, cb.contexts[self.name])(*args, **kwargs))
             return inner(*args, **kwargs)
 
     def __reduce__(self): return getattr, (self.learn, self.name)
@@ -67,14 +68,15 @@ class LeftOut(Callback):
     ): self.what = what
     def before_fit(self):
         "Warn that the Learner trains without it"
-        warnings.warn(f"The {self.what} of this Learner was not pickled, and it trains without: attach a new one")
+        warnings.warn(f"The {self.what} of this Learner was not pickled, and it trains without: attach a new one",
+                      KDWarning)
 
 
-# %% ../../nbs/fit/internals.ipynb #5e12fbf7
+# %% ../../nbs/fit/internals.ipynb #19a37c24
 class ScopedCallback(Callback):
     "A callback whose `scope` is closed when a fit ends for any reason, and when it is removed from its Learner"
-    # methods of the Learner that run inside `around_fit`, ...
-    _wrapped = 'fit','one_batch','_do_one_batch','save','load','export'
+    # methods of the Learner, and the method here that returns the context in which each of them runs
+    contexts = {'fit': 'around_fit', 'export': 'around_export'}
     _copy_by_reference,_not_copied = (),()   # attributes that a copy shares, and that a copy starts without
 
     def __call__(self, event_name):
@@ -96,22 +98,6 @@ class ScopedCallback(Callback):
         try: yield
         finally: self.close()
 
-    def around_one_batch(self, i, b):
-        "The context of one batch, before any callback has seen it"
-        return nullcontext()
-
-    def around_do_one_batch(self):
-        "The context of its computation: the next forward pass is the Learner's own"
-        return nullcontext()
-
-    def around_save(self, *args, **kwargs):
-        "The context of `learn.save`"
-        return nullcontext()
-
-    def around_load(self, *args, **kwargs):
-        "The context of `learn.load`"
-        return nullcontext()
-
     @contextmanager
     def around_export(self, *args, **kwargs):
         "The context of `learn.export`: the Learner is without this callback, so that the file has no trace of it"
@@ -131,9 +117,10 @@ class ScopedCallback(Callback):
     def _attach(self, learn):
         self.close()
         old = self.learn
-        if learn is not None: _wrap_methods(learn, self._wrapped)
-        elif old is not None and not any(isinstance(cb, ScopedCallback) and cb is not self for cb in old.cbs):
-            _unwrap_methods(old, self._wrapped)
+        if learn is not None: return _wrap_methods(learn, self.contexts)
+        if old is None: return
+        others = [cb for cb in old.cbs if isinstance(cb, ScopedCallback) and cb is not self]
+        _unwrap_methods(old, {*self.contexts}.difference(*(cb.contexts for cb in others)))
 
     def __reduce__(self):
         "A pickle of it is a callback that says so, so that nothing else of it gets into a pickled Learner"
@@ -245,14 +232,19 @@ def extra_parameters(
     params:list    # Parameters that it trains in addition to its model's
 ):
     "Let `learn.parameters()` also return `params` inside this context"
-    before = learn.__dict__.get('parameters')
-    own = learn.parameters
-    def parameters(): return chain(own(), params)
-    parameters.replaced = before
-    learn.parameters = parameters
+    current = learn.__dict__.get('parameters')
+    if not isinstance(current, _Parameters): current = learn.parameters = _Parameters(learn)
+    current.extra.append(params)
     try: yield
     finally:
-        if learn.__dict__.get('parameters') is parameters: _set_parameters(learn, before)  # nobody has replaced it
+        current.extra = [o for o in current.extra if o is not params]
+        is_last = not current.extra and learn.__dict__.get('parameters') is current  # nobody has replaced it
+        if is_last: _set_parameters(learn, current.replaced)
+
+class _Parameters:
+    "What a Learner has as `parameters` inside of `extra_parameters`, which may end in any order"
+    def __init__(self, learn): self.own,self.replaced,self.extra = learn.parameters,learn.__dict__.get('parameters'),[]
+    def __call__(self): return chain(self.own(), *self.extra)
 
 def _set_parameters(learn, value):
     if value is None: learn.__dict__.pop('parameters', None)

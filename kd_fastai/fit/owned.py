@@ -19,6 +19,7 @@ from fastai.callback.schedule import LRFinder
 from .internals import (ExtraParams, ScopedCallback, all_reduce_grads, broadcast_from_rank0,
     extra_parameters, is_distributed)
 from ..hooks.layers import unique_names
+from ..hooks.models import KDWarning
 
 # %% ../../nbs/fit/owned.ipynb #edd868e2
 def tensors_of(
@@ -95,7 +96,7 @@ class OwnedWeights(OwnedState):
         if not self.source.built: return
         if self.student is not None and self.student() is not learn.model: warnings.warn(
             "The weights of the losses were trained with another student and go on from there: "
-            "give each student a callback of its own")
+            "give each student a callback of its own", KDWarning)
         self.student = weakref.ref(learn.model)
         if learn.opt is None: return  # learn.summary, for one, calls before_fit without an optimizer
         trial = any(isinstance(cb, LRFinder) for cb in learn.cbs)
@@ -138,7 +139,6 @@ class OwnedWeights(OwnedState):
         scope          # An `ExitStack` that is closed at the end of the fit
     ):
         "Average gradients over processes, as `DistributedDataParallel` does, and join an optimizer that is new"
-        if not self.params: return
         if is_distributed(learn): all_reduce_grads(self.params)
         if self.extra.opt is not None and learn.opt is not self.extra.opt: self.join(learn, scope)
 
@@ -204,15 +204,17 @@ def load_sidecar(
     saved = read_sidecar(sidecar)
     if saved is not None and saved['student']==file_digest(student): return saved['parts']
     why = 'is damaged, or of another version' if saved is None else f'was saved with another {student.name}'
-    warnings.warn(f"{sidecar.name} {why}: the weights of losses were not loaded")
+    warnings.warn(f"{sidecar.name} {why}: the weights of losses were not loaded", KDWarning)
     return {}
 
-# %% ../../nbs/fit/owned.ipynb #af53227b
+# %% ../../nbs/fit/owned.ipynb #a550e449
 class OwningCallback(ScopedCallback):
     "A callback with `owned` weights that are saved next to the student's file, in a sidecar"
+    contexts = {**ScopedCallback.contexts, 'save': 'around_save', 'load': 'around_load'}
+
     def after_backward(self):
         "Average the gradients of owned weights over processes"
-        self.owned.after_backward(self.learn, self.scope)
+        if self.owned.params: self.owned.after_backward(self.learn, self.scope)
 
     def sidecar_state(self)->dict:
         "Return what is saved next to the student"

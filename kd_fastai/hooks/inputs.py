@@ -38,6 +38,13 @@ def split_inputs(
     return xb[:-n],xb[-n:]
 
 # %% ../../nbs/hooks/inputs.ipynb #b1acc3a5
+def n_samples(
+    dl # A loader of fastai, PyTorch or another library
+)->int|None: # None if it does not say
+    "Return the number of samples in the data set of a loader"
+    dataset = getattr(dl, 'dataset', None)
+    return len(dataset) if hasattr(dataset, '__len__') else None
+
 def sample_inputs(
     source # A tensor, a tuple of tensors, `DataLoaders`, or a loader of fastai or PyTorch
 )->tuple: # Inputs, as plain tensors

@@ -15,8 +15,10 @@ from typing import Callable, NamedTuple
 import pandas as pd
 import torch
 from torch import nn, Tensor
+from torch.utils._pytree import tree_leaves
 from fastai.basics import DataLoaders, Learner, tuplify
 from .inputs import auto_tfm, sample_inputs, split_inputs
+from .layout import feature_layout
 from .models import as_plain_tensor, eval_no_grad, get_logits, naming_errors, read_model
 from .models import tensor_version, unwrap_model
 
@@ -47,11 +49,20 @@ def layer_outputs(
     return outputs
 
 def feature_size(
-    t # Output of a layer
+    model:nn.Module, # Model that ran
+    name:str,        # Name of one of its layers
+    t,               # Output of the layer
+    n:int|None=None  # Number of samples; None if it is not known
 )->tuple|None: # `(H, W)` of a map, `(N,)` of tokens; None if it is neither
     "Return what must be equal for two features to be compared position by position"
     if not isinstance(t, Tensor) or t.ndim<3: return None
+    t = feature_layout(unwrap_model(model), name)(t)
+    if n not in (None, len(t)) or _is_attention(t): return None  # windows of several samples; rows of probabilities
     return (t.shape[1],) if t.ndim==3 else tuple(t.shape[2:])
+
+def _is_attention(t):
+    "Whether a tensor holds attention weights, which are probabilities along the last dimension"
+    return t.is_floating_point() and bool(t.min()>=0) and bool((t.sum(-1)-1).abs().max()<1e-3)
 
 # %% ../../nbs/hooks/matching.ipynb #18dca6c9
 def last_layer_per_size(
@@ -64,30 +75,32 @@ def last_layer_per_size(
     return _last_per_size(model, inputs, layer_outputs(model, inputs)[:-1])
 
 def _last_per_size(model, inputs, outputs):
-    excluded = {None, *(feature_size(o) for o in inputs if getattr(o, 'ndim', 0)>3)}
-    sizes = [feature_size(o.output) for o in outputs]
+    excluded = {None, *(tuple(o.shape[2:]) for o in inputs if getattr(o, 'ndim', 0)>3)}
+    n = next((len(o) for o in tree_leaves(inputs) if isinstance(o, Tensor) and o.ndim), None)
+    sizes = [feature_size(model, o.name, o.output, n) for o in outputs]
     sizes = [None if s in excluded or math.prod(s)==1 else s for s in sizes]
-    held = _sizes_held(outputs, sizes)
+    held = _positions_held(outputs, sizes)
     calls = Counter(o.name for o in outputs)
     layers,best = dict(unwrap_model(model).named_modules()),{}
     for o,size in zip(outputs, sizes):
-        usable = size and held[o.name]=={size} and calls[o.name]==1 and o.unchanged
+        usable = size and held[o.name]=={math.prod(size)} and calls[o.name]==1 and o.unchanged
         if not usable: continue
         deeper = size in best and _nesting(layers, o.name)>_nesting(layers, best[size])
         if not deeper: best[size] = o.name
-    return best
+    around = {p: best[s] for s in best if len(s)>1 and (p := (math.prod(s),)) in best}
+    return {s: n for s,n in best.items() if around.get(s) not in _parents(n)}  # without tokens inside a layer of maps
 
 def _parents(name):
     "The layers around a layer, from the inside out"
     parts = name.split('.')
     return ['.'.join(parts[:k]) for k in range(len(parts)-1, 0, -1)]
 
-def _sizes_held(outputs, sizes):
-    "For each layer the sizes that it or a layer inside it returns"
+def _positions_held(outputs, sizes):
+    "For each layer the numbers of positions of what it or a layer inside it returns"
     held = {}
     for o,size in zip(outputs, sizes):
         if size is None: continue
-        for n in (o.name, *_parents(o.name)): held.setdefault(n, set()).add(size)
+        for n in (o.name, *_parents(o.name)): held.setdefault(n, set()).add(math.prod(size))
     return held
 
 def _nesting(layers, name):
@@ -108,7 +121,7 @@ def token_blocks(
         has_parts = o.name and any(True for _ in layers[o.name].children())
         if not in_stack or not has_parts or not isinstance(first, Tensor) or first.ndim!=3: continue
         name = f'{o.name}:0' if isinstance(o.output, tuple) else o.name
-        stacks.setdefault((parent, type(layers[o.name]), feature_size(first)), []).append(name)
+        stacks.setdefault((parent, type(layers[o.name]), feature_size(model, o.name, first)), []).append(name)
     res = {}
     def depth(item): return item[0][0].count('.')
     for (_,_,size),names in sorted(stacks.items(), key=depth):  # outermost first

@@ -204,7 +204,7 @@ class CRD(_LossOfPairs):
 
     def make_pair(self, cs, ct): return _QueueContrast(cs, ct, self.dim, self.T, self.n_queue)
 
-# %% ../../nbs/losses/embedding.ipynb #7b9f2684
+# %% ../../nbs/losses/embedding.ipynb #eb39ac48
 class _BankContrast(nn.Module):
     "Contrast with negatives from a bank of one vector for each sample"
     def __init__(self, cs, ct, n, dim, T, momentum):
@@ -237,6 +237,8 @@ class _BankContrast(nn.Module):
             self.bank_s,self.bank_t = self._update(self.bank_s, idx, s),self._update(self.bank_t, idx, t)
         return loss_s+loss_t
 
+
+# %% ../../nbs/losses/embedding.ipynb #84eb1279
 @loss_info('Tian et al., Contrastive Representation Distillation, ICLR 2020', 'https://arxiv.org/abs/1910.10699',
        'contrastive learning with a memory bank of all samples', 'high', 'B·n·dim',
        weight=0.8, must_match='batch', trains='linear maps', default_layer='>')

@@ -17,6 +17,7 @@ from itertools import product
 from typing import Callable
 import torch
 import torch.nn.functional as F
+from ..hooks.models import KDWarning
 from .shapes import channels_first, interpolate_to, pair_features, pool_to
 from .facts import loss_info, map_inputs
 from ._ops import gram, kl_terms, pool_to_smaller_pair, unit, z_scores
@@ -372,7 +373,8 @@ def _pair_positions(fm_s, fm_t):
     constant = [n for n,(s,_) in zip(fm_s, pairs) if s.shape[2:].numel()==1]
     if constant: warnings.warn(
         f"{', '.join(constant)}: one position. Relations between positions are constant there, and the student learns "
-        "nothing from them: name an earlier layer, or use a loss that compares channels, such as FitNet", stacklevel=3)
+        "nothing from them: name an earlier layer, or use a loss that compares channels, such as FitNet", KDWarning,
+        stacklevel=3)
     return pairs
 
 def _max_pool(f, window):

@@ -73,7 +73,8 @@ class DOT(Callback):
         "Check optimizer and callbacks"
         cbs = kd_callbacks(self.learn)
         if not cbs: raise ValueError("DOT needs a distillation callback: add a KnowledgeDistillationCallback")
-        if not cbs[0].task_weight: raise ValueError("DOT separates distillation from the task, but task_weight is 0")
+        if not cbs[0].objective.task_weight: raise ValueError(
+            "DOT separates distillation from the task, but task_weight is 0")
         if not has_momentum(self.opt): raise ValueError(
             "DOT needs SGD with momentum, such as opt_func=partial(SGD, mom=0.9) or "
             f"partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9), got {optimizer_name(self.opt)}")

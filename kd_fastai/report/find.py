@@ -18,7 +18,8 @@ from ..losses import SoftTarget
 from ..objective import Term
 from .compare import KDComparison, kd_compare
 from .runs import distill_args
-from .scores import find_teacher_inputs, preserving_loader_rngs
+from ..fit.batch import find_teacher_inputs
+from .scores import preserving_loader_rngs
 from .trial import trial_learner
 
 # %% ../../nbs/report/find.ipynb #ba8c6f5d
@@ -39,7 +40,8 @@ def _teacher_settings(
     kd # A distillation callback
 )->dict: # Arguments of `Learner.distill`
     "Return what a callback says about its teacher: its inputs and its classes"
-    res = dict(teacher_inputs=kd.teacher_inputs, teacher_tfm=kd.teacher.tfm, class_map=kd.objective.class_map)
+    maps = kd.objective.class_maps
+    res = dict(teacher_inputs=kd.teacher_inputs, teacher_tfm=kd.teacher.tfm, class_map=maps.get(None, maps))
     return {k: v for k,v in res.items() if v}
 
 # %% ../../nbs/report/find.ipynb #51f75841

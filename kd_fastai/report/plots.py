@@ -24,7 +24,8 @@ from ..hooks.models import eval_no_grad, naming_errors
 from ..hooks.layers import parse_layer_pairs
 from ..hooks.models import read_model
 from ..hooks.matching import inputs_of_both, layer_similarity
-from .scores import find_teacher_inputs, score_models
+from ..fit.batch import find_teacher_inputs
+from .scores import score_models
 from ..hooks.inputs import as_plain_tensor
 from ..teacher.live import Teacher
 

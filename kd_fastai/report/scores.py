@@ -19,7 +19,8 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import GetAttr, store_attr
 from fastai.basics import AvgLoss, Learner, find_bs, no_random, noop, to_device, tuplify
-from ..callback import kd_callbacks, loss_layout
+from ..callback import kd_callbacks
+from ..fit.batch import find_teacher_inputs, loss_layout
 from ..hooks.inputs import split_inputs
 from ..hooks.models import as_plain_tensor, model_device
 from ..losses.batch import find_class_axis
@@ -52,12 +53,6 @@ def first_batch(
     "Return the first batch of a loader, without a change of the random state or of the loader's order"
     with no_random(), preserving_loader_rngs(dl):
         return dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
-
-def find_teacher_inputs(
-    learn # A Learner, perhaps with a distillation callback, or a model
-)->int:
-    "Return `teacher_inputs` of the callbacks of a Learner; 0 if none has it"
-    return max((vars(cb).get('teacher_inputs', 0) for cb in getattr(learn, 'cbs', [])), default=0)
 
 # %% ../../nbs/report/scores.ipynb #6057c15a
 class ModelReader:
@@ -139,9 +134,10 @@ def calibration_error(
     confidence:Tensor, # Probability of the predicted class of each sample, `(N,)`
     right:Tensor,      # Whether the prediction was right, `(N,)`
     bins:int=15        # Groups of equal width
-)->float: # 0 to 1
+)->float: # 0 to 1; NaN if a probability is
     "Return the expected calibration error (Guo et al., 2017)"
     confidence,right = map(torch.as_tensor, (confidence, right))
+    if not confidence.isfinite().all(): return float('nan')
     group = (confidence*bins).long().clamp_max(bins-1)
     gaps = confidence.new_zeros(bins).index_add(0, group, right.to(confidence)-confidence)
     return (gaps.abs().sum()/len(confidence)).item()

@@ -23,7 +23,8 @@ from .candidates import family
 from .compare import paired_interval
 from .measure import latency, multiply_adds, resize_batch, size_kb
 from .runs import RunTable, TrainRun, lower_is_better, run_all
-from .scores import find_teacher_inputs, first_batch, score_models, split_xy
+from ..fit.batch import find_teacher_inputs
+from .scores import first_batch, score_models, split_xy
 from .trial import trial_learner
 
 # %% ../../nbs/report/shrink.ipynb #087ce439
@@ -225,7 +226,7 @@ class KDShrink:
         self.learner.export((folder/'student.pkl').absolute())
         return folder
 
-# %% ../../nbs/report/shrink.ipynb #62f28dd6
+# %% ../../nbs/report/shrink.ipynb #58d3fa33
 def _none_fits(costs):
     "The sentence where no candidate is within the budget"
     n = costs.ms.drop('teacher').idxmin()
@@ -246,10 +247,13 @@ def _draw_pilots(ax, found, cost):
     "A dot for the last pilots of each candidate"
     sign = -1 if found.lower else 1
     last = {n: (epochs, sign*v) for epochs,scores in found.rounds for n,v in scores.items()}
-    for n,(epochs,v) in last.items():
-        ax.plot(found.costs[cost][n], v, 'o', color='C7')
-        ax.annotate(f'{n} ({epochs} epochs)', (found.costs[cost][n], v), xytext=(6,0), textcoords='offset points',
-                    va='center', fontsize=7)
+    above = math.inf
+    for n,(epochs,v) in sorted(last.items(), key=lambda o: -o[1][1]):
+        x,is_close = found.costs[cost][n],above-v<0.05*abs(v)
+        ax.plot(x, v, 'o', color='C7')
+        ax.annotate(f'{n} ({epochs} epochs)', (x, v), xytext=(6,0), textcoords='offset points', fontsize=7,
+                    va='top' if is_close else 'bottom')
+        above = v
 
 def _draw_final(ax, found, cost):
     "The teacher, and the final runs with their intervals"

@@ -18,6 +18,7 @@ from fastcore.basics import patch, store_attr
 from fastprogress.fastprogress import progress_bar
 from fastai.basics import Learner, to_device
 from ..callback import KnowledgeDistillationCallback, kd_callbacks
+from ..hooks.inputs import n_samples
 from ..hooks.models import digest, isolated_rng, model_device, without_address
 from ..report.measure import latency, resize_batch, size_kb
 from ..report.scores import ModelReader, first_batch, model_readers, score_models, split_xy
@@ -174,7 +175,7 @@ def _lost_samples(classes, vocab, files):
 
 def _files(dls):
     "Paths of the validation samples, relative to that of the data; None where items are not files"
-    items = getattr(dls.valid_ds, 'items', None)
+    items = getattr(getattr(dls.valid, 'dataset', None), 'items', None)
     if items is None or not len(items) or not isinstance(items[0], Path): return None
     return [str(o.relative_to(dls.path)) if o.is_relative_to(dls.path) else o.name for o in items]
 
@@ -209,9 +210,15 @@ def _training(learn, kd, epochs):
     if epochs: says += [f'epochs: {epochs}']
     if learn.opt is not None: says += [f"optimizer: {getattr(learn.opt_func, '__name__', repr(learn.opt_func))}"]
     says += [f'loss function: {without_address(learn.loss_func)}']
-    says += [f'training samples: {len(learn.dls.train_ds)}, batches of {learn.dls.train.bs}']
-    says += [f'validation samples: {len(learn.dls.valid_ds)}, checksum {data_fingerprint(learn.dls.valid)}']
+    train,valid = learn.dls.train,learn.dls.valid
+    size = getattr(train, 'bs', getattr(train, 'batch_size', None))
+    says += [f'training samples: {_count(train)}'+(f', batches of {size}' if size else '')]
+    says += [f'validation samples: {_count(valid)}, checksum {data_fingerprint(valid)}']
     return says + ['versions: '+', '.join(f'{n} {v}' for n,v in run_versions().items())]
+
+def _count(dl):
+    n = n_samples(dl)
+    return 'unknown' if n is None else n
 
 def _schedule(f):
     "A schedule as text; fastai's have no readable representation"

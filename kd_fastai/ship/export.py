@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from fastai.basics import Learner
 from ..report.measure import resize_batch
 from ..report.scores import first_batch, score_models, split_xy
-from ..hooks.inputs import split_inputs
+from ..hooks.inputs import n_samples, split_inputs
 from ..hooks.models import as_plain_tensor, isolated_rng
 from .steps import OnnxType, Ops, batch_module, class_names, image_ops, input_kind, item_pixels
 from .steps import item_transforms, mask_ops, reads_in_chunks, run_versions, table_columns, table_ops
@@ -70,6 +70,9 @@ def deployable(
 
     The batch size is free, and the length of token ids."""
     xb = student_batch(learn)
+    if other := {type(o).__name__ for o in tree_leaves(xb) if not isinstance(o, Tensor)}: raise TypeError(
+        f"Expected tensors as inputs of the student, got {', '.join(sorted(other))}: exporters take only these. "
+        "Export a module that makes the other inputs itself")
     with Teacher(learn.model).ready() as student: student(*xb)  # AWD_LSTM cannot be copied after one with gradients
     model = LogitsOnly(_without_fastai(copy.deepcopy(learn.model))).cpu().eval().requires_grad_(False)
     xb = tree_map(lambda x: as_plain_tensor(x).cpu(), resize_batch(xb, n))
@@ -210,7 +213,7 @@ def kd_export(self:Learner,
     Inputs: `image` of uint8 `(N, H, W, 3)`, RGB; `categories` and `numbers` of a table; `tokens` of a text;
     otherwise the tensors of the loader. Outputs: `probabilities` and `logits`; `mask` in addition for segmentation;
     `values` for regression. Raises `ValueError` for an unknown transform, and without validation samples."""
-    if not len(self.dls.valid_ds): raise ValueError(
+    if n_samples(self.dls.valid)==0: raise ValueError(
         "kd_export needs a sample of the validation set, and this Learner has none (load_learner drops the data): "
         "export from the Learner that was trained")
     source = _input_of(self)

@@ -146,7 +146,7 @@ def _gray(op, x):
 
 def _item_type(dls):
     "Name of fastai's type of the first input before the item transforms; '' where the data have none"
-    lists = getattr(dls.valid_ds, 'tls', None)
+    lists = getattr(getattr(dls.valid, 'dataset', None), 'tls', None)
     kinds = [c.__name__ for c in type(lists[0][0]).__mro__] if lists and len(lists[0]) else []
     return next((o for o in kinds if o in ('PILImageBW','PILImage','TensorText')), '')
 

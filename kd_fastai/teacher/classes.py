@@ -192,13 +192,13 @@ def compare_with_student(
     pred:Tensor,         # Predictions of the student, `(B, C, *spatial)`
     teacher_pred:Tensor, # Predictions of the teacher
     target:Tensor,       # Labels, `(B, *spatial)`; anything else is not compared
-    valid:Tensor|None=None # Positions to compare, of the shape of the labels; default: all
+    mask:Tensor|None=None # Positions to compare, of the shape of the labels; default: all
 )->str|None: # None if the student is not better beyond chance (3 standard deviations of the difference)
     "Return what is wrong if the student agrees with the labels far more often than the teacher"
     if not isinstance(target, Tensor) or target.is_floating_point() or teacher_pred.ndim<2: return
     if not target.shape==pred[:,0].shape==teacher_pred[:,0].shape: return
     s,t = (p.argmax(1)==target for p in (pred, teacher_pred))
-    if valid is not None: s,t = s[valid],t[valid]
+    if mask is not None: s,t = s[mask],t[mask]
     better,worse = (s & ~t).sum().item(),(t & ~s).sum().item()
     if len(s) and better-worse>3*(better+worse+1)**0.5: return (
         f"On the first batch the student agrees with {s.float().mean():.0%} of the labels and the teacher with "

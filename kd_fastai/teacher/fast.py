@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastai.basics import Learner, rank_distrib
 from ..hooks.capture import Capture
 from ..hooks.layers import layer_name
-from ..hooks.models import isolated_rng, unwrap_model
+from ..hooks.models import KDWarning, isolated_rng, unwrap_model
 from .live import BaseTeacher, Teacher
 
 # %% ../../nbs/teacher/fast.ipynb #a83233fd
@@ -281,7 +281,7 @@ class FastTeacher(BaseTeacher):
         name,device = self.choice,self.forms.device(xb)
         if isinstance(name, torch.dtype) and has_units(name, device) is False: warnings.warn(
             f"This {device.type} has no units for {name}: the teacher can take several times as long as in float32. "
-            f"FastTeacher(teacher, half={name}) takes the fastest form")
+            f"FastTeacher(teacher, half={name}) takes the fastest form", KDWarning)
         found = self.forms.compare(name, xb, need_pred)
         if _within(found, self._limit(name)): return
         if self.is_fixed: _check_differences(found, self._limit(name), name)

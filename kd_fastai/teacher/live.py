@@ -20,7 +20,8 @@ from fastai.basics import Learner, tuplify
 from fastai.callback.rnn import ModelResetter
 from ..hooks.capture import Capture
 from ..hooks.inputs import auto_tfm
-from ..hooks.models import (as_plain_tensor, find_logits, float_dtype, get_logits, naming_errors, own_copy,
+from ..hooks.models import (KDWarning, as_plain_tensor, find_logits, float_dtype, get_logits, naming_errors,
+    own_copy,
                                     read_model, restore_modes, set_eval_mode, unwrap_model)
 from .early_exit import Watch
 
@@ -100,7 +101,7 @@ def warn_of_probabilities(
     if pred.ndim<2 or pred.shape[1]<2 or not pred.is_floating_point() or pred.min()<0: return
     if any((pred.sum(axis)-1).abs().max()<1e-3 for axis in {1, pred.ndim-1}): warnings.warn(
         "The teacher's predictions are probabilities (not negative, with a sum of 1), but losses expect logits: "
-        f"give {who}(..., probabilities=True), or a model without its last softmax", stacklevel=3)
+        f"give {who}(..., probabilities=True), or a model without its last softmax", KDWarning, stacklevel=3)
 
 # %% ../../nbs/teacher/live.ipynb #efe65986
 class Teacher(BaseTeacher):
@@ -129,9 +130,7 @@ class Teacher(BaseTeacher):
 
     @contextmanager
     def ready(self, device=None, epoch=None):
-        """Prepare to run: eval mode, hooks on the layers, the model on `device`. Afterwards all is as before.
-
-        Several teachers, also in several threads, can share modules: the last one restores them."""
+        "Run in eval mode, with hooks on the layers, on `device`; the last of several teachers restores shared modules"
         self._orders = {}
         with shared_eval_mode(self.model), on_device(self.model, device):
             reset_hidden_state(self.model, self.learner)
@@ -146,7 +145,11 @@ class Teacher(BaseTeacher):
             features = self.capture.pop()
         dtype = _result_dtype(xb, float_dtype(self.model))
         if dtype is not None: pred,features = _cast(pred, dtype),{k: _cast(f, dtype) for k,f in features.items()}
-        return self._as_logits(pred),features
+        if pred is not None and self.probabilities: pred = to_logits(pred)
+        elif pred is not None and not self._looked:
+            warn_of_probabilities(pred, 'Teacher')
+            self._looked = True
+        return pred,features
 
     @property
     def conversion(self)->Callable|None:
@@ -164,10 +167,9 @@ class Teacher(BaseTeacher):
         return xb if dtype is None else tuple(_cast(o, dtype) for o in xb)
 
     def _run(self, xb, need_pred):
-        """The prediction; None if the forward stopped after the last layer or returned none.
+        """Return the prediction; None if the forward stopped after the last layer or returned none.
 
-        The first forward of inputs of a shape runs to its end. It shows in which order the layers run, and whether
-        stopping is safe."""
+        The first forward of inputs of a shape is whole: it shows the order of the layers, and if stopping is safe."""
         with naming_errors('teacher', self.model, xb):
             if need_pred: return get_logits(self.model(*xb))
             if not self.early_exit: return find_logits(self.model(*xb))
@@ -181,12 +183,6 @@ class Teacher(BaseTeacher):
             self._orders[shapes] = self.capture.execution_order() if watch.is_static else []
             return pred
 
-    def _as_logits(self, pred):
-        if pred is None: return None
-        if self.probabilities: return to_logits(pred)
-        if not self._looked: warn_of_probabilities(pred, 'Teacher')
-        self._looked = True
-        return pred
 
 # %% ../../nbs/teacher/live.ipynb #f2ca9fa5
 _users,_lock = weakref.WeakKeyDictionary(),threading.Lock()  # module: number of teachers that use it, and its mode

@@ -11,7 +11,7 @@ __all__ = ['Table', 'find_differences', 'OutputStore']
 import io, json, os, secrets, warnings, zlib
 from pathlib import Path
 import numpy as np
-from ..hooks.models import digest
+from ..hooks.models import KDWarning, digest
 from .positions import same_inputs, spread
 
 # %% ../../nbs/teacher/store.ipynb #69994f41
@@ -102,7 +102,7 @@ class Table:
         good = expected==_checksums(records)
         self._verified[i[good]] = True
         if not good.all(): warnings.warn(f"{self.path}: {(~good).sum()} rows are damaged, the first is {i[~good][0]} "
-            "(a disk error, or a power failure while they were written). They count as missing")
+            "(a disk error, or a power failure while they were written). They count as missing", KDWarning)
 
     def put(self,
         i:np.ndarray, # Rows

@@ -12,6 +12,7 @@ from fastai.basics import (Adam, BCEWithLogitsLossFlat, Callback, CancelBatchExc
 from fastai.callback.all import GradientAccumulation, MixUp, SchedLin
 from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
+from kd_fastai.hooks.models import KDWarning
 from kd_fastai.losses.facts import get_loss_info, loss_name
 from kd_fastai import losses
 from kd_fastai.losses import output, feature, relation
@@ -355,7 +356,7 @@ def test_warns_of_a_small_weight_and_of_a_loss_that_does_not_fit(teacher):
         with warnings.catch_warnings(record=True) as ws:
             warnings.simplefilter('always')
             fit(learn, n); fit(learn, n)
-        return [str(w.message) for w in ws if w.category is UserWarning]
+        return [str(w.message) for w in ws if issubclass(w.category, KDWarning)]
     (w,) = said(learner(KD(teacher, Attention, '1', weight=1e-3)))
     assert 'attention adds' in w
     assert 'default weight is 1000' in w
@@ -613,7 +614,7 @@ BAD_TRAININGS = {
     'nan':                   (kd(nan, weight=0.5), FloatingPointError, 'nan is nan in epoch 0, batch 0'),
     'detached':              (kd(detached, '1'), ValueError, 'gives the student no gradient'),
     'indices of mixed':      ('mixed', ValueError,
-        'indexed needs idx: A sample that MixUp mixed of two has no position'),
+        'indexed needs idx: A sample that MixUp mixed of two has no index'),
     'indices elsewhere':     ('elsewhere', ValueError, 'got DataLoader: its samples have no positions'),
     'adapt too many':        (kd(FitNet, '1', adapt=['auto','auto']), ValueError,
         'for each of 1 pairs of layers, got 2'),

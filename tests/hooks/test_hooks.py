@@ -50,6 +50,28 @@ def test_tokens_of_transformers_match():
     m = match_feature_layers(make(8), make(12), x)
     assert 17 in shapes(make(8), m['student'])
 
+class WindowAttention(nn.Module):
+    "Attention within windows of maps `(B, H, W, C)`, as in Swin"
+    def __init__(self, c): super().__init__(); self.qkv,self.softmax = nn.Linear(c, 3*c),nn.Softmax(-1)
+    def forward(self, x):
+        b,h,w,c = x.shape
+        q,k,v = self.qkv(x.reshape(b, 2, h*w//2, c)).chunk(3, -1)
+        return x+(self.softmax(q@k.mT)@v).reshape(b, h, w, c)
+
+class MapsChannelsLast(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.stem,self.block,self.norm = nn.Conv2d(3, c, 4, 4),WindowAttention(c),nn.LayerNorm(c)
+    def forward(self, x): return self.norm(self.block(self.stem(x).movedim(1, -1)))
+
+def test_maps_with_channels_last_match_by_height_and_width():
+    "Attention weights and windows are not maps"
+    cnn = nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.ReLU(), nn.Conv2d(6, 9, 2, 2))
+    layers = match_feature_layers(MapsChannelsLast(8), cnn, torch.randn(2, 3, 16, 24))
+    assert layers=={'student': ['norm'], 'teacher': ['1']}
+    both = match_feature_layers(MapsChannelsLast(8), MapsChannelsLast(12), torch.randn(2, 3, 16, 16))
+    assert both['student']==both['teacher'] and 'norm' in both['student'] and 'block.softmax' not in both['student']
+
 def test_matching_changes_neither_models_nor_random_state():
     a,b = r18(),mobile()
     a.layer1.eval()

@@ -975,7 +975,7 @@ def test_bank_needs_positions(teachers):
     learn = distilled('CRDBank', teachers)
     learn.add_cb(MixUp())
     before = [p.detach().clone() for p in learn.model.parameters()]
-    with pytest.raises(ValueError, match='crd_bank needs idx: A sample that MixUp mixed of two has no position'):
+    with pytest.raises(ValueError, match='crd_bank needs idx: A sample that MixUp mixed of two has no index'):
         fit(learn)
     assert all(torch.equal(p, q) for p,q in zip(before, learn.model.parameters()))
 

@@ -11,6 +11,8 @@ from kd_fastai.report.measure import latency
 from kd_fastai.report.runs import RunTable, lower_is_better
 from kd_fastai.report.scores import calibration_error, predicted_classes
 
+pytestmark = pytest.mark.filterwarnings('ignore:The teacher .*agrees')   # teachers are not trained
+
 for o in [*globals()]:
     if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
 
@@ -279,9 +281,32 @@ def test_losses_learn_from_the_teacher_of_the_comparison():
     res = quick(make_learner, dict(baseline=None, kd=SoftTarget), 1, teacher=small_net(4))
     assert res.runs.valid_loss.nunique()==2
 
+@pytest.mark.parametrize('name', ['error','agreement','seconds','settings'])
+def test_a_metric_with_the_name_of_another_column_is_refused(name):
+    def metric(pred, y): return accuracy(pred, y)
+    metric.__name__ = name
+    def make(seed):
+        learn = make_learner(seed)
+        learn.metrics = [accuracy, metric]
+        return learn
+    with pytest.raises(ValueError, match=f'The metric {name} has the name of a column'): quick(make, named(distil), 1)
+
+def test_a_model_that_predicts_nan_is_not_finite():
+    class Break(Callback):
+        def after_fit(self): torch.nn.init.constant_(self.model[-1].weight, float('nan'))
+    res = quick(make_learner, named(Break()), 2, metric='valid_loss')
+    assert res.table.verdict['method']=='not finite'
+
 # ---- a csv remembers what a method was
 
 def lr_fit(lr): return lambda learn, epochs, cbs: learn.fit(epochs, lr, cbs=cbs)
+
+def with_data(item=None, **kwargs):
+    "The Learner with other items or transforms, as many as before"
+    learn = make_learner(0)
+    def new(dl): return DataLoader([item(*o) for o in dl.dataset] if item else dl.dataset, bs=dl.bs, **kwargs)
+    learn.dls = DataLoaders(*map(new, learn.dls.loaders))
+    return learn
 
 @pytest.mark.parametrize('change,match', [
     (dict(methods=named(dict(loss=SoftTarget, weight=3.))), "runs of 'method' with other settings, changed in: method"),
@@ -289,7 +314,9 @@ def lr_fit(lr): return lambda learn, epochs, cbs: learn.fit(epochs, lr, cbs=cbs)
     (dict(teacher=small_net(3)), 'changed in: .*teacher'),
     (dict(fit=lr_fit(1e-3)), 'changed in: fit'),
     (dict(make_learner=lambda seed: Learner(digits(LABELS, seed), small_net(2), lr=1e-3, metrics=accuracy,
-                                            loss_func=CrossEntropyLossFlat())), 'changed in: learner, method')])
+                                            loss_func=CrossEntropyLossFlat())), 'changed in: learner, method'),
+    (dict(make_learner=lambda seed: with_data(lambda x, y: (x*2, y))), 'changed in: learner, method'),
+    (dict(make_learner=lambda seed: with_data(after_batch=lambda b: (b[0]+1, b[1]))), 'changed in: learner, method')])
 def test_other_settings_under_the_same_name_are_refused(tmp_path, change, match):
     with no_random(0): teacher = small_net(4)
     given = dict(make_learner=make_learner, methods=named(dict(loss=SoftTarget, weight=1.)), seeds=1, teacher=teacher,

@@ -4,11 +4,14 @@ import pandas as pd, pytest, torch
 from fastai.basics import set_seed
 from fastai.callback.all import MixUp, SaveModelCallback
 from kd_fastai.all import *
+from kd_fastai.report.find import KDFind
 from kd_fastai.demo import digits, small_net
 from kd_fastai.report.compare import comparison_table
 from kd_fastai.report.find import default_methods
 from kd_fastai.report.trial import trial_learner
 from support import KD, KeepLosses, fit, hooks, learner, same, state, weights, trained_teacher
+
+pytestmark = pytest.mark.filterwarnings('ignore:The teacher .*agrees')   # teachers are not trained
 
 quick = partial(dict, show_plot=False, progress=False)
 

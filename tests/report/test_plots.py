@@ -7,6 +7,7 @@ from torch import nn
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock
 from kd_fastai.all import *
+from kd_fastai.report.plots import class_agreement
 from kd_fastai.demo import digits, train
 from kd_fastai.hooks.matching import layer_similarity, linear_cka
 from kd_fastai.losses.adapters import LossWithAdapters

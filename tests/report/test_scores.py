@@ -6,9 +6,11 @@ from torch import nn
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, error_rate
 from kd_fastai.callback import KnowledgeDistillationCallback as KD
 from kd_fastai.losses import SoftTarget
-from kd_fastai.all import KDReport  # noqa: F401  gives Learner its methods
+from kd_fastai.report.report import KDReport  # noqa: F401  gives Learner its methods
 from kd_fastai.report.scores import first_batch, predicted_classes, score_models
 from support import learner, quiet, same, state
+
+pytestmark = pytest.mark.filterwarnings('ignore:The teacher .*agrees')   # teachers are not trained
 
 def eye(n, keep):
     "A model that returns columns of its input"

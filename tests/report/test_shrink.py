@@ -5,7 +5,7 @@ from torch import nn
 from torchvision.models import mobilenet_v2, resnet18
 from torchvision.models.resnet import BasicBlock
 from fastai.basics import no_random
-from kd_fastai.all import KDShrink
+from kd_fastai.report.shrink import KDShrink
 from kd_fastai.demo import digits, small_net
 from kd_fastai.report.candidates import family, shallower, thinner
 from kd_fastai.report.runs import RunTable, TrainRun

@@ -10,6 +10,8 @@ from kd_fastai.methods.schemes import Ensemble
 from kd_fastai.teacher.cached import CachedTeacher, StoredTeacher
 from kd_fastai.teacher.function import FunctionTeacher
 
+pytestmark = pytest.mark.filterwarnings('ignore:The teacher agrees')   # teachers are not trained
+
 def mlp(seed=0, i=6, h=8, o=5):
     set_seed(seed)
     return nn.Sequential(nn.Linear(i, h), nn.ReLU(), nn.Linear(h, o))
