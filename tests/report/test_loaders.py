@@ -3,8 +3,9 @@ import pytest, torch
 from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, IterableDataset, TensorDataset
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, noop, set_seed
-from kd_fastai.all import (CachedTeacher, CRD, FastTeacher, SoftTarget, StoredTeacher, Term, classifier_input,
-    export_onnx, kd_compare, layer_similarity)
+from kd_fastai.all import (CachedTeacher, CRD, FastTeacher, SoftTarget, StoredTeacher, Term, export_onnx, kd_compare,
+    layer_similarity)
+from kd_fastai.hooks.matching import classifier_input
 from kd_fastai.methods.gates import by_position
 
 pytestmark = [pytest.mark.hostile, pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
