@@ -40,3 +40,10 @@ document.addEventListener("DOMContentLoaded", () => {
   }
   if (here && bar) bar.scrollTop = here.getBoundingClientRect().top - bar.getBoundingClientRect().top - bar.clientHeight / 2;
 });
+
+// Progress tables scroll on a narrow screen; other output wraps.
+document.addEventListener("DOMContentLoaded", () => {
+  document.querySelectorAll(".cell-output-stdout pre").forEach((e) => {
+    if (/^epoch\s/.test(e.textContent)) { e.style.overflowX = "auto"; e.querySelector("code").style.whiteSpace = "pre"; }
+  });
+});
