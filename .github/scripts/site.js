@@ -44,6 +44,6 @@ document.addEventListener("DOMContentLoaded", () => {
 // Progress tables scroll on a narrow screen; other output wraps.
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(".cell-output-stdout pre").forEach((e) => {
-    if (/^epoch\s/.test(e.textContent)) { e.style.overflowX = "auto"; e.querySelector("code").style.whiteSpace = "pre"; }
+    if (innerWidth < 768 && /^epoch\s/.test(e.textContent)) { e.style.overflowX = "auto"; e.querySelector("code").style.whiteSpace = "pre"; }
   });
 });
