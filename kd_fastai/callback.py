@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 __all__ = ['make_terms', 'KnowledgeDistillationCallback', 'kd_callbacks', 'check_second']
 
 # %% ../nbs/callback.ipynb #3be70090
-import inspect, warnings
+import warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -90,8 +90,10 @@ class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
         layers:str|list|dict|None=None, # Names, (student, teacher) tuples, or what `match_feature_layers` returns
         teacher_dtype:torch.dtype|None=None, # Type of a faster copy of the teacher that predicts, see `FastTeacher`
         teacher_inputs:int=0,       # Number of inputs, at the end of each batch, for the teacher only
-        mask:str|Callable|None=None # Positions that count: a key such as 'attention_mask', or a function of the batch
+        mask:str|Callable|None=None,# Positions that count: a key such as 'attention_mask', or a function of the batch
+        **unknown                   # Raises `TypeError`, with advice
     ):
+        for k,v in unknown.items(): raise TypeError(f"There is no argument {k!r}: {advice_for(k, v)}")
         if layers is not None and activations_student is not None: raise ValueError(
             "layers and activations_student are the same argument: give one of them")
         pairs = parse_layer_pairs(activations_student if layers is None else layers, activations_teacher)
@@ -164,7 +166,6 @@ def before_fit(self:KnowledgeDistillationCallback):
     self.check_models(next(cb for cb in kd_callbacks(learn) if cb.run))
     check_data(learn, self.teacher, self.objective, self.warn)
     self.objective.set_layout(*loss_layout(learn.loss_func))
-    self.objective.assumed_weights.clear()
     tell_class_axis(self.teacher.model, self.objective.class_axis)
     self.teacher.prepare(learn.dls.train)
     agreement = AgreementCheck([*self.teacher.by_name] if self.compares_with_labels else [])
@@ -240,6 +241,7 @@ def check_models(self:KnowledgeDistillationCallback, first):
 def before_train(self:KnowledgeDistillationCallback):
     "Put hooks on the models until the epoch's training ends"
     if self.fit_state is None: raise RuntimeError("The callback was added during a fit: add it before")
+    self.objective.assumed_weights.clear()  # the Learner may have unfrozen layers since
     self.owned.before_train(self.learn)
     self.fit_state.start_epoch()
 
@@ -356,9 +358,6 @@ def distill(self:Learner,
     **kwargs
 )->Learner:
     "Attach a `KnowledgeDistillationCallback`, and remove an earlier one. Trains nothing; returns the Learner"
-    for k in kwargs:
-        if k not in inspect.signature(KnowledgeDistillationCallback).parameters: raise TypeError(
-            f"distill has no argument {k!r}: {advice_for(k, kwargs[k])}")
     losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
     if layers is not None: losses.append(Term(features, layers=layers))
     kd = KnowledgeDistillationCallback(teacher, losses, **kwargs)

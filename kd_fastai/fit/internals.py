@@ -232,14 +232,19 @@ def extra_parameters(
     params:list    # Parameters that it trains in addition to its model's
 ):
     "Let `learn.parameters()` also return `params` inside this context"
-    before = learn.__dict__.get('parameters')
-    own = learn.parameters
-    def parameters(): return chain(own(), params)
-    parameters.replaced = before
-    learn.parameters = parameters
+    current = learn.__dict__.get('parameters')
+    if not isinstance(current, _Parameters): current = learn.parameters = _Parameters(learn)
+    current.extra.append(params)
     try: yield
     finally:
-        if learn.__dict__.get('parameters') is parameters: _set_parameters(learn, before)  # nobody has replaced it
+        current.extra = [o for o in current.extra if o is not params]
+        is_last = not current.extra and learn.__dict__.get('parameters') is current  # nobody has replaced it
+        if is_last: _set_parameters(learn, current.replaced)
+
+class _Parameters:
+    "What a Learner has as `parameters` inside of `extra_parameters`, which may end in any order"
+    def __init__(self, learn): self.own,self.replaced,self.extra = learn.parameters,learn.__dict__.get('parameters'),[]
+    def __call__(self): return chain(self.own(), *self.extra)
 
 def _set_parameters(learn, value):
     if value is None: learn.__dict__.pop('parameters', None)

@@ -30,22 +30,35 @@ def as_plain_tensor(
     "Convert a subclass such as `TensorImage` to a plain tensor of the same memory; returns other objects unchanged"
     return t.as_subclass(Tensor) if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) else t
 
+def _attributes(o):
+    "The attributes of an object that may be part of a batch"
+    is_part = not isinstance(o, (nn.Module, type)) and not callable(o)
+    return [*getattr(o, '__dict__', {}).values()] if is_part else []
+
+def _holds_arrays(o, seen):
+    "Whether an object has tensors or arrays, in its attributes or theirs; `seen` has the objects around it"
+    if id(o) in seen: return False
+    leaves = tree_leaves(_attributes(o))
+    return any(isinstance(v, (Tensor,np.ndarray)) or _holds_arrays(v, seen | {id(o)}) for v in leaves)
+
 def own_copy(
-    o # A tensor, a container of tensors, an object with tensors as attributes, or any other object
+    o, # A tensor, a container of tensors, an object with tensors as attributes, or any other object
+    copies:dict|None=None # Copies by the address of the object, for objects that refer to each other
 ):
     "Return a copy of all tensors, containers and objects that hold some, which may be changed; others stay the same"
+    copies = {} if copies is None else copies
+    def each(values): return [own_copy(v, copies) for v in values]
     if isinstance(o, Tensor): return as_plain_tensor(o).clone()
     if isinstance(o, np.ndarray): return o.copy()
-    if isinstance(o, tuple) and hasattr(o, '_fields'): return type(o)(*map(own_copy, o))
-    if isinstance(o, (list,tuple)): return type(o)(map(own_copy, o))
+    if isinstance(o, tuple) and hasattr(o, '_fields'): return type(o)(*each(o))
+    if isinstance(o, (list,tuple)): return type(o)(each(o))
     if isinstance(o, Mapping):
         res = copy.copy(o)
-        for k in [*o.keys()]: res[k] = own_copy(o[k])
+        for k in [*o.keys()]: res[k] = own_copy(o[k], copies)
         return res
-    held = tree_leaves(getattr(o, '__dict__', {}))
-    if isinstance(o, nn.Module) or not any(isinstance(v, Tensor) for v in held): return o
-    res = copy.copy(o)
-    vars(res).update(own_copy(vars(o)))
+    if id(o) in copies or not _holds_arrays(o, set()): return copies.get(id(o), o)
+    res = copies[id(o)] = copy.copy(o)
+    vars(res).update(own_copy(vars(o), copies))
     return res
 
 def tensor_version(
@@ -117,7 +130,9 @@ def read_model(
         return source,getattr(source, 'learner', None)
     if isinstance(getattr(source, 'model', None), nn.Module): return source.model,getattr(source, 'learner', None)
     kind = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
-    raise TypeError(f"A teacher is an nn.Module, a Learner or the path of an exported Learner, got {kind}")
+    hint = ': give FunctionTeacher(function)' if callable(source) and not isinstance(source, type) else ''
+    raise TypeError(f"A teacher is an nn.Module, a Learner or the path of an exported Learner, or a dict of several by "
+                    f"name, got {kind}{hint}")
 
 def _load_exported(file):
     hint = "write it by learn.export. Weights that learn.save or torch.save wrote are loaded into their model, " \

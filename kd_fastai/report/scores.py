@@ -134,9 +134,10 @@ def calibration_error(
     confidence:Tensor, # Probability of the predicted class of each sample, `(N,)`
     right:Tensor,      # Whether the prediction was right, `(N,)`
     bins:int=15        # Groups of equal width
-)->float: # 0 to 1
+)->float: # 0 to 1; NaN if a probability is
     "Return the expected calibration error (Guo et al., 2017)"
     confidence,right = map(torch.as_tensor, (confidence, right))
+    if not confidence.isfinite().all(): return float('nan')
     group = (confidence*bins).long().clamp_max(bins-1)
     gaps = confidence.new_zeros(bins).index_add(0, group, right.to(confidence)-confidence)
     return (gaps.abs().sum()/len(confidence)).item()

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from copy import copy
 from pathlib import Path
 from functools import cache
+from types import BuiltinFunctionType, FunctionType
 from typing import NamedTuple
 import numpy as np, torch
 from torch import nn, Tensor
@@ -108,7 +109,8 @@ def _same(a, b):
 # %% ../../nbs/teacher/cached.ipynb #6462b5e0
 def _is_setting(v):
     if isinstance(v, (list,tuple)): return all(map(_is_setting, v))
-    return isinstance(v, (bool,float,complex,str,torch.dtype))
+    if isinstance(v, dict): return all(isinstance(o, int) or _is_setting(o) for o in v.values())
+    return isinstance(v, (bool,float,complex,str,torch.dtype,Tensor,np.ndarray,FunctionType,BuiltinFunctionType))
 
 def weights_digest(
     model:nn.Module # Any model
@@ -117,9 +119,11 @@ def weights_digest(
 
     Whole numbers that a module keeps count only if its representation shows them: they are often counters."""
     model = unwrap_model(model)
-    settings = [(n, type(m).__qualname__, k, v) for n,m in model.named_modules() for k,v in vars(m).items()
+    settings = [(n, type(m).__qualname__, k, _name_of(v)) for n,m in model.named_modules() for k,v in vars(m).items()
                 if k[0]!='_' and k!='training' and _is_setting(v)]
-    return digest(without_address(model), model.state_dict(), settings)
+    return digest(without_address(model), model.state_dict(), dict(model.named_buffers()), settings)
+
+def _name_of(v): return getattr(v, '__qualname__', v)
 
 def _has_weights(model):
     "False for a model, or a part of it, whose predictions come from something else, such as a function"

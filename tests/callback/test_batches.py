@@ -1,14 +1,16 @@
 "Which forward pass, which batch and which labels a fit uses, and what it says about a teacher at its start."
 import pickle, warnings
 from copy import deepcopy
+from functools import partial
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.basics import (Adam, Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner,
     SGD, noop, ranger, set_seed)
+from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import minimum
 from kd_fastai.all import (Ensemble, FitNet, KnowledgeDistillationCallback, Logits, MultiLabel, Mutual,
-    MutualLearning, SoftTarget, Term)
+    MutualLearning, Similarity, SoftTarget, Term)
 from kd_fastai.methods.gates import by_position
 
 pytestmark = pytest.mark.filterwarnings('ignore:The teacher agrees')   # teachers are not trained
@@ -182,6 +184,14 @@ def test_a_frozen_phase_leaves_no_weight_behind():
     learn.unfreeze()
     fit(learn)
     assert kd.weights['fit_net']!=before
+
+@pytest.mark.filterwarnings('ignore')
+def test_layers_that_are_unfrozen_within_a_fit_find_a_weight():
+    class Unfreeze(Callback):
+        def before_epoch(self): self.model[0].requires_grad_(self.epoch>0)
+    kd = KD(mlp(9), Term(Similarity, layers='0'))
+    fit(learner(mlp(1), [Unfreeze(), kd]), 2)
+    assert 0<kd.weights['similarity']<1000  # the default of the loss is 3000
 
 def test_compiled_students_find_a_weight():
     "Their graph has one backward pass, so the gradients are compared at the predictions."
@@ -371,8 +381,13 @@ def test_a_teacher_that_is_much_smaller_is_noticed():
     (dict(alpha=0.9), 'weight=0.9'), (dict(weights=[0.5]), 'weight=[0.5]'),
     (dict(loss=nn.KLDivLoss()), 'take SoftTarget'), (dict(layers='auto'), 'layers=match_feature_layers(learn.model')])
 def test_words_that_do_not_exist_name_those_that_do(kwargs, advice):
-    with pytest.raises((TypeError,ValueError)) as e: learner(mlp(1)).distill(mlp(9), **kwargs)
-    assert advice in str(e.value)
+    for make in (learner(mlp(1)).distill, partial(KD, **{'loss': SoftTarget, **kwargs})):
+        with pytest.raises((TypeError,ValueError)) as e: make(mlp(9), **kwargs)
+        assert advice in str(e.value)
+
+def test_swapped_arguments_and_functions_as_teachers():
+    with pytest.raises(TypeError, match='teacher and loss are swapped'): learner(mlp(1)).distill(SoftTarget, mlp(9))
+    with pytest.raises(TypeError, match='give FunctionTeacher'): learner(mlp(1)).distill(lambda x: x)
 
 def test_advice_can_be_followed():
     for loss in (Term(SoftTarget, T=4), lambda pred, teacher_pred: nn.MSELoss()(pred, teacher_pred)):
@@ -406,3 +421,14 @@ def test_a_first_callback_that_does_not_run_leaves_the_inputs_to_the_second():
     off,alone = kd(2.),trained(kd(1.))
     off.run = False
     assert all(torch.equal(a, b) for a,b in zip(trained(off, kd(1.)), alone))
+
+def test_mixing_that_is_turned_off_does_not_mix_labels():
+    "MixUp keeps the labels of its last batch: without `run` they are those of another batch."
+    class Off(Callback):
+        order,run_valid = MixUp.order-1,False
+        def before_batch(self): self.learn.mix_up.run = self.iter==0
+    seen = []
+    def spy(pred, teacher_pred, target): seen.append(len(pred)); return F.cross_entropy(pred, target)
+    kd = KD(mlp(9), Term(spy, 1.))
+    fit(learner(mlp(1), [MixUp(), Off(), kd]))
+    assert seen==[16,16]+[16]*3   # twice for the labels of both partners, and then once

@@ -281,6 +281,22 @@ def test_losses_learn_from_the_teacher_of_the_comparison():
     res = quick(make_learner, dict(baseline=None, kd=SoftTarget), 1, teacher=small_net(4))
     assert res.runs.valid_loss.nunique()==2
 
+@pytest.mark.parametrize('name', ['error','agreement','seconds','settings'])
+def test_a_metric_with_the_name_of_another_column_is_refused(name):
+    def metric(pred, y): return accuracy(pred, y)
+    metric.__name__ = name
+    def make(seed):
+        learn = make_learner(seed)
+        learn.metrics = [accuracy, metric]
+        return learn
+    with pytest.raises(ValueError, match=f'The metric {name} has the name of a column'): quick(make, named(distil), 1)
+
+def test_a_model_that_predicts_nan_is_not_finite():
+    class Break(Callback):
+        def after_fit(self): torch.nn.init.constant_(self.model[-1].weight, float('nan'))
+    res = quick(make_learner, named(Break()), 2, metric='valid_loss')
+    assert res.table.verdict['method']=='not finite'
+
 # ---- a csv remembers what a method was
 
 def lr_fit(lr): return lambda learn, epochs, cbs: learn.fit(epochs, lr, cbs=cbs)
