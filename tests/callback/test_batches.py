@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastai.basics import (Adam, Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner,
     SGD, noop, ranger, set_seed)
+from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import minimum
 from kd_fastai.all import (Ensemble, FitNet, KnowledgeDistillationCallback, Logits, MultiLabel, Mutual,
     MutualLearning, Similarity, SoftTarget, Term)
@@ -420,3 +421,14 @@ def test_a_first_callback_that_does_not_run_leaves_the_inputs_to_the_second():
     off,alone = kd(2.),trained(kd(1.))
     off.run = False
     assert all(torch.equal(a, b) for a,b in zip(trained(off, kd(1.)), alone))
+
+def test_mixing_that_is_turned_off_does_not_mix_labels():
+    "MixUp keeps the labels of its last batch: without `run` they are those of another batch."
+    class Off(Callback):
+        order,run_valid = MixUp.order-1,False
+        def before_batch(self): self.learn.mix_up.run = self.iter==0
+    seen = []
+    def spy(pred, teacher_pred, target): seen.append(len(pred)); return F.cross_entropy(pred, target)
+    kd = KD(mlp(9), Term(spy, 1.))
+    fit(learner(mlp(1), [MixUp(), Off(), kd]))
+    assert seen==[16,16]+[16]*3   # twice for the labels of both partners, and then once

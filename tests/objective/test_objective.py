@@ -136,3 +136,7 @@ def test_default_weight_and_schedule_are_one_rule():
     assert progress(Term(SoftTarget, 0.5))==[1., 1.]
     assert progress(Term(FitNet, layers='0'))==[1., 1.]
     assert progress(Term(SoftTarget, schedule=None))==[1., 1.]
+
+def test_a_share_of_the_task_loss_is_a_number():
+    with pytest.raises(ValueError, match="a weight is a share of the task loss.*logits has the weight 'auto'"):
+        Objective([Term(SoftTarget, 0.5), Term(Logits)], balance=True)

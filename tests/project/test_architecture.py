@@ -121,3 +121,13 @@ def test_exported_lines_fit(name):
     "A line of an exported cell has at most 120 columns; ruff does not look, as nbdev writes longer lines around them"
     long = [l for c in exported(NOTEBOOKS[name]) for l in c.splitlines() if len(l)>120]
     assert not long or name in LONG_LINES
+
+def test_warnings_have_one_class():
+    "Each warning of the package is a `KDWarning`, so that the filter of the tests finds it wherever it is raised"
+    def calls(path):
+        nodes = [n for n in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(n, ast.Call)]
+        return [n for n in nodes if isinstance(n.func, ast.Attribute) and ast.unparse(n.func)=='warnings.warn']
+    def category(n): return [ast.unparse(o) for o in n.args[1:2]]
+    found = {m: [category(n) for n in calls(p)] for m,p in MODULES.items()}
+    assert sum(map(len, found.values()))>5
+    assert not [m for m,o in found.items() if any(c!=['KDWarning'] for c in o)]

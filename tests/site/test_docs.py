@@ -352,6 +352,14 @@ f(net, loss=partial(SoftTarget, T=4), out='a.b=c', tfm=None, lr, *args) -> list
 | `tfm` |  | A function |
 | returns | `list` | The losses |'''
 
+def test_counts_of_losses():
+    "The numbers of losses on the front page are those that the page of losses computes and asserts"
+    readme,page = ((root/o).read_text(encoding='utf-8') for o in ('README.md','nbs/losses.ipynb'))
+    said = re.search(r'has (\d+) losses\. The values of (\d+) .*?, of (\d+) .*?, and of (\d+) ', readme)
+    total,authors,others,own = map(int, said.groups())
+    counted = re.search(r'test_eq\(\(len\(every\).*?\), \((\d+), (\d+), (\d+)\)\)', page)
+    assert tuple(map(int, counted.groups()))==(total, authors, own) and total==authors+others+own
+
 def test_readme():
     "README.md is up to date with index.ipynb"
     command = [sys.executable, '.github/scripts/readme.py', '--check']
