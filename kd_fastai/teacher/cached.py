@@ -120,7 +120,7 @@ def weights_digest(
     Whole numbers that a module keeps count only if its representation shows them: they are often counters."""
     model = unwrap_model(model)
     settings = [(n, type(m).__qualname__, k, _name_of(v)) for n,m in model.named_modules() for k,v in vars(m).items()
-                if k[0]!='_' and k!='training' and _is_setting(v)]
+                if k[0]!='_' and k!='training' and _is_setting(v) and not (callable(v) and hasattr(type(m), k))]
     return digest(without_address(model), model.state_dict(), dict(model.named_buffers()), settings)
 
 def _name_of(v): return getattr(v, '__qualname__', v)

