@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['make_terms', 'KnowledgeDistillationCallback', 'kd_callbacks', 'check_second']
 
-# %% ../nbs/callback.ipynb #3be70090
+# %% ../nbs/callback.ipynb #791dae8f
 import warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.basics import L, Learner
 from fastai.callback.training import GradientAccumulation
-from .fit.auto import find_weights
+from .fit.auto import batch_weights, find_weights
 from .fit.batch import SplitsInputs, loss_layout, read_indices, tell_class_axis
 from .fit.checks import (AgreementCheck, advice_for, check_channels, check_count, check_data, check_epoch,
     check_first_batch, check_pair, check_teacher_names, check_words)
@@ -296,7 +296,7 @@ def run_teacher(self:KnowledgeDistillationCallback, *xb)->tuple:
         return self.teacher(*xb, need_pred=need_pred.get(None, need_pred), idx=self.fit_state.idx)
 
 
-# %% ../nbs/callback.ipynb #9ed1358d
+# %% ../nbs/callback.ipynb #cd69880b
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss. In several processes every parameter must take part, or they wait for it"
@@ -319,7 +319,7 @@ def compute(self:KnowledgeDistillationCallback)->tuple: # A `Batch`, and the val
     progress = state.progress
     values = objective.values(batch, progress)
     if objective.unknown_weights: find_weights(self.learn, objective, batch, values, self.warn)
-    weights = objective.weights(batch, values, progress)
+    weights = batch_weights(self.learn, objective, batch, values, progress)
     if not state.is_checked: check_first_batch(
         objective, batch, values, weights, state.capture.modules, self.learn.pred, self.warn)
     state.is_checked = True
