@@ -144,7 +144,7 @@ def sidecar_key(self:KnowledgeDistillationCallback)->str:
 @patch
 @contextmanager
 def around_export(self:KnowledgeDistillationCallback, *args, **kwargs):
-    "Export the student alone, also during a fit, and without the teacher's inputs"
+    "Export only the student, also during a fit, and without the teacher's inputs"
     learn,metrics,dls = self.learn,self.learn.metrics,self.learn.dls
     if self.teacher_inputs and kd_callbacks(learn)[0] is self:
         learn.dls = without_last_inputs(dls, self.teacher_inputs)

@@ -115,7 +115,7 @@ class OwnedWeights(OwnedState):
     def set_fastai_states(self,
         learn:Learner # The Learner that trains
     ):
-        "`freeze_to` freezes the student alone, and `wd_bn_bias` says whether norms and biases get weight decay"
+        "`freeze_to` freezes only the student, and `wd_bn_bias` says whether norms and biases get weight decay"
         for p in self.params: learn.opt.state[p]['force_train'] = True
         if learn.wd_bn_bias: return
         ours = {id(p) for p in self.params}

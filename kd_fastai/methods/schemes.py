@@ -152,7 +152,7 @@ class MeanTeacher(KnowledgeDistillationCallback):
 def train_generations(
     learners:list|dict, # Untrained `Learner`s, in their order, optionally by name
     train:Callable,     # `train(learn, teacher)` trains one; the teacher is the Learner before it, or None
-    teacher:Learner|None=None # A trained Learner to start with; default: the first of `learners` is trained alone
+    teacher:Learner|None=None # A trained Learner to start with; default: the first of `learners`, trained without a teacher
 )->pd.DataFrame: # A row for each: number of parameters, valid_loss and metrics
     "Train `learners` one after another, each with the one before as its teacher"
     named = learners if isinstance(learners, dict) else dict(enumerate(learners, 1))
@@ -284,7 +284,7 @@ class MutualLearning(KnowledgeDistillationCallback):
 class DistillationToken(KnowledgeDistillationCallback):
     """Teach the second head of a student that returns `(class, distillation)` predictions in training.
 
-    The first head learns from labels alone (Touvron et al., 2021).
+    The first head learns from labels only (Touvron et al., 2021).
 
     Raises `ValueError` on the first batch for a student that does not return such a pair."""
     def __init__(self,

@@ -265,7 +265,7 @@ USE = 'The file has the preprocessing and the class names. This script needs onn
 @patch
 def kd_card(self:Learner,
     teacher,              # The teacher: a module, Learner, path or `Teacher`, with the student's classes
-    alone=None,           # The same student, trained without a teacher, if there is one
+    baseline=None,           # The same student, trained without a teacher, if there is one
     title:str='Distilled student', # Name of the model
     kd:KnowledgeDistillationCallback|None=None, # Callback that trained it; the Learner's, if not given
     history:pd.DataFrame|None=None, # Columns of the training; those of the last fit, if not given
@@ -282,7 +282,7 @@ def kd_card(self:Learner,
     kd = next(iter(kd_callbacks(self)), None) if kd is None else kd
     epochs = getattr(self, 'epoch', -1)+1 if history is None else len(history)
     history = _history(self) if history is None else history
-    models = dict(teacher=teacher) | ({} if alone is None else dict(alone=alone))
+    models = dict(teacher=teacher) | ({} if baseline is None else dict(baseline=baseline))
     with isolated_rng(loaders=self.dls.loaders):
         models = _readers(self, models, kd)
         found = _scores(self, models, progress)

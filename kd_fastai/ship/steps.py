@@ -192,7 +192,7 @@ def _cannot(tfm, what):
     known,kind = ', '.join([*ITEM_TRANSFORMS, *BATCH_TRANSFORMS]),type(tfm).__name__
     name = tfm.name.split('.')[-1] if kind=='Transform' else kind
     return (f"The transform {name!r} {what}, and kd_export cannot write it into the file "
-            f"(it can write {known}, and leaves out what is for training alone): "
+            f"(it can write {known}, and leaves out what is for training only): "
             "remove it, or write only the network with export_onnx and repeat the transform by hand")
 
 # %% ../../nbs/ship/steps.ipynb #4b8e8301

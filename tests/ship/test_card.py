@@ -53,7 +53,7 @@ def test_scores_are_those_of_validate(card, trained, teacher):
 
 def test_latency_is_measured_at_two_batch_sizes(card):
     assert (card.scores[['ms_batch_1','ms_batch_64']]>0).all(axis=None)
-    assert {*card.scores.index}=={'student','teacher','alone'}
+    assert {*card.scores.index}=={'student','teacher','baseline'}
 
 def test_a_class_that_is_lost_comes_first(teacher):
     "with its samples"
@@ -159,7 +159,7 @@ def test_no_object_addresses(card, trained):
     assert not re.search(r'0x[0-9a-f]{6}', card.markdown) and 'sched_cos(0, 1)' in card.markdown
 
 def test_models_of_one_architecture_have_one_latency(card):
-    assert card.scores.ms_batch_1['student']==card.scores.ms_batch_1['alone']!=card.scores.ms_batch_1['teacher']
+    assert card.scores.ms_batch_1['student']==card.scores.ms_batch_1['baseline']!=card.scores.ms_batch_1['teacher']
 
 def test_epochs_without_validation_count(teacher):
     class LastOnly(Callback):

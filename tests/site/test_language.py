@@ -34,9 +34,6 @@ PATTERNS = {re.compile(p, re.I): better for p,better in WORDS.items()}
 ALLOWED = re.compile(r'precis(e|ed|ion)|advis|supervis|revis|exercis|surpris|promis|otherwis|likewis|pairwis'
                      r'|as (much|long|far|often) as|times as|way round|either way|left alone|leaves? \w+ alone', re.I)
 
-# Pages that are not converted yet. Remove a page as soon as it has no hit left; add none
-UNCONVERTED = set((root/'tests/site/unconverted.txt').read_text(encoding='utf-8').split())
-
 def comments(code):
     "The comments of a cell"
     lines = io.StringIO(re.sub(r'^[%!].*|^#\|.*', '', code, flags=re.M)).readline
@@ -81,14 +78,9 @@ files = [*sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._
 
 @pytest.mark.parametrize('path', files, ids=name)
 def test_words(path):
-    "A page uses the words of the field. A page that does not yet is listed, until it does"
+    "A file uses the words of the field"
     found = [h for o in read(path) for h in hits(o)]
-    if name(path) in UNCONVERTED: assert found, f'{name(path)} is converted: remove it from tests/site/unconverted.txt'
-    else: assert not found, '\n'.join(found)
-
-def test_unconverted_exist():
-    "The list of pages that are not converted names existing pages"
-    assert not {p for p in UNCONVERTED if not (root/p).exists()}
+    assert not found, '\n'.join(found)
 
 @pytest.mark.parametrize('text', ['The way to train.', 'The student alone.', 'Two trainings', 'The teacher is asked.',
     'one row a seed', 'in grey', 'labelled data',

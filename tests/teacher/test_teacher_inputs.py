@@ -173,15 +173,15 @@ def by_hand(learn, teacher):
 def labels_of(learn): return torch.cat([y for *_,y in learn.dls.valid])
 
 def test_card_gives_each_model_its_inputs(teacher):
-    learn,alone = fit(taught(teacher)),student()
-    card = learn.kd_card(teacher, alone)
+    learn,baseline = fit(taught(teacher)),student()
+    card = learn.kd_card(teacher, baseline)
     pred,teacher_pred = by_hand(learn, teacher)
     y = labels_of(learn)
     assert card.scores.accuracy['student']==pytest.approx((pred.argmax(1)==y).float().mean().item())
     assert card.scores.accuracy['teacher']==pytest.approx((teacher_pred.argmax(1)==y).float().mean().item())
     same = (pred.argmax(1)==teacher_pred.argmax(1)).float().mean().item()
     assert card.scores.agreement['student']==pytest.approx(same)
-    assert card.scores.ms_batch_64.notna().all() and [*card.scores.index]==['student','teacher','alone']
+    assert card.scores.ms_batch_64.notna().all() and [*card.scores.index]==['student','teacher','baseline']
 
 def test_card_takes_the_callback_of_a_fit(teacher):
     learn,kd = learner(dls=data(), model=student()),KD(teacher, SoftTarget, teacher_inputs=1)
@@ -209,17 +209,17 @@ def test_parity_and_example_inputs_are_the_students(teacher):
 def test_compare_gives_students_their_inputs(teacher):
     def make(seed): return learner(dls=data(), model=student(), seed=seed)
     def small_alone(seed): return learner(dls=data((small,)), model=student(), seed=seed)
-    ways = {'alone': None, 'taught': lambda learn: KD(teacher, SoftTarget, teacher_inputs=1)}
+    ways = {'baseline': None, 'taught': lambda learn: KD(teacher, SoftTarget, teacher_inputs=1)}
     found = kd_compare(make, ways, 2, 1, teacher=teacher, teacher_inputs=1, rounds=1, progress=False)
-    own = kd_compare(small_alone, {'alone': None, 'again': None}, 2, 1, rounds=0, progress=False)
+    own = kd_compare(small_alone, {'baseline': None, 'again': None}, 2, 1, rounds=0, progress=False)
     def column(runs, method, name): return runs[runs.method==method][name].tolist()
-    assert column(found.runs, 'alone', 'valid_loss')==pytest.approx(column(own.runs, 'alone', 'valid_loss'))
-    assert column(found.runs, 'taught', 'valid_loss')!=column(found.runs, 'alone', 'valid_loss')
+    assert column(found.runs, 'baseline', 'valid_loss')==pytest.approx(column(own.runs, 'baseline', 'valid_loss'))
+    assert column(found.runs, 'taught', 'valid_loss')!=column(found.runs, 'baseline', 'valid_loss')
     assert found.runs.agreement.notna().all() and found.table.ms.notna().all()
 
 @pytest.mark.parametrize('n', [0, 2])
 def test_compare_names_ways_with_other_inputs(teacher, n):
-    ways = {'taught': lambda learn: KD(teacher, SoftTarget, teacher_inputs=1), 'alone': None}
+    ways = {'taught': lambda learn: KD(teacher, SoftTarget, teacher_inputs=1), 'baseline': None}
     match = rf"The method 'taught' has teacher_inputs=1, expected {n}: give kd_compare\(..., teacher_inputs=1\)"
     with pytest.raises(ValueError, match=match):
         kd_compare(lambda seed: learner(dls=data(), model=student()), ways, 1, 1, teacher_inputs=n, progress=False)
