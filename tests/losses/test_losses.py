@@ -403,7 +403,7 @@ def value_in_an_objective(name, x):
     "The value of a loss for the tensors of a training step under autocast"
     pairs = [*zip(x.get('fm_s', {}), x.get('fm_t', {}))]
     objective = Objective([Term(ALL[name][0], layers=pairs or None)])
-    pred = x.get('pred', torch.zeros(4, 2))
+    pred = x.get('pred', torch.zeros(4, 10))   # as many classes as any case has
     with torch.autocast('cpu', dtype=torch.bfloat16):
         batch = objective.prepare(pred, x.get('teacher_pred'), x.get('fm_s'), x.get('fm_t'), x.get('target'))
         value, = objective.values(batch).values()
