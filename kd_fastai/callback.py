@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['make_terms', 'KnowledgeDistillationCallback', 'kd_callbacks', 'check_second']
 
-# %% ../nbs/callback.ipynb #791dae8f
+# %% ../nbs/callback.ipynb #02d0f0e8
 import warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -22,9 +22,9 @@ from fastcore.meta import delegates
 from fastai.basics import L, Learner
 from fastai.callback.training import GradientAccumulation
 from .fit.auto import batch_weights, find_weights
-from .fit.batch import SplitsInputs, loss_layout, read_indices, tell_class_axis
+from .fit.batch import SplitsInputs, first_tensors, loss_layout, read_indices, tell_class_axis
 from .fit.checks import (AgreementCheck, advice_for, check_channels, check_count, check_data, check_epoch,
-    check_first_batch, check_pair, check_teacher_names, check_words)
+    check_first_batch, check_gradients, check_pair, check_teacher_names, check_words)
 from .fit.columns import Columns, TermColumn, recorder_table
 from kd_fastai.fit.internals import (in_validation_context, is_distributed, without_extra_parameters,
     without_last_inputs)
@@ -32,7 +32,7 @@ from .fit.owned import OwnedWeights, OwningCallback
 from .fit.state import FitState
 from .hooks.inputs import n_samples, split_inputs
 from .hooks.layers import parse_layer_pairs, unique_names
-from .hooks.models import KDWarning, digest, get_logits, unwrap_model
+from .hooks.models import KDWarning, digest, unwrap_model
 from .losses import Attention, SoftTarget
 from .losses.adapters import check_adapt
 from .losses.masks import check_mask
@@ -55,11 +55,12 @@ def make_terms(
     return [with_defaults(o if isinstance(o, Term) else Term(o, weight), pairs, schedule, adapt, mask) for o in losses]
 
 
-# %% ../nbs/callback.ipynb #eeb6d0fd
+# %% ../nbs/callback.ipynb #93d6db4b
 class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
     """Train a student with a teacher.
 
-    During training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term.
+    During training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term. A weight that is
+    found and rises is also multiplied by `growth`.
 
     The progress table and the recorder get a column `task_loss` and one for each term: its mean over the epoch's
     training, before weights. `valid_loss` stays the task loss.
@@ -67,7 +68,7 @@ class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
     Raises `TypeError` and `ValueError` for losses, weights, schedules and layers of the teacher that cannot work; at
     the start of a fit for layers of the student and for models, vocabularies and normalizations that do not go
     together; and with the first batch, before any optimizer step, for shapes that do not fit."""
-    order,run_valid = GradientAccumulation.order-1,False  # after MixUp, before the loss is divided for accumulation
+    order,run_valid = GradientAccumulation.order-1,False  # before the loss is divided for accumulation
     contexts = {**OwningCallback.contexts, 'one_batch': 'around_one_batch', '_do_one_batch': 'around_do_one_batch'}
     _copy_by_reference,_not_copied = ('teacher',),('fit_state',)
     has_trained_teacher = True # False for a teacher that learns together with the student
@@ -81,7 +82,7 @@ class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
         activations_teacher:str|list|None=None, # Layers of the teacher, if their names differ
         weight:float|str='auto',    # Weight of the bare losses: a number, or 'auto', found on the first batch
         task_weight:float=1.,       # Weight of the Learner's own loss
-        schedule:Callable|str|None='auto',# Multiplies the weights: `SchedCos(0,1)`; None: constant; 'auto': rising
+        schedule:Callable|str|None='auto',# Multiplies the weights: `SchedCos(0,1)`; None: constant; 'auto': `default_schedule`
         teacher_tfm:Callable|str|dict|None=None, # Converts the student's inputs to the teacher's: `teacher_tfm(*xb)`
         adapt:str|Callable|list|None=None, # Trained layers for the student's features: 'auto', see `LossWithAdapters`
         early_exit:bool=True,       # Stop the teacher after the last requested layer, if its predictions are not used
@@ -236,12 +237,12 @@ def check_models(self:KnowledgeDistillationCallback, first):
     if first is not self: check_second(first, self)
 
 
-# %% ../nbs/callback.ipynb #f8f7d1be
+# %% ../nbs/callback.ipynb #3ecf1d24
 @patch
 def before_train(self:KnowledgeDistillationCallback):
     "Put hooks on the models until the epoch's training ends"
     if self.fit_state is None: raise RuntimeError("The callback was added during a fit: add it before")
-    self.objective.assumed_weights.clear()  # the Learner may have unfrozen layers since
+    if self.objective.task_weight: self.objective.assumed_weights.clear()  # layers may have been unfrozen since
     self.owned.before_train(self.learn)
     self.fit_state.start_epoch()
 
@@ -263,11 +264,11 @@ def after_epoch(self:KnowledgeDistillationCallback):
     if self.fit_state is not None and not in_validation_context(self.learn): self.fit_state.epoch.close()
 
 
-# %% ../nbs/callback.ipynb #7d1f66ff
+# %% ../nbs/callback.ipynb #7b941190
 @patch(as_prop=True)
 def is_capturing(self:KnowledgeDistillationCallback)->bool:
     "Whether a training batch is computed, with hooks on the models"
-    return self.fit_state is not None and self.fit_state.is_capturing and self.learn.training
+    return self.run and self.fit_state is not None and self.fit_state.is_capturing and self.learn.training
 
 @patch
 def around_one_batch(self:KnowledgeDistillationCallback, i, b):
@@ -280,7 +281,7 @@ def around_one_batch(self:KnowledgeDistillationCallback, i, b):
 def around_do_one_batch(self:KnowledgeDistillationCallback):
     "Read the inputs, and run the teacher on them"
     learn,state,own = self.learn,self.fit_state,None
-    if self.teacher_inputs and self is next(cb for cb in kd_callbacks(learn) if cb.run):
+    if self.teacher_inputs and self is next((cb for cb in kd_callbacks(learn) if cb.run), None):
         learn.xb,own = split_inputs(learn.xb, self.teacher_inputs)  # also in validation
     if not self.is_capturing: return nullcontext()
     first = next(cb for cb in kd_callbacks(learn) if cb.run and cb.is_capturing)
@@ -296,7 +297,7 @@ def run_teacher(self:KnowledgeDistillationCallback, *xb)->tuple:
         return self.teacher(*xb, need_pred=need_pred.get(None, need_pred), idx=self.fit_state.idx)
 
 
-# %% ../nbs/callback.ipynb #cd69880b
+# %% ../nbs/callback.ipynb #5764a3d8
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add the weighted terms to the loss. In several processes every parameter must take part, or they wait for it"
@@ -306,7 +307,7 @@ def after_loss(self:KnowledgeDistillationCallback):
     for k,problem in self.fit_state.agreement.add(batch): self.warn(k, problem)
     if self.fit_state.first is not self: batch = batch._replace(task=self.learn.loss_grad)
     total = self.objective.total(batch, values, weights)
-    if is_distributed(self.learn): total = total + 0*get_logits(self.learn.pred).sum()
+    if is_distributed(self.learn): total = total + 0*first_tensors(self.learn.pred)[0].sum()
     self.learn.loss_grad,self.learn.loss = total,total.detach().clone()
 
 @patch
@@ -320,9 +321,9 @@ def compute(self:KnowledgeDistillationCallback)->tuple: # A `Batch`, and the val
     values = objective.values(batch, progress)
     if objective.unknown_weights: find_weights(self.learn, objective, batch, values, self.warn)
     weights = batch_weights(self.learn, objective, batch, values, progress)
-    if not state.is_checked: check_first_batch(
-        objective, batch, values, weights, state.capture.modules, self.learn.pred, self.warn)
+    if not state.is_checked: check_first_batch(objective, batch, values, self.learn.pred, self.warn)
     state.is_checked = True
+    state.unchecked = check_gradients(state.unchecked, values, weights, state.capture.modules, self.warn)
     return batch,values,weights
 
 @patch
@@ -336,7 +337,7 @@ def build(self:KnowledgeDistillationCallback, batch):
 
 @patch
 def loss_parts(self:KnowledgeDistillationCallback)->tuple: # Two scalar tensors
-    "Return the weighted task loss and the weighted sum of the terms of the batch, after `after_loss`"
+    "Return the weighted task loss and the weighted sum of the terms, between `after_loss` and `after_batch`"
     state,objective = self.fit_state,self.objective
     none = state.batch._replace(task=torch.zeros_like(state.batch.task))
     return objective.task_weight*state.batch.task,objective.total(none, state.values, state.weights)

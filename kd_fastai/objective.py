@@ -240,7 +240,7 @@ def autocast_off(
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
-# %% ../nbs/objective.ipynb #ef2648a9
+# %% ../nbs/objective.ipynb #191fef95
 class Objective(TrainedTerms):
     "The task loss plus weighted terms, for one batch after another: `prepare`, `values`, `weights`, `total`"
     def __init__(self,
@@ -303,7 +303,8 @@ class Objective(TrainedTerms):
     def weights(self, batch:Batch, values:dict, progress:float=0.)->dict: # `{name: number or scalar tensor}`
         """Return the weight of each term: its own or the one found, times its schedule.
 
-        Also times `growth`, if the schedule is the default; and times a scale, with `balance`."""
+        Also times `growth`, if the schedule is `rising`, the default; and times a scale, with `balance`. Both move
+        running means: call it once for each batch."""
         res = {o.name: self.base_weight(o)*o.schedule_at(progress) for o in self.terms}
         grown = {o.name: growth(self.task_losses, o.name, batch.task) for o in self.terms if o.schedule is rising}
         res |= {k: res[k]*factor for k,factor in grown.items() if res[k]}

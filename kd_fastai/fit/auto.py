@@ -16,7 +16,7 @@ from ..losses.batch import Batch
 from ..objective import Objective, gradient_norms
 
 
-# %% ../../nbs/fit/auto.ipynb #61fa63d3
+# %% ../../nbs/fit/auto.ipynb #563c4b3c
 def find_weights(
     learn:Learner,       # A Learner that trains
     objective:Objective, # Its objective
@@ -28,7 +28,8 @@ def find_weights(
     params = [p for p in learn.model.parameters() if p.requires_grad]
     values = {o.name: values[o.name] for o in objective.unknown_weights}
     try: norms = gradient_norms(batch.task, values, params)
-    except RuntimeError: norms = gradient_norms(batch.task, values, first_tensors(learn.pred))
+    except RuntimeError:  # compiled models and reentrant checkpoints have one backward pass: compare at the output
+        norms = gradient_norms(batch.task, values, first_tensors(learn.pred))
     if is_distributed(learn):
         sums = iter(all_reduce_sum([n for pair in norms.values() for n in pair], batch.task.device))
         norms = {k: (next(sums), next(sums)) for k in norms}

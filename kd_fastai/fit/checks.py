@@ -6,8 +6,9 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/checks.html.md"""
 
 # %% auto #0
 __all__ = ['check_count', 'check_words', 'advice_for', 'check_teacher_names', 'stateful_modules', 'check_pair', 'is_elementwise',
-           'check_data', 'check_terms', 'check_frozen', 'check_negligible', 'check_channels', 'check_first_batch',
-           'check_probabilities', 'check_targets', 'check_outputs', 'check_epoch', 'AgreementCheck']
+           'check_data', 'check_terms', 'check_gradients', 'check_frozen', 'check_negligible', 'check_channels',
+           'check_first_batch', 'check_probabilities', 'check_targets', 'check_outputs', 'check_epoch',
+           'AgreementCheck']
 
 # %% ../../nbs/fit/checks.ipynb #39502580
 from pathlib import Path
@@ -139,20 +140,31 @@ def check_data(
     if softmax and is_elementwise(task): warn('softmax', f"{', '.join(softmax)} expects logits of a softmax, "
         f"but the loss of the Learner is {loss_name(task)}: use Logits or MultiLabel")
 
-# %% ../../nbs/fit/checks.ipynb #6f395397
+# %% ../../nbs/fit/checks.ipynb #571ec085
 def check_terms(
     objective:Objective, # The objective
     batch:Batch,         # The first batch
     values:dict,         # Of the terms
-    weights:dict,        # Of the terms
-    modules:dict,        # The student's layers by name
     warn:Callable        # `warn(key, message)`
 ):
-    "Raise or warn about terms that cannot have an effect"
+    "Warn about terms that are too small to have an effect"
+    if objective.balance: return
     for o in objective.terms:
-        if weights[o.name]!=0 and not values[o.name].requires_grad: check_frozen(o, modules, warn)
-        if objective.balance or o.weight=='auto': continue
-        check_negligible(o, values[o.name].item(), objective.task_weight*batch.task.mean().item(), warn)
+        if o.weight!='auto': check_negligible(o, values[o.name].item(),
+                                              objective.task_weight*batch.task.mean().item(), warn)
+
+def check_gradients(
+    terms:list,   # Terms that have not counted yet in this fit
+    values:dict,  # Of the terms
+    weights:dict, # Of the terms
+    modules:dict, # The student's layers by name
+    warn:Callable # `warn(key, message)`
+)->list: # Terms that do not count yet: their weight is 0
+    "Raise or warn about terms that count, and give the student no gradient"
+    counts = [isinstance(weights[o.name], Tensor) or weights[o.name]!=0 for o in terms]
+    for o,c in zip(terms, counts):
+        if c and not values[o.name].requires_grad: check_frozen(o, modules, warn)
+    return [o for o,c in zip(terms, counts) if not c]
 
 def check_frozen(
     term:Term,    # A term without a gradient
@@ -196,18 +208,16 @@ def check_channels(
             "a student with other layers needs a callback of its own")
 
 
-# %% ../../nbs/fit/checks.ipynb #ef6a77e7
+# %% ../../nbs/fit/checks.ipynb #1ecd2150
 def check_first_batch(
     objective:Objective, # The objective
     batch:Batch,         # The first batch
     values:dict,         # Of the terms
-    weights:dict,        # Of the terms
-    modules:dict,        # The student's layers by name
     out,                 # Output of the student, as the task loss reads it
     warn:Callable        # `warn(key, message)`
 ):
-    "Raise or warn about terms that cannot have an effect, and about predictions and labels that losses misread"
-    check_terms(objective, batch, values, weights, modules, warn)
+    "Raise or warn about terms that are too small, and about predictions and labels that losses misread"
+    check_terms(objective, batch, values, warn)
     check_probabilities(objective, batch, warn)
     check_targets(objective, batch, warn)
     if any(o.reads_output for o in objective.terms) and not any(o.from_layers for o in objective.terms):

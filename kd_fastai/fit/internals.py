@@ -18,7 +18,7 @@ from torch import distributed, nn
 from fastai.basics import Callback, DataLoader, DataLoaders, Datasets, Learner, Optimizer, OptimWrapper, no_random
 from ..hooks.models import KDWarning
 
-# %% ../../nbs/fit/internals.ipynb #ea00a552
+# %% ../../nbs/fit/internals.ipynb #2e61a856
 class _WrappedMethod:
     """A method of a Learner that runs inside the contexts which its `ScopedCallback`s name for it.
 
@@ -33,7 +33,7 @@ class _WrappedMethod:
     def __call__(self, *args, **kwargs):
         inner = self.replaced or getattr(type(self.learn), self.name).__get__(self.learn)
         with ExitStack() as stack:
-            for cb in [*self.learn.cbs]:
+            for cb in self.learn.cbs.sorted('order'):
                 if not isinstance(cb, ScopedCallback) or self.name not in cb.contexts: continue
                 if cb.learn is not self.learn: raise RuntimeError(
                     f"{type(cb).__name__} was moved to another Learner: "

@@ -37,7 +37,7 @@ def capture_one_forward(
         if handle: handle.remove()
 
 
-# %% ../../nbs/fit/state.ipynb #2a5f4271
+# %% ../../nbs/fit/state.ipynb #8b8f6a1b
 class FitState:
     "What exists only during a fit: captures, columns, and what was read of the present batch"
     def __init__(self,
@@ -53,6 +53,7 @@ class FitState:
         self.epoch = ExitStack()    # closed at the end of the epoch's training
         self.is_capturing = False   # whether hooks are on the models
         self.is_checked = False     # whether the first batch has been checked
+        self.unchecked = objective.terms # those that had a weight of 0 in all batches
         self.is_first_epoch = True  # of this fit
         self.is_trial = any(isinstance(cb, LRFinder) for cb in learn.cbs)
         self.uses_idx = teacher.needs_idx or any(o.uses_idx for o in objective.terms)
@@ -109,9 +110,9 @@ class FitState:
         self.batch,self.values,self.weights = batch,values,weights
         columns = {'task_loss': batch.task, **values}
         if self.objective.balance: columns.update({f'{k}_weight': w for k,w in weights.items()})
-        # a tensor is not read here: that would wait for the GPU
+        # no tensor is read here: that would wait for the GPU
         must_be_finite = [k for k,w in weights.items() if isinstance(w, Tensor) or w]
         where = f"epoch {self.learn.epoch}, batch {self.learn.iter}"
         self.columns.add(where, find_bs(self.learn.yb), columns, must_be_finite)
-        self.columns.has_labels |= batch.label_mask is None or bool(batch.label_mask.any())
+        self.columns.has_labels = self.columns.has_labels | (True if batch.label_mask is None else batch.label_mask.any())
 

@@ -94,7 +94,7 @@ class Batch(NamedTuple):
         return self._replace(sample_weight=weight.detach(), label_mask=mask)
 
 
-# %% ../../nbs/losses/batch.ipynb #308b65ff
+# %% ../../nbs/losses/batch.ipynb #8bdd0d38
 def keep_positions(
     batch:Batch, # A batch
     mask:Tensor  # Positions to keep, `(B, *spatial)`
@@ -112,7 +112,8 @@ def keep_positions(
     if mask.ndim>1: return res  # features have positions of their own
     fm_s,fm_t = ({k: f[mask] for k,f in fm.items()} for fm in (batch.fm_s, batch.fm_t))
     idx = None if batch.idx is None else batch.idx[mask.to(batch.idx.device)]
-    return res._replace(fm_s=fm_s, fm_t=fm_t, idx=idx)
+    masks = {k: m[mask.to(m.device)] for k,m in batch.masks.items()}
+    return res._replace(fm_s=fm_s, fm_t=fm_t, idx=idx, masks=masks)
 
 
 # %% ../../nbs/losses/batch.ipynb #b3b38532

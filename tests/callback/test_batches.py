@@ -8,7 +8,7 @@ from torch import nn
 from fastai.basics import (Adam, Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner,
     SGD, noop, ranger, set_seed)
 from fastai.callback.mixup import MixUp
-from fastai.callback.schedule import minimum
+from fastai.callback.schedule import SchedLin, minimum
 from kd_fastai.all import (Ensemble, FitNet, KnowledgeDistillationCallback, Logits, MultiLabel, Mutual,
     MutualLearning, Similarity, SoftTarget, Term)
 from kd_fastai.methods.gates import by_position
@@ -134,6 +134,36 @@ def test_the_first_of_two_callbacks_leaves_in_mid_epoch(leave):
     fit(learner(mlp(1), [first, second, Leave(), seen]), 2)
     assert len(seen.loss)==8 and seen.loss[0]>seen.expected[0]
     assert seen.loss[1:]==pytest.approx(seen.expected[1:])
+
+def test_the_only_callback_is_turned_off_in_mid_epoch():
+    "The student trains on without a teacher."
+    kd = KD(mlp(9), Term(SoftTarget, 1.), teacher_inputs=0)
+    class Off(Callback):
+        order = 50
+        def after_batch(self): kd.run = False
+    class Compare(Callback):
+        order = KD.order+1
+        def __init__(self): self.is_task = []
+        def after_loss(self):
+            if self.training: self.is_task.append(self.learn.loss.item()==F.cross_entropy(self.pred, self.yb[0]).item())
+    seen = Compare()
+    fit(learner(mlp(1), [kd, Off(), seen]))
+    assert seen.is_task==[False,True,True,True]
+
+def test_a_term_that_counts_later_is_checked_later():
+    "A schedule that begins at 0 hides a missing gradient only as long as it is 0."
+    def detached(pred, teacher_pred): return (pred-teacher_pred).detach().pow(2).mean()
+    kd,seen = KD(mlp(9), Term(detached, 1., schedule=SchedLin(0, 1))),Keep()
+    with pytest.raises(ValueError, match='detached gives the student no gradient'):
+        fit(learner(mlp(1), [kd, seen]))
+    assert len(seen.x)==2
+
+def test_weights_that_are_not_compared_are_said_once(capsys):
+    "Without a task loss, 'auto' has nothing to compare with in any epoch."
+    learn = learner(mlp(1), KD(mlp(9), SoftTarget, task_weight=0))
+    learn.logger = print
+    fit(learn, 3)
+    assert capsys.readouterr().out.count('Weights found on the first batch')==1
 
 def test_a_validation_within_an_epoch():
     class Look(Callback):

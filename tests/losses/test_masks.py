@@ -8,8 +8,10 @@ import kd_fastai.losses as losses
 from kd_fastai.all import *
 from kd_fastai.demo import small_net
 from kd_fastai.losses.masks import how_masked, masked_loss
-from kd_fastai.losses.facts import loss_args
+from kd_fastai.losses.facts import get_loss_info, loss_args, loss_info
 from support import KD, fit, history, quiet, weights
+
+pytestmark = pytest.mark.filterwarnings('ignore:The teacher agrees')   # teachers are not trained
 
 FEATURE_LOSSES = {n: f for n,f in vars(losses).items() if getattr(f, 'info', None) and not isinstance(f, type)
                   and {'fm_s','fm_t'} & loss_args(f).accepted and 'mask' not in loss_args(f).accepted}
@@ -231,3 +233,16 @@ def test_ignored_regions_of_a_segmentation():
         loss_func = CrossEntropyLossFlat(axis=1, ignore_index=255)
         return fit(quiet(Learner(dls, student, loss_func=loss_func, cbs=kd)), 2)
     torch.testing.assert_close(weights(train(True)), weights(train(False)))
+
+def test_masks_go_with_the_samples_that_have_a_label():
+    "A loss on features that reads labels gets features, labels and masks of the same samples."
+    def distance(fm_s, fm_t, target): return FitNet(fm_s, fm_t)+0*target.sum()
+    loss = loss_info(**vars(get_loss_info(FitNet)))(distance)
+    s,t,y,m = features('tokens'),features('tokens', 1),torch.tensor([1,-100,0,2]),mask_of('tokens')
+    def value(rows, y, m):
+        objective = Objective([Term(loss, 1., layers=[('s','t')], mask=lambda x, y: m)])
+        objective.set_layout(None, -100)
+        batch = objective.prepare(torch.zeros(len(y), 3), None, {'s': s[rows]}, {'t': t[rows]}, y,
+                                  masks=objective.find_masks((s[rows],), (y,)))
+        return objective.values(batch)['distance']
+    torch.testing.assert_close(value([0,1,2,3], y, m), value([0,2,3], y[y>=0], m[y>=0]))
