@@ -190,9 +190,9 @@ def benchmarks(monkeypatch): monkeypatch.syspath_prepend(str(Path(__file__).pare
 def test_saves_no_more_for_backward_than_a_loop_by_hand(benchmarks):
     from clock import saved_mib
     from costs import step
-    ways = step.ways(*step.tiny())
-    for f in ways.values(): f()
-    saved = {n: saved_mib(f) for n,f in ways.items()}
+    methods = step.methods(*step.tiny())
+    for f in methods.values(): f()
+    saved = {n: saved_mib(f) for n,f in methods.items()}
     for n in ('kd_fastai','kd_fastai, cached'): assert saved[n]<=1.02*saved['by hand'], saved
     assert saved['by hand']>saved['teacher and loss']>0
 
