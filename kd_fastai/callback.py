@@ -59,8 +59,8 @@ def make_terms(
 class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
     """Train a student with a teacher.
 
-    During training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term. A weight that is
-    found and rises is also multiplied by `growth`.
+    During training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term. A weight
+    that is found and rises is also multiplied by `growth`.
 
     The progress table and the recorder get a column `task_loss` and one for each term: its mean over the epoch's
     training, before weights. `valid_loss` stays the task loss.
@@ -82,7 +82,7 @@ class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
         activations_teacher:str|list|None=None, # Layers of the teacher, if their names differ
         weight:float|str='auto',    # Weight of the bare losses: a number, or 'auto', found on the first batch
         task_weight:float=1.,       # Weight of the Learner's own loss
-        schedule:Callable|str|None='auto',# Multiplies the weights: `SchedCos(0,1)`; None: constant; 'auto': `default_schedule`
+        schedule:Callable|str|None='auto',# Multiplies weights: `SchedCos(0,1)`; None: constant; 'auto': see `Objective`
         teacher_tfm:Callable|str|dict|None=None, # Converts the student's inputs to the teacher's: `teacher_tfm(*xb)`
         adapt:str|Callable|list|None=None, # Trained layers for the student's features: 'auto', see `LossWithAdapters`
         early_exit:bool=True,       # Stop the teacher after the last requested layer, if its predictions are not used

@@ -114,5 +114,6 @@ class FitState:
         must_be_finite = [k for k,w in weights.items() if isinstance(w, Tensor) or w]
         where = f"epoch {self.learn.epoch}, batch {self.learn.iter}"
         self.columns.add(where, find_bs(self.learn.yb), columns, must_be_finite)
-        self.columns.has_labels = self.columns.has_labels | (True if batch.label_mask is None else batch.label_mask.any())
+        has_labels = True if batch.label_mask is None else batch.label_mask.any()
+        self.columns.has_labels = self.columns.has_labels | has_labels
 

@@ -152,7 +152,7 @@ class MeanTeacher(KnowledgeDistillationCallback):
 def train_generations(
     learners:list|dict, # Untrained `Learner`s, in their order, optionally by name
     train:Callable,     # `train(learn, teacher)` trains one; the teacher is the Learner before it, or None
-    teacher:Learner|None=None # A trained Learner to start with; default: the first of `learners`, trained without a teacher
+    teacher:Learner|None=None # A trained Learner to start with; default: the first of `learners`, with labels only
 )->pd.DataFrame: # A row for each: number of parameters, valid_loss and metrics
     "Train `learners` one after another, each with the one before as its teacher"
     named = learners if isinstance(learners, dict) else dict(enumerate(learners, 1))
