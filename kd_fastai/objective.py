@@ -121,7 +121,7 @@ def load_loss_states(
             f"they were saved with other layers or another adapt. {e}") from None
 
 
-# %% ../nbs/objective.ipynb #3265ca16
+# %% ../nbs/objective.ipynb #5b2a6ef6
 class TrainedTerms:
     "Terms, and what they keep between batches: weights that losses own, and weights of terms that were found"
     def __init__(self,
@@ -132,6 +132,7 @@ class TrainedTerms:
         for o,name in zip(self.terms, unique_names(['task_loss', *(o.name for o in terms)])[1:]):
             o.name = name
             if isinstance(o.schedule, str): o.schedule = default_schedule(o, self.task_weight)
+        self.layers = tuple([n for o in self.terms for n in o.layers[i]] for i in (0,1))  # of student and teacher
         self.modules = [*dict.fromkeys(o.module for o in self.terms if o.module is not None)]
         self.built,self.params,self.channels = not self.modules,[],{}
         self.found_weights,self.assumed_weights,self.magnitudes,self.task_losses = {},{},{},{}
@@ -147,8 +148,8 @@ class TrainedTerms:
     def base_weight(self, term:Term)->float:
         "Return the weight before schedule and balance. Raises `RuntimeError` if it has not been found yet"
         if term.weight!='auto': return term.weight
-        for weights in (self.found_weights, self.assumed_weights):
-            if term.name in weights: return weights[term.name]
+        known = {**self.assumed_weights, **self.found_weights}
+        if term.name in known: return known[term.name]
         raise RuntimeError(f"The weight of {term.name} has not been found yet: "
             "call find_weights(gradient_norms(batch.task, values, params)) with a first batch")
 
@@ -192,8 +193,8 @@ class TrainedTerms:
 
     def state_dict(self)->dict:
         "Return weights that losses own and weights that were found, by the names of the terms"
-        losses = {o.name: o.module.state_dict() for o in self.terms if o.module is not None}
-        return {'losses': losses, **{k: dict(getattr(self, k)) for k in KEPT}}
+        losses = {'losses': {o.name: o.module.state_dict() for o in self.terms if o.module is not None}}
+        return losses | {k: dict(getattr(self, k)) for k in KEPT}
 
     def load_state_dict(self, state:dict):
         "Load what `state_dict` returned. Raises `ValueError` if it belongs to other terms, or to other shapes"
@@ -240,7 +241,7 @@ def autocast_off(
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
-# %% ../nbs/objective.ipynb #191fef95
+# %% ../nbs/objective.ipynb #7f1e6d2d
 class Objective(TrainedTerms):
     "The task loss plus weighted terms, for one batch after another: `prepare`, `values`, `weights`, `total`"
     def __init__(self,

@@ -69,15 +69,17 @@ def get_teacher(folder, data, epochs):
     net.load_state_dict(saved['weights'])
     return net.eval().requires_grad_(False),saved['accuracy']
 
+PREDICTED = {}   # by the content of a batch; no attribute of the model, to whose identity it would belong
+
 class OncePerBatch(nn.Module):
     "A model that predicts each batch once: all students are compared with it on the test images"
     def __init__(self, model):
         super().__init__()
-        self.model,self.predictions = model,{}
+        self.model = model
     def forward(self, x):
         key = hashlib.blake2b(x.numpy().tobytes()).digest()
-        if key not in self.predictions: self.predictions[key] = self.model(x)
-        return self.predictions[key]
+        if key not in PREDICTED: PREDICTED[key] = self.model(x)
+        return PREDICTED[key]
 
 class Predictions:
     "Predictions of a teacher for the images of one seed, in all versions; those of the last seed only are kept"

@@ -37,7 +37,7 @@ def capture_one_forward(
         if handle: handle.remove()
 
 
-# %% ../../nbs/fit/state.ipynb #8b8f6a1b
+# %% ../../nbs/fit/state.ipynb #7ef9b48a
 class FitState:
     "What exists only during a fit: captures, columns, and what was read of the present batch"
     def __init__(self,
@@ -49,7 +49,7 @@ class FitState:
     ):
         self.learn,self.objective,self.teacher,self.columns = learn,objective,teacher,columns
         self.agreement = AgreementCheck([]) if agreement is None else agreement
-        self.capture = Capture(learn.model, [n for o in objective.terms for n in o.layers[0]], who='student')
+        self.capture = Capture(learn.model, objective.layers[0], who='student')
         self.epoch = ExitStack()    # closed at the end of the epoch's training
         self.is_capturing = False   # whether hooks are on the models
         self.is_checked = False     # whether the first batch has been checked
