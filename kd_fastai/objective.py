@@ -121,7 +121,7 @@ def load_loss_states(
             f"they were saved with other layers or another adapt. {e}") from None
 
 
-# %% ../nbs/objective.ipynb #5b2a6ef6
+# %% ../nbs/objective.ipynb #9b3e2133
 class TrainedTerms:
     "Terms, and what they keep between batches: weights that losses own, and weights of terms that were found"
     def __init__(self,

@@ -37,7 +37,7 @@ def capture_one_forward(
         if handle: handle.remove()
 
 
-# %% ../../nbs/fit/state.ipynb #7ef9b48a
+# %% ../../nbs/fit/state.ipynb #c98b0212
 class FitState:
     "What exists only during a fit: captures, columns, and what was read of the present batch"
     def __init__(self,
