@@ -144,7 +144,7 @@ def _is_installed(f):
     file = f.__code__.co_filename
     return 'site-packages' in file or file.startswith((sys.prefix, str(Path(kd_fastai.__file__).parent)))
 
-# %% ../../nbs/report/runs.ipynb #2f470c19
+# %% ../../nbs/report/runs.ipynb #d961befd
 def _learner_settings(learn):
     "What a training run depends on"
     data = [_data_settings(o) for o in learn.dls.loaders]
@@ -155,9 +155,9 @@ def _learner_settings(learn):
 def _data_settings(dl):
     "What tells a loader from another one: its type, batch size, transforms, length, and the first and the last item"
     n,tfms = n_samples(dl),[getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
-    ds = dl.dataset.items if isinstance(getattr(dl.dataset, 'items', None), pd.DataFrame) else dl.dataset  # of a table
-    get = getattr(ds, 'iloc', ds)
-    items = [get[i] for i in (0,n-1)] if n and hasattr(get, '__getitem__') else []
+    ds = getattr(dl, 'dataset', None)
+    rows = getattr(getattr(ds, 'items', None), 'iloc', ds)  # of a table, by position
+    items = [rows[i] for i in (0,n-1)] if n and hasattr(rows, '__getitem__') else []
     return type(dl).__name__,getattr(dl, 'bs', getattr(dl, 'batch_size', None)),without_address(tfms),n,items
 
 def digest(
