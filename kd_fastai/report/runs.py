@@ -144,7 +144,7 @@ def _is_installed(f):
     file = f.__code__.co_filename
     return 'site-packages' in file or file.startswith((sys.prefix, str(Path(kd_fastai.__file__).parent)))
 
-# %% ../../nbs/report/runs.ipynb #d961befd
+# %% ../../nbs/report/runs.ipynb #cc1f74d7
 def _learner_settings(learn):
     "What a training run depends on"
     data = [_data_settings(o) for o in learn.dls.loaders]
