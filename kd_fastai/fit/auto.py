@@ -9,11 +9,13 @@ __all__ = ['find_weights', 'batch_weights']
 
 # %% ../../nbs/fit/auto.ipynb #1f37c977
 from typing import Callable
+import torch
+from torch import distributed
 from fastai.basics import Learner, noop, num_distrib, rank_distrib
 from .batch import first_tensors
 from .internals import all_reduce_sum, is_distributed
 from ..losses.batch import Batch
-from ..objective import Objective, gradient_norms
+from ..objective import Objective, gradient_norms, rising
 
 
 # %% ../../nbs/fit/auto.ipynb #563c4b3c
@@ -52,9 +54,11 @@ def batch_weights(
     progress:float       # Progress of the fit, from 0 to 1
 )->dict: # `{name: number or scalar tensor}`
     "Return the weights of the terms for this batch, equal in all processes"
-    if is_distributed(learn):
-        sums = all_reduce_sum([float(o) for o in (batch.task, *values.values())], batch.task.device)
-        task,*means = (batch.task.new_tensor(o/num_distrib()) for o in sums)
+    depends = objective.balance or any(o.schedule is rising for o in objective.terms)
+    if depends and is_distributed(learn):
+        means = torch.stack([o.detach().double() for o in (batch.task, *values.values())])/num_distrib()
+        distributed.all_reduce(means)  # no tensor is read here: that would wait for the GPU
+        task,*means = means.to(batch.task.dtype)
         batch,values = batch._replace(task=task),dict(zip(values, means))
     return objective.weights(batch, values, progress)
 

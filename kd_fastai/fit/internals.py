@@ -62,7 +62,7 @@ def _unwrap_methods(learn, names):
 
 # %% ../../nbs/fit/internals.ipynb #200a34c6
 class LeftOut(Callback):
-    "Represents in a pickled Learner for a callback that a pickle does not contain"
+    "Takes the place, in a pickled Learner, of a callback that a pickle does not contain"
     def __init__(self,
         what:str # Its class
     ): self.what = what
