@@ -237,9 +237,9 @@ def check_probabilities(
         if p is None or p.ndim<2 or not p.is_floating_point() or p.min()<0 or p.max()>1+1e-3: continue
         ending = 'softmax' if p.shape[1]>1 and (p.sum(1)-1).abs().max()<1e-3 else 'sigmoid'
         if ending=='sigmoid' and MultiLabel not in losses: continue  # numbers that happen to be small
-        convert = ", or give Teacher(model, probabilities=True)" if who!='student' and ending=='softmax' else ''
+        if ending=='softmax' and who!='student': continue   # a teacher says it itself
         warn(('probabilities', who), f"The predictions of the {who} are probabilities, and losses expect logits: "
-             f"leave out its last {ending}{convert}")
+             f"leave out its last {ending}")
 
 def check_targets(
     objective:Objective, # The objective

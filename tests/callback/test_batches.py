@@ -9,7 +9,7 @@ from fastai.basics import (Adam, Callback, CancelFitException, CrossEntropyLossF
     SGD, noop, ranger, set_seed)
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import SchedLin, minimum
-from kd_fastai.all import (Ensemble, FitNet, KnowledgeDistillationCallback, Logits, MultiLabel, Mutual,
+from kd_fastai.all import (Ensemble, FitNet, FunctionTeacher, KnowledgeDistillationCallback, Logits, MultiLabel, Mutual,
     MutualLearning, Similarity, SoftTarget, Term)
 from kd_fastai.methods.gates import by_position
 
@@ -319,7 +319,11 @@ def said(teacher, loss, **kwargs):
     return ' '.join(str(w.message) for w in ws)
 
 def test_probabilities_are_noticed():
-    assert 'are probabilities, and losses expect logits' in said(nn.Sequential(mlp(9), nn.Softmax(1)), SoftTarget)
+    "Once, by the teacher: also for each of several, and for a function."
+    softmax = nn.Sequential(mlp(9), nn.Softmax(1))
+    for teacher in softmax, {'a': softmax, 'b': mlp(8)}, FunctionTeacher(softmax, numpy=False):
+        loss = [Term(SoftTarget, teacher=k) for k in teacher] if isinstance(teacher, dict) else SoftTarget
+        assert said(teacher, loss).count('losses expect logits')==1
     assert 'probabilities' not in said(nn.Sequential(mlp(9), nn.LogSoftmax(1)), SoftTarget)
 
 def test_probabilities_of_a_student_and_of_a_sigmoid_are_noticed():
