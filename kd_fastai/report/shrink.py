@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/shrink.html.md"""
 __all__ = ['FINALISTS', 'DECIDE', 'FINAL', 'read_candidates', 'measure_candidates', 'fits_budget', 'halve', 'tied', 'Pilots',
            'KDShrink', 'student_learner']
 
-# %% ../../nbs/report/shrink.ipynb #01e30a8d
+# %% ../../nbs/report/shrink.ipynb #dc8b82b9
 import math, time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -22,13 +22,13 @@ from ..hooks.inputs import split_inputs
 from ..hooks.models import eval_no_grad, get_logits, isolated_rng, model_device
 from .candidates import family
 from .compare import paired_interval
-from .measure import latency, multiply_adds, resize_batch, size_kb
+from .measure import activation_kb, latency, multiply_adds, resize_batch, size_kb
 from .runs import RunTable, TrainRun, lower_is_better, run_all
 from ..fit.batch import find_teacher_inputs
 from .scores import first_batch, score_models, split_xy
 from .trial import trial_learner
 
-# %% ../../nbs/report/shrink.ipynb #087ce439
+# %% ../../nbs/report/shrink.ipynb #851e3fde
 def read_candidates(
     learn:Learner, # The teacher's Learner
     candidates,    # None, a name of timm, a function, or a list or dict of these
@@ -61,13 +61,13 @@ def measure_candidates(
     candidates:dict,   # Name to a function that makes the network
     xb:tuple,          # Inputs of a batch, of the size for the latency
     rounds:int=30      # Measurements of latency
-)->pd.DataFrame: # A row for the teacher and for each candidate: `parameters`, `kb`, `multiply_adds` (million), `ms`
-    "Measure size and speed of the teacher and all candidates, which take turns"
+)->pd.DataFrame: # A row for the teacher and each candidate: `parameters`, `kb`, `activation_kb`, `multiply_adds` (million), `ms`
+    "Measure size, memory and speed of the teacher and all candidates, which take turns"
     with no_random(): models = {'teacher': teacher} | {n: f() for n,f in candidates.items()}
     device = model_device(teacher)
     for m in models.values(): m.to(device)
     rows = {n: dict(parameters=sum(p.numel() for p in m.parameters()), kb=size_kb(m),
-                    multiply_adds=multiply_adds(m, xb)) for n,m in models.items()}
+                    activation_kb=activation_kb(m, xb), multiply_adds=multiply_adds(m, xb)) for n,m in models.items()}
     return pd.DataFrame.from_dict(rows, orient='index').assign(ms=pd.Series(latency(models, xb, rounds)))
 
 def fits_budget(
@@ -85,7 +85,7 @@ def fits_budget(
         if v is not None: fits &= table[k]<=v
     return [n for n in table.index[fits] if n!='teacher']
 
-# %% ../../nbs/report/shrink.ipynb #59500485
+# %% ../../nbs/report/shrink.ipynb #37e53ada
 def halve(
     names:list,     # Candidates
     scores,         # Mean score of each: a dict or `Series`, the larger the better
@@ -160,10 +160,10 @@ class Pilots:
         scores = self.round(names, epochs, seeds)
         return scores.mean().idxmax() if len(scores) else best
 
-# %% ../../nbs/report/shrink.ipynb #6bd5eb9b
+# %% ../../nbs/report/shrink.ipynb #03def469
 DECIDE,FINAL = 500,1000  # the first seeds of full runs between ties, and of those that are reported
 
-# %% ../../nbs/report/shrink.ipynb #6c9bbc2f
+# %% ../../nbs/report/shrink.ipynb #c69baf7c
 class KDShrink:
     "What `kd_shrink` returns: the chosen student, trained, and how it was found. A notebook shows sentence and table"
     def __init__(self,
@@ -216,7 +216,7 @@ class KDShrink:
         res = (f"{self.best}: {t/self.costs.ms[self.best]:.1f} times faster, {k*d['gain']:.2g}{unit} below the teacher "
                f"[{k*d['low']:.2g}, {k*d['high']:.2g}]{_next_faster(self, k, unit)}.")
         if self.chosen is None: res = f"No candidate comes near enough. The best one, {res}"
-        if self.ties: res += f" {_last_round(self)} cannot tell it from {', '.join(self.ties)}."
+        if self.ties: res += f" {_last_round(self)} cannot tell it from {' or '.join(self.ties)}."
         return res
 
     def __repr__(self): return f"{self.sentence}\n\n{self.table.to_string(float_format='{:.4g}'.format, na_rep='')}"
@@ -248,12 +248,12 @@ class KDShrink:
         self.learner.export((folder/'student.pkl').absolute())
         return folder
 
-# %% ../../nbs/report/shrink.ipynb #d1e07c23
+# %% ../../nbs/report/shrink.ipynb #e8582eaf
 def _none_fits(costs):
     "The sentence where no candidate is within the budget"
-    n = costs.ms.drop('teacher').idxmin()
-    return (f"No candidate is within the budget: the fastest, {n}, takes {costs.ms[n]:.3g} ms and "
-            f"{costs.kb[n]:.0f} kB.")
+    ms,kb = costs.ms.drop('teacher'),costs.kb.drop('teacher')
+    return (f"No candidate is within the budget: the fastest, {ms.idxmin()}, takes {ms.min():.3g} ms, and the smallest, "
+            f"{kb.idxmin()}, {kb.min():.0f} kB.")
 
 def _last_round(found):
     "What the last round was"
@@ -292,7 +292,7 @@ def _draw_final(ax, found, cost):
         row = table.loc[f'{found.best}, {m}']
         ax.errorbar(row[cost], row.score, (row.high-row.low)/2, fmt='D', color=color, label=row.name)
 
-# %% ../../nbs/report/shrink.ipynb #ca145df6
+# %% ../../nbs/report/shrink.ipynb #2fc497d9
 def student_learner(
     learn:Learner, # The Learner whose data and settings are used
     make:Callable  # Makes the network
@@ -324,7 +324,7 @@ def _trained(learn, make, state, run, task):
     res.kd_teacher = deepcopy(learn.model)
     return res
 
-# %% ../../nbs/report/shrink.ipynb #e544a5dd
+# %% ../../nbs/report/shrink.ipynb #d12cd600
 @patch
 def kd_shrink(self:Learner,
     ms:float|None=None,       # Largest latency of a forward pass, in milliseconds on this machine

@@ -186,10 +186,27 @@ def test_none_where_nothing_fits_or_comes_near(trained):
                             candidates={'tiny': lambda: small_net(1)})
     assert far.chosen is None and far.best=='tiny' and 'No candidate comes near enough' in far.sentence
 
+def test_the_sentence_names_the_fastest_the_smallest_and_ties():
+    none = KDShrink(COSTS, [], pd.DataFrame(), [], None, None, .9, 'accuracy', False, None)
+    assert none.sentence=="No candidate is within the budget: the fastest, a, takes 1 ms, and the smallest, a, 5 kB."
+    runs = pd.DataFrame([(f'b: {m}', FINAL+s, .8+.01*s) for m in ('distilled','baseline') for s in range(3)],
+                        columns=['method','seed','accuracy'])
+    scores = table(a=[.75,.8,.85], b=[.8,.79,.86], c=[.82,.77,.86])
+    found = KDShrink(COSTS, [*'abc'], runs, [(8, scores)], 'b', 'b', .9, 'accuracy', False, None)
+    assert found.sentence==(
+        "b: 5.0 times faster, 9 points below the teacher [6.5, 11]; the next faster, a, is 1.7 points lower after "
+        "8 epochs. 3 runs of 8 epochs cannot tell it from c or a.")
+
 def test_within_finds_the_fastest_that_comes_near(trained):
     nets = dict(small=lambda: small_net(1), middle=lambda: small_net(4), large=lambda: small_net(8))
     found = trained.kd_shrink(within=2., candidates=nets, epochs=1, seeds=2, pilot_seeds=1, rounds=5, progress=False)
     assert found.chosen==found.costs.ms.drop('teacher').idxmin()
+
+def test_without_time_the_slowest_is_taken_that_may_come_near(trained):
+    "Nothing was tried, so the slowest candidate is the surest one"
+    nets = dict(small=lambda: small_net(1), large=lambda: small_net(16))
+    found = trained.kd_shrink(within=2., candidates=nets, epochs=1, seeds=1, rounds=5, minutes=0, progress=False)
+    assert found.chosen==found.costs.ms.drop('teacher').idxmax() and found.rounds==[]
 
 def test_candidates():
     learn = learner()
