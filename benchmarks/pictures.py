@@ -12,6 +12,7 @@ import argparse, os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import time
 from functools import cache, partial
+from math import prod
 from pathlib import Path
 import pandas as pd
 import torch
@@ -22,6 +23,7 @@ from kd_fastai.all import *
 from kd_fastai.report.compare import comparison_table
 from kd_fastai.report.runs import StudentInputs
 from data import CACHE, emoji, emoji_split, lite0, normalized, plain, separable
+from peers import peers
 from sweep import NoValidation, TABLES
 
 VIEWS,SIZE,ALL = 8,96,1142  # views of a picture, pixels for the features before fine-tuning, training pictures
@@ -138,12 +140,33 @@ def of_folds(half, labels, n=3):
         print(f'{half}, {labels} labels: {n} folds, {right:.3f} right in {time.time()-start:.0f} s', flush=True)
     return torch.load(file)
 
+MAPS = dict(early=(40,8,8), late=(112,4,4), last=(1280,2,2)) # of a picture of 64x64 pixels
+
+def maps(net, x):
+    "Flat maps of EfficientNet-Lite0: after two of its stages, and before the pooling"
+    early = net.blocks[:3](net.bn1(net.conv_stem(x)))
+    late = net.blocks[3:5](early)
+    last = net.bn2(net.conv_head(net.blocks[5:](late)))
+    return torch.cat([o.flatten(1) for o in (early,late,last)], 1)
+
+@cache
+def tuned(half, labels):
+    "The fine-tuned network, and its maps of each view"
+    o,file = recorded(half, labels),FOLDER/f'{half}_{labels}_maps.pt'
+    net = lite0(9).eval()
+    net.load_state_dict(torch.load(FOLDER/f'{half}_{labels}_weights.pt'))
+    if not file.exists():
+        start = time.time()
+        torch.save(outputs(partial(maps, net), o['views']), file)
+        print(f'{half}, {labels} labels: maps in {time.time()-start:.0f} s', flush=True)
+    return net,torch.load(file, mmap=True)
+
 # --- students
 
 class Lookup(nn.Module):
     "Returns what was recorded for `key`: pairs of picture and view, `(B, 2)`"
-    def __init__(self, values): super().__init__(); self.values = values
-    def forward(self, key): return self.values[key[:,0],key[:,1]].float()
+    def __init__(self, values): super().__init__(); self._values = values
+    def forward(self, key): return self._values[key[:,0],key[:,1]].float()
 
 class Recorded(nn.Module):
     "A teacher with recorded predictions, and with a layer for the features of each network"
@@ -153,6 +176,18 @@ class Recorded(nn.Module):
     def forward(self, key):
         self.before(key); self.features(key)
         return self.predictions(key)
+
+class Staged(nn.Module):
+    "The fine-tuned network with recorded maps"
+    def __init__(self, net, maps):
+        super().__init__()
+        self.maps,self.early,self.late,self.last = Lookup(maps),nn.Identity(),nn.Identity(),nn.Identity()
+        self.pool,self.flat,self.classifier = nn.AdaptiveAvgPool2d(1),nn.Flatten(),net.classifier
+    def forward(self, key):
+        flat = self.maps(key).split([prod(o) for o in MAPS.values()], 1)
+        early,late,last = (o.unflatten(1, size) for o,size in zip(flat, MAPS.values()))
+        self.early(early); self.late(late)
+        return self.classifier(self.flat(self.pool(self.last(last))))
 
 @cache
 def prepared(half, labels, pixels):
@@ -178,11 +213,11 @@ def data(o, seed, bs=32):
     dls.train.rng.seed(seed)
     return dls
 
-def make_learner(o, student, seed):
+def make_learner(o, student, seed, metrics=accuracy):
     "A Learner with an untrained student"
     set_seed(seed, reproducible=True)
     net = STUDENTS[student]().to(memory_format=torch.channels_last)
-    learn = Learner(data(o, seed), net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2)
+    learn = Learner(data(o, seed), net, loss_func=CrossEntropyLossFlat(), metrics=metrics, lr=1e-2)
     learn.seed = seed
     return learn
 
@@ -286,6 +321,15 @@ METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', schedule=None)])
 METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', layers=[('>','features')])]) for f in (RKD, Similarity)}
 METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', layers=[('>','features')], adapt='auto')])
             for f in (FitNet, CosineSmoothL1)}
+
+def of_peer(make):
+    "A method with the loss and the weights of another library"
+    def train(learn, o, epochs):
+        terms,task_weight = make()
+        kd(lambda: terms, task_weight=task_weight)(learn, o, epochs)
+    return train
+
+METHODS |= {n: of_peer(make) for n,make in peers().items()}
 
 # --- the study
 
