@@ -53,7 +53,7 @@ def torchdistill_at(mid_level, maps):
     return at
 
 class Given(nn.Module):
-    "Stands for a network in a task of timm, and returns the predictions that it was given"
+    "A network of a timm task that returns the predictions it was given"
     pretrained_cfg,num_classes,in_chans = dict(mean=(0.,)*3, std=(1.,)*3),0,3
     pred = None
     def forward(self, x): return self.pred

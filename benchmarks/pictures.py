@@ -196,7 +196,7 @@ def prepared(half, labels, pixels):
     o = recorded(half, labels)
     x,y = o['valid']
     views = torch.stack([shrunk(v) for v in o['views'].unbind(1)], 1)
-    return {**o, 'views': views, 'valid': (shrunk(x),y), 'half': half, 'pixels': pixels}
+    return {**o, 'views': views, 'valid': (shrunk(x),y), 'half': half, 'labels': labels, 'pixels': pixels}
 
 def keyed_view(b, views):
     "One view of each picture, and its key"
@@ -218,7 +218,7 @@ def make_learner(o, student, seed, metrics=accuracy):
     set_seed(seed, reproducible=True)
     net = STUDENTS[student]().to(memory_format=torch.channels_last)
     learn = Learner(data(o, seed), net, loss_func=CrossEntropyLossFlat(), metrics=metrics, lr=1e-2)
-    learn.seed = seed
+    learn.seed,learn.student = seed,student
     return learn
 
 # --- methods
@@ -275,6 +275,19 @@ def kd(terms, *cbs, task_weight=1., predictions='predictions'):
                             *cbs])
     return train
 
+MAP_LAYERS = {'separable': [('1','early'),('4','late')], 'plain': [('1','early'),('2','late')]} # of equal sizes
+
+def by_maps(loss, soft=True, schedule=None):
+    "A method: a loss on the maps of the fine-tuned network, and the default term on its predictions"
+    def train(learn, o, epochs):
+        teacher = Staged(*tuned(o['half'], o['labels']))
+        layers = MAP_LAYERS[learn.student]
+        own = loss() if isinstance(loss, type) else loss
+        terms = [Term(own, 'auto', layers=layers, adapt=None if own is not loss else 'auto', schedule=schedule)]
+        if soft: terms.append(Term(SoftTarget, T=4))
+        fit(learn, epochs, [KnowledgeDistillationCallback(teacher, terms, teacher_inputs=1)])
+    return train
+
 def started(share, method, unlabeled=False):
     "A method that begins with features, without labels, for a share of the steps; also on pictures that have no label"
     def train(learn, o, epochs):
@@ -314,6 +327,11 @@ METHODS = {
     'folds, soft adapt rising': kd(lambda: [soft(rising())], Follow(), predictions='folds'),
     'start third, folds, soft rising': started(1/3, kd(lambda: [soft(rising())], predictions='folds')),
 }
+
+# losses on maps of the fine-tuned network
+MORE = {'': dict(soft=False), ', distill': {}, ' falling, distill': dict(schedule=falling())}
+METHODS |= {f'maps {f.__name__}{more}': by_maps(f, **kwargs)
+            for f in (FitNet, CosineSmoothL1, VID, CWD) for more,kwargs in MORE.items()}
 
 # losses one by one, as in `accuracy.py which_loss`: on predictions, or on what the classifiers read
 METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', schedule=None)])

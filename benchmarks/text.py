@@ -78,13 +78,13 @@ def minilm():
 
 @cache
 @torch.no_grad()
-def embeddings():
-    "MiniLM's features of all mails `(N, 384)`: the mean over tokens, of length 1. Computed once"
-    file = CACHE/'text'/f'minilm_{TOKENS}.pt'
+def embeddings(half):
+    "MiniLM's features of the mails of a half `(N, 384)`: the mean over tokens, of length 1. Computed once"
+    file = CACHE/'text'/f'minilm_{TOKENS}_{half}.pt'
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         start,(model,tokenizer),texts = time.time(),minilm(),mails()[0]
-        order,parts = sorted(range(len(texts)), key=lambda i: len(texts[i])),[]
+        order,parts = sorted(torch.cat(split(half)).tolist(), key=lambda i: len(texts[i])),[]
         for i in range(0, len(order), 32):
             o = tokenizer([texts[j][:2000] for j in order[i:i+32]], padding=True, truncation=True, max_length=TOKENS,
                           return_tensors='pt')
@@ -93,14 +93,14 @@ def embeddings():
         res = torch.zeros(len(texts), 384)
         res[order] = nn.functional.normalize(torch.cat(parts))
         torch.save(res, file)
-        print(f'features of {len(texts)} mails in {time.time()-start:.0f} s', flush=True)
+        print(f'features of {len(order)} mails in {time.time()-start:.0f} s', flush=True)
     return torch.load(file)
 
 class Recorded(nn.Module):
     "A teacher with recorded features, and a trained classifier"
-    def __init__(self, classifier):
+    def __init__(self, features, classifier):
         super().__init__()
-        self.features,self.classifier = Lookup(embeddings()[:,None]),classifier
+        self.features,self.classifier = Lookup(features[:,None]),classifier
     def forward(self, key): return self.classifier(self.features(key))
 
 def labeled(half, labels):
@@ -111,7 +111,7 @@ def labeled(half, labels):
 def teacher(half, labels):
     "The teacher with a classifier trained on the labeled mails, and its accuracy on others"
     from sklearn.linear_model import LogisticRegression
-    (x,y),i,valid = (embeddings(),mails()[1]),labeled(half, labels),split(half)[1]
+    (x,y),i,valid = (embeddings(half),mails()[1]),labeled(half, labels),split(half)[1]
     found = LogisticRegression(C=10., max_iter=1000).fit(x[i], y[i])
     classifier = nn.Linear(x.shape[1], 2)
     w,b = torch.tensor(found.coef_[0]).float(),float(found.intercept_[0])
@@ -119,7 +119,7 @@ def teacher(half, labels):
         classifier.weight.copy_(torch.stack([-w/2, w/2]))
         classifier.bias.copy_(torch.tensor([-b/2, b/2]))
         score = (classifier(x[valid]).argmax(1)==y[valid]).float().mean().item()
-    return Recorded(classifier).eval().requires_grad_(False),score
+    return Recorded(x, classifier).eval().requires_grad_(False),score
 
 # --- students
 
@@ -182,14 +182,13 @@ METHODS = {'baseline': baseline, 'distill': distill, 'start 60% on all mails, di
 def run(half, labels, steps, method, seed, **kwargs):
     "Train one student. Returns its row"
     learn,case = make_learner(half, labels, seed, **kwargs),(half,labels)
-    score = teacher(*case)[1]
     set_seed(seed, reproducible=True)
     began = time.process_time()
     with learn.no_bar(), learn.no_logging(): METHODS[method](learn, case, steps)
     took = time.process_time()-began
     with learn.no_bar(), learn.no_logging(), learn.added_cbs([StudentInputs(1)]): loss,acc = learn.validate()
     return dict(half=half, labels=labels, steps=steps, method=method, seed=seed, accuracy=acc, valid_loss=loss,
-                teacher=score, seconds=round(took, 1))
+                seconds=round(took, 1))
 
 GROUP = ['half','labels','steps']
 
@@ -197,8 +196,8 @@ def choose(labels, steps, seeds):
     "Accuracy of the baseline for several learning rates, on the half that is not reported"
     for n in labels:
         for lr in (3e-3, 1e-2, 3e-2):
-            rows = [run('choose', n, steps, 'baseline', s, lr=lr) for s in seeds]
-            print(n, lr, [round(o['accuracy'], 4) for o in rows], 'teacher', round(rows[0]['teacher'], 4), flush=True)
+            scores = [run('choose', n, steps, 'baseline', s, lr=lr)['accuracy'] for s in seeds]
+            print(n, lr, [round(o, 4) for o in scores], flush=True)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -217,7 +216,8 @@ def main():
             runs = pd.read_csv(a.file) if a.file.exists() else pd.DataFrame(columns=[*GROUP,'method','seed'])
             done = {*runs[[*GROUP,'method','seed']].itertuples(index=False, name=None)}
             left = [m for m in a.methods if (a.half,labels,a.steps,m,seed) not in done]
-            rows = [run(a.half, labels, a.steps, m, seed) for m in left]
+            score = teacher(a.half, labels)[1]
+            rows = [dict(run(a.half, labels, a.steps, m, seed), teacher=score) for m in left]
             pd.concat([o for o in (runs, pd.DataFrame(rows)) if len(o)]).to_csv(a.file, index=False)
             print(a.half, labels, seed, {o['method']: round(o['accuracy'], 4) for o in rows}, flush=True)
     write_table(pd.read_csv(a.file), GROUP, a.file.with_name('text.csv'))
