@@ -163,7 +163,7 @@ class Pilots:
 # %% ../../nbs/report/shrink.ipynb #03def469
 DECIDE,FINAL = 500,1000  # the first seeds of full runs between ties, and of those that are reported
 
-# %% ../../nbs/report/shrink.ipynb #c69baf7c
+# %% ../../nbs/report/shrink.ipynb #9b8a6fcd
 class KDShrink:
     "What `kd_shrink` returns: the chosen student, trained, and how it was found. A notebook shows sentence and table"
     def __init__(self,
@@ -248,7 +248,7 @@ class KDShrink:
         self.learner.export((folder/'student.pkl').absolute())
         return folder
 
-# %% ../../nbs/report/shrink.ipynb #e8582eaf
+# %% ../../nbs/report/shrink.ipynb #f6e1dfdd
 def _none_fits(costs):
     "The sentence where no candidate is within the budget"
     ms,kb = costs.ms.drop('teacher'),costs.kb.drop('teacher')
