@@ -163,7 +163,7 @@ class Pilots:
 # %% ../../nbs/report/shrink.ipynb #03def469
 DECIDE,FINAL = 500,1000  # the first seeds of full runs between ties, and of those that are reported
 
-# %% ../../nbs/report/shrink.ipynb #9b8a6fcd
+# %% ../../nbs/report/shrink.ipynb #371f218e
 class KDShrink:
     "What `kd_shrink` returns: the chosen student, trained, and how it was found. A notebook shows sentence and table"
     def __init__(self,
@@ -236,18 +236,6 @@ class KDShrink:
         ax.legend(fontsize=7)
         return ax
 
-    def save(self,
-        folder:str|Path # Folder for the files; made if it is missing
-    )->Path:
-        "Write the exported Learner as `student.pkl`, with its card. Raises `ValueError` where no student was chosen"
-        if self.learner is None: raise ValueError(f"There is no student to save. {self.sentence}")
-        from kd_fastai.ship import card  # noqa: F401  gives Learner its kd_card
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.learner.kd_card(self.learner.kd_teacher, title=self.best).save(folder)
-        self.learner.export((folder/'student.pkl').absolute())
-        return folder
-
 # %% ../../nbs/report/shrink.ipynb #f6e1dfdd
 def _none_fits(costs):
     "The sentence where no candidate is within the budget"
@@ -291,6 +279,20 @@ def _draw_final(ax, found, cost):
     for m,color in (('distilled','C2'), ('baseline','C3')):
         row = table.loc[f'{found.best}, {m}']
         ax.errorbar(row[cost], row.score, (row.high-row.low)/2, fmt='D', color=color, label=row.name)
+
+# %% ../../nbs/report/shrink.ipynb #9dcb908f
+@patch
+def save(self:KDShrink,
+    folder:str|Path # Folder for the files; made if it is missing
+)->Path:
+    "Write the exported Learner as `student.pkl`, with its card. Raises `ValueError` where no student was chosen"
+    if self.learner is None: raise ValueError(f"There is no student to save. {self.sentence}")
+    from kd_fastai.ship import card  # noqa: F401  gives Learner its kd_card
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    self.learner.kd_card(self.learner.kd_teacher, title=self.best).save(folder)
+    self.learner.export((folder/'student.pkl').absolute())
+    return folder
 
 # %% ../../nbs/report/shrink.ipynb #2fc497d9
 def student_learner(
