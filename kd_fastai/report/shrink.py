@@ -163,7 +163,7 @@ class Pilots:
 # %% ../../nbs/report/shrink.ipynb #03def469
 DECIDE,FINAL = 500,1000  # the first seeds of full runs between ties, and of those that are reported
 
-# %% ../../nbs/report/shrink.ipynb #371f218e
+# %% ../../nbs/report/shrink.ipynb #582adbe8
 class KDShrink:
     "What `kd_shrink` returns: the chosen student, trained, and how it was found. A notebook shows sentence and table"
     def __init__(self,
@@ -280,7 +280,7 @@ def _draw_final(ax, found, cost):
         row = table.loc[f'{found.best}, {m}']
         ax.errorbar(row[cost], row.score, (row.high-row.low)/2, fmt='D', color=color, label=row.name)
 
-# %% ../../nbs/report/shrink.ipynb #9dcb908f
+# %% ../../nbs/report/shrink.ipynb #7daeb07e
 @patch
 def save(self:KDShrink,
     folder:str|Path # Folder for the files; made if it is missing
