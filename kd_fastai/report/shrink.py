@@ -28,7 +28,7 @@ from ..fit.batch import find_teacher_inputs
 from .scores import first_batch, score_models, split_xy
 from .trial import trial_learner
 
-# %% ../../nbs/report/shrink.ipynb #851e3fde
+# %% ../../nbs/report/shrink.ipynb #184713f6
 def read_candidates(
     learn:Learner, # The teacher's Learner
     candidates,    # None, a name of timm, a function, or a list or dict of these
@@ -61,7 +61,7 @@ def measure_candidates(
     candidates:dict,   # Name to a function that makes the network
     xb:tuple,          # Inputs of a batch, of the size for the latency
     rounds:int=30      # Measurements of latency
-)->pd.DataFrame: # A row for the teacher and each candidate: `parameters`, `kb`, `activation_kb`, `multiply_adds` (million), `ms`
+)->pd.DataFrame: # The teacher and each candidate: `parameters`, `kb`, `activation_kb`, `multiply_adds` (millions), `ms`
     "Measure size, memory and speed of the teacher and all candidates, which take turns"
     with no_random(): models = {'teacher': teacher} | {n: f() for n,f in candidates.items()}
     device = model_device(teacher)
@@ -236,12 +236,12 @@ class KDShrink:
         ax.legend(fontsize=7)
         return ax
 
-# %% ../../nbs/report/shrink.ipynb #f6e1dfdd
+# %% ../../nbs/report/shrink.ipynb #0d3e951f
 def _none_fits(costs):
     "The sentence where no candidate is within the budget"
     ms,kb = costs.ms.drop('teacher'),costs.kb.drop('teacher')
-    return (f"No candidate is within the budget: the fastest, {ms.idxmin()}, takes {ms.min():.3g} ms, and the smallest, "
-            f"{kb.idxmin()}, {kb.min():.0f} kB.")
+    return (f"No candidate is within the budget: the fastest, {ms.idxmin()}, takes {ms.min():.3g} ms, "
+            f"and the smallest, {kb.idxmin()}, {kb.min():.0f} kB.")
 
 def _last_round(found):
     "What the last round was"
