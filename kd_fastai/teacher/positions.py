@@ -38,7 +38,8 @@ def _project(x, seed):
     x = as_plain_tensor(x.detach())
     if x.is_complex(): x = torch.view_as_real(x)
     if x.device.type=='mps': x = x.cpu()  # it has no double precision
-    x = (x.double() if x.is_floating_point() else _scatter(x, 1)).reshape(len(x), -1)
+    x = x.reshape(len(x), -1)  # first, since double precision in another memory format is slow to read
+    x = x.double() if x.is_floating_point() else _scatter(x, 1)
     with torch.autocast(x.device.type, enabled=False): projected = F.linear(x, _directions(x.shape[1], seed, x.device))
     return projected,x.norm(dim=1)
 
