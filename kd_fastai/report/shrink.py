@@ -28,7 +28,7 @@ from ..fit.batch import find_teacher_inputs
 from .scores import first_batch, score_models, split_xy
 from .trial import trial_learner
 
-# %% ../../nbs/report/shrink.ipynb #184713f6
+# %% ../../nbs/report/shrink.ipynb #ab4c35b1
 def read_candidates(
     learn:Learner, # The teacher's Learner
     candidates,    # None, a name of timm, a function, or a list or dict of these
@@ -236,7 +236,7 @@ class KDShrink:
         ax.legend(fontsize=7)
         return ax
 
-# %% ../../nbs/report/shrink.ipynb #0d3e951f
+# %% ../../nbs/report/shrink.ipynb #b33224cd
 def _none_fits(costs):
     "The sentence where no candidate is within the budget"
     ms,kb = costs.ms.drop('teacher'),costs.kb.drop('teacher')
