@@ -12,6 +12,7 @@ import argparse, os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import time
 from functools import cache, partial
+from math import prod
 from pathlib import Path
 import pandas as pd
 import torch
@@ -22,6 +23,7 @@ from kd_fastai.all import *
 from kd_fastai.report.compare import comparison_table
 from kd_fastai.report.runs import StudentInputs
 from data import CACHE, emoji, emoji_split, lite0, normalized, plain, separable
+from peers import peers
 from sweep import NoValidation, TABLES
 
 VIEWS,SIZE,ALL = 8,96,1142  # views of a picture, pixels for the features before fine-tuning, training pictures
@@ -138,12 +140,33 @@ def of_folds(half, labels, n=3):
         print(f'{half}, {labels} labels: {n} folds, {right:.3f} right in {time.time()-start:.0f} s', flush=True)
     return torch.load(file)
 
+MAPS = dict(early=(40,8,8), late=(112,4,4), last=(1280,2,2)) # of a picture of 64x64 pixels
+
+def maps(net, x):
+    "Flat maps of EfficientNet-Lite0: after two of its stages, and before the pooling"
+    early = net.blocks[:3](net.bn1(net.conv_stem(x)))
+    late = net.blocks[3:5](early)
+    last = net.bn2(net.conv_head(net.blocks[5:](late)))
+    return torch.cat([o.flatten(1) for o in (early,late,last)], 1)
+
+@cache
+def tuned(half, labels):
+    "The fine-tuned network, and its maps of each view"
+    o,file = recorded(half, labels),FOLDER/f'{half}_{labels}_maps.pt'
+    net = lite0(9).eval()
+    net.load_state_dict(torch.load(FOLDER/f'{half}_{labels}_weights.pt'))
+    if not file.exists():
+        start = time.time()
+        torch.save(outputs(partial(maps, net), o['views']), file)
+        print(f'{half}, {labels} labels: maps in {time.time()-start:.0f} s', flush=True)
+    return net,torch.load(file, mmap=True)
+
 # --- students
 
 class Lookup(nn.Module):
     "Returns what was recorded for `key`: pairs of picture and view, `(B, 2)`"
-    def __init__(self, values): super().__init__(); self.values = values
-    def forward(self, key): return self.values[key[:,0],key[:,1]].float()
+    def __init__(self, values): super().__init__(); self._values = values
+    def forward(self, key): return self._values[key[:,0],key[:,1]].float()
 
 class Recorded(nn.Module):
     "A teacher with recorded predictions, and with a layer for the features of each network"
@@ -154,6 +177,18 @@ class Recorded(nn.Module):
         self.before(key); self.features(key)
         return self.predictions(key)
 
+class Staged(nn.Module):
+    "The fine-tuned network with recorded maps"
+    def __init__(self, net, maps):
+        super().__init__()
+        self.maps,self.early,self.late,self.last = Lookup(maps),nn.Identity(),nn.Identity(),nn.Identity()
+        self.pool,self.flat,self.classifier = nn.AdaptiveAvgPool2d(1),nn.Flatten(),net.classifier
+    def forward(self, key):
+        flat = self.maps(key).split([prod(o) for o in MAPS.values()], 1)
+        early,late,last = (o.unflatten(1, size) for o,size in zip(flat, MAPS.values()))
+        self.early(early); self.late(late)
+        return self.classifier(self.flat(self.pool(self.last(last))))
+
 @cache
 def prepared(half, labels, pixels):
     "What was recorded, with pictures of this height and width (means of pixels), normalized"
@@ -161,7 +196,7 @@ def prepared(half, labels, pixels):
     o = recorded(half, labels)
     x,y = o['valid']
     views = torch.stack([shrunk(v) for v in o['views'].unbind(1)], 1)
-    return {**o, 'views': views, 'valid': (shrunk(x),y), 'half': half, 'pixels': pixels}
+    return {**o, 'views': views, 'valid': (shrunk(x),y), 'half': half, 'labels': labels, 'pixels': pixels}
 
 def keyed_view(b, views):
     "One view of each picture, and its key"
@@ -178,12 +213,12 @@ def data(o, seed, bs=32):
     dls.train.rng.seed(seed)
     return dls
 
-def make_learner(o, student, seed):
+def make_learner(o, student, seed, metrics=accuracy):
     "A Learner with an untrained student"
     set_seed(seed, reproducible=True)
     net = STUDENTS[student]().to(memory_format=torch.channels_last)
-    learn = Learner(data(o, seed), net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2)
-    learn.seed = seed
+    learn = Learner(data(o, seed), net, loss_func=CrossEntropyLossFlat(), metrics=metrics, lr=1e-2)
+    learn.seed,learn.student = seed,student
     return learn
 
 # --- methods
@@ -240,6 +275,19 @@ def kd(terms, *cbs, task_weight=1., predictions='predictions'):
                             *cbs])
     return train
 
+MAP_LAYERS = {'separable': [('1','early'),('4','late')], 'plain': [('1','early'),('2','late')]} # of equal sizes
+
+def by_maps(loss, soft=True, schedule=None):
+    "A method: a loss on the maps of the fine-tuned network, and the default term on its predictions"
+    def train(learn, o, epochs):
+        teacher = Staged(*tuned(o['half'], o['labels']))
+        layers = MAP_LAYERS[learn.student]
+        own = loss() if isinstance(loss, type) else loss
+        terms = [Term(own, 'auto', layers=layers, adapt=None if own is not loss else 'auto', schedule=schedule)]
+        if soft: terms.append(Term(SoftTarget, T=4))
+        fit(learn, epochs, [KnowledgeDistillationCallback(teacher, terms, teacher_inputs=1)])
+    return train
+
 def started(share, method, unlabeled=False):
     "A method that begins with features, without labels, for a share of the steps; also on pictures that have no label"
     def train(learn, o, epochs):
@@ -280,12 +328,26 @@ METHODS = {
     'start third, folds, soft rising': started(1/3, kd(lambda: [soft(rising())], predictions='folds')),
 }
 
+# losses on maps of the fine-tuned network
+MORE = {'': dict(soft=False), ', distill': {}, ' falling, distill': dict(schedule=falling())}
+METHODS |= {f'maps {f.__name__}{more}': by_maps(f, **kwargs)
+            for f in (FitNet, CosineSmoothL1, VID, CWD) for more,kwargs in MORE.items()}
+
 # losses one by one, as in `accuracy.py which_loss`: on predictions, or on what the classifiers read
 METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', schedule=None)])
             for f in (SoftTarget, DecoupledKD, Logits, DIST, Mutual)}
 METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', layers=[('>','features')])]) for f in (RKD, Similarity)}
 METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', layers=[('>','features')], adapt='auto')])
             for f in (FitNet, CosineSmoothL1)}
+
+def of_peer(make):
+    "A method with the loss and the weights of another library"
+    def train(learn, o, epochs):
+        terms,task_weight = make()
+        kd(lambda: terms, task_weight=task_weight)(learn, o, epochs)
+    return train
+
+METHODS |= {n: of_peer(make) for n,make in peers().items()}
 
 # --- the study
 

@@ -19,8 +19,12 @@ from .report import find as _find, report as _report, shrink as _shrink
 from .ship import card as _card, hub as _hub, parity as _parity, quantize as _quantize
 from .report.plots import plot_attention, plot_class_agreement, plot_similarity, plot_softened, plot_tradeoff
 from .report.runs import StudentInputs
-from .methods.schemes import DistillationToken, Ensemble, MeanTeacher, MutualLearning, SelfDistillation
-from .methods.schemes import train_generations
+from .methods.ensemble import Ensemble
+from .methods.generations import train_generations
+from .methods.mean_teacher import MeanTeacher
+from .methods.mutual import MutualLearning
+from .methods.self_distillation import SelfDistillation
+from .methods.token import DistillationToken
 from .teacher.fast import FastTeacher, fast_copy
 from .teacher.function import FunctionTeacher, onnx_teacher
 from .teacher.live import Teacher

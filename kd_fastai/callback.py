@@ -11,6 +11,7 @@ __all__ = ['make_terms', 'KnowledgeDistillationCallback', 'kd_callbacks', 'check
 import warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Callable
 import pandas as pd
@@ -212,7 +213,7 @@ def kd_callbacks(
     learn:Learner # Any Learner
 )->list:
     "Return the distillation callbacks of a Learner, in their order"
-    return [cb for cb in learn.cbs.sorted('order') if isinstance(cb, KnowledgeDistillationCallback)]
+    return sorted([cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)], key=attrgetter('order'))
 
 def check_second(
     first, # The first distillation callback of a Learner

@@ -124,7 +124,7 @@ def _download_fashion(folder):
 def shift_and_flip(
     x:Tensor,     # Images `(B, C, H, W)`
     pixels:int=2, # Largest shift in each direction
-    fill:float=-FASHION_MEAN/FASHION_STD # Value of pixels that come from outside; the default is a black one of `fashion`
+    fill:float=-FASHION_MEAN/FASHION_STD # Value of pixels from outside; default: a black one of `fashion`
 )->Tensor:
     "Return each image shifted at random, and mirrored with a probability of one half"
     B,_,H,W = x.shape
@@ -170,7 +170,8 @@ def fashion(
     valid = (x[n:], y[n:]) if holdout else [o[:test] for o in of_test]
     take = range(n)
     if labels is not None:
-        if not 10<=labels<=n-10: raise ValueError(f"Expected 10 to {n-10} labels (at least one per class), got {labels}")
+        if not 10<=labels<=n-10: raise ValueError(
+            f"Expected 10 to {n-10} labels (at least one per class), got {labels}")
         take,_ = train_test_split(take, train_size=labels, stratify=y[:n], random_state=seed)
     train = _fashion_dataset(x[take], y[take], size)
     augmented = dict(after_batch=_augment) if augment else {}
@@ -423,7 +424,7 @@ DEMO_TASKS = {'digits': DemoTask(digits, 990, 'test digits'),
                       small_separable, emoji_recipes)}
 
 class FitAndRecord:
-    "Trains as `fit_one_cycle` does, keeps the accuracy after each epoch of each run, and reports a seed that is finished"
+    "Trains as `fit_one_cycle` does, keeps the accuracy after each epoch of each run, and reports finished seeds"
     def __init__(self,
         methods:list, # Names of the methods, in the order of the runs of one seed
         say=print  # Function that prints progress
@@ -498,7 +499,8 @@ def plot_curves(
         for o in runs: ax.plot(epochs, o, f'C{i}', lw=0.5, alpha=0.4)
         ax.plot(epochs, torch.tensor(runs).mean(0), f'C{i}', lw=2, label=n)
     ends = [o[-1] for runs in curves.values() for o in runs]
-    ax.set(xlabel='epoch', ylabel='% of test images right', ylim=(max(0, min(ends)-10), min(100, max(*ends, teacher)+2)))
+    ax.set(xlabel='epoch', ylabel='% of test images right',
+           ylim=(max(0, min(ends)-10), min(100, max(*ends, teacher)+2)))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(loc='lower right', fontsize=8)
     return ax

@@ -13,7 +13,7 @@ root = Path(__file__).resolve().parents[2]
 tables,golden = root/'benchmarks'/'tables',root/'tests'/'golden'
 MODULES = 'output','feature','relation','connectors','classifier','embedding','temperature'
 STUDIES = {'digits, 8×8': 'which_loss', 'Fashion-MNIST, 14×14': 'which_loss_fashion',
-           'digits, four times as long': 'which_loss_long',
+           'color pictures, 32×32': 'which_loss_pictures', 'digits, four times as long': 'which_loss_long',
            'Fashion-MNIST, four times as long': 'which_loss_fashion_long'}
 repo = 'https://github.com/kd-fastai/kd_fastai/blob/main'
 

@@ -21,7 +21,6 @@ from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.report.compare import kd_compare
 from kd_fastai.demo import find_fashion, read_idx
 from kd_fastai.objective import auto_ratio
-from kd_fastai.losses.facts import loss_args
 from nets import linear_head, three_stages
 from studies import which_loss
 from sweep import TABLES
@@ -84,12 +83,10 @@ def make_loss(loss):
 def distillation(name, ratio, get_teacher, learn):
     "A callback with one loss whose gradient has this ratio to the task loss's; 'auto' is the package's own ratio"
     loss,head = make_loss(which_loss.all_losses()[name]),linear_head if name in which_loss.LINEAR else noop
-    layers = which_loss.LAYERS.get(name, which_loss.MAPS) if 'fm_s' in loss_args(loss).accepted else None
     learn.model = head(learn.model)
     schedule = None if ratio=='auto' else lambda _: float(ratio)/auto_ratio(loss)
-    term = Term(loss, 'auto', layers=layers, schedule=schedule)
-    kd = learn.metrics[1].kd = KnowledgeDistillationCallback(head(get_teacher().model), term)
-    return kd
+    term = Term(loss, 'auto', layers=which_loss.layers(loss), schedule=schedule)
+    return learn.metrics[1].of(KnowledgeDistillationCallback(head(get_teacher().model), term))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])

@@ -84,7 +84,7 @@ def write(made):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
-    p.add_argument('--data', choices=[*which_loss.LABELS], default='digits')
+    p.add_argument('--data', choices=['digits','fashion'], default='digits')
     p.add_argument('--folder', type=Path, help='of Fashion-MNIST')
     p.add_argument('--seeds', type=int, default=8)
     p.add_argument('--methods', nargs='*', default=[*METHODS])

@@ -35,6 +35,7 @@ from kd_fastai.objective import AUTO_RATIO
 from kd_fastai.losses import Attention, DecoupledKD, FitNet, Logits, RKD, Similarity, SoftTarget
 import clock
 from nets import mixer, resnet
+from peers import peers
 from sweep import TABLES, NoValidation
 
 STUDENTS = {'thin': partial(resnet, 6), 'mixer': partial(mixer, 32)}
@@ -121,39 +122,6 @@ def ours(maps):
         'Attention, paper':  lambda: ([paper(Attention, layers=maps)], 1.),
         'RKD, paper':        lambda: ([paper(RKD, **POOL)], 1.),
         'Similarity, paper': lambda: ([paper(Similarity, **LATE)], 1.)}
-
-def peers(maps):
-    "Losses of other libraries, by their code and at the weights of their documentation, as far as they are installed"
-    res = {}
-    try: import fasterai.distill.losses as fasterai
-    except ImportError: fasterai = None
-    try: import torchdistill.losses.mid_level as torchdistill
-    except ImportError: torchdistill = None
-    if fasterai: res |= {
-        'fasterai SoftTarget': lambda: ([Term(fasterai.SoftTarget, weight=0.5)], 0.5),
-        'fasterai DecoupledKD': lambda: ([Term(fasterai.DecoupledKD, weight=0.5)], 0.5),
-        'fasterai Attention': lambda: ([Term(fasterai.Attention, weight=0.5, layers=maps)], 0.5)}
-    if torchdistill: res |= {
-        'torchdistill KDLoss': lambda: ([Term(torchdistill_kd(torchdistill), weight=1., name='kd')], 0.),
-        'torchdistill ATLoss': lambda: ([Term(torchdistill_at(torchdistill, maps), weight=1000., name='at',
-                                              layers=maps)], 1.)}
-    return res
-
-def torchdistill_kd(mid_level):
-    "Its loss for CIFAR-100, which includes the cross-entropy"
-    loss = mid_level.KDLoss('a', 'output', 'a', 'output', temperature=4., alpha=0.9)
-    def kd(pred, teacher_pred, target):
-        return loss({'a': {'output': pred}}, {'a': {'output': teacher_pred}}, target)
-    return kd
-
-def torchdistill_at(mid_level, maps):
-    "Its loss for ImageNet"
-    pairs = {n: dict(teacher=dict(io='output', path=n), student=dict(io='output', path=n), factor=1)
-             for n in maps}
-    loss = mid_level.ATLoss(pairs, mode='code')
-    def at(fm_s, fm_t):
-        return loss({n: {'output': f} for n,f in fm_s.items()}, {n: {'output': f} for n,f in fm_t.items()})
-    return at
 
 FIRST = [BASELINE, *[*ours([])][:9]]
 

@@ -21,7 +21,7 @@ from fastai.callback.mixup import MixHandler
 from ..objective import Objective
 from ..hooks.inputs import as_plain_tensor
 from ..teacher.live import BaseTeacher
-from ..teacher.positions import BatchTracker, batch_positions
+from ..teacher.indices import BatchTracker, batch_indices
 
 # %% ../../nbs/fit/batch.ipynb #0cc02da0
 def loss_layout(
@@ -128,7 +128,7 @@ def read_indices(
         mixer = find_mixer(learn)
         if mixer: raise ValueError(
             f"A sample that {type(mixer).__name__} mixed of two has no index in the data set")
-        return batch_positions(learn.dl)
+        return batch_indices(learn.dl)
     except ValueError as e:
         names = [o.name for o in objective.terms if 'idx' in o.args.required]
         if teacher.needs_idx: names.insert(0, type(teacher).__name__)

@@ -13,6 +13,7 @@ import copy, warnings
 from contextlib import ExitStack, contextmanager
 from functools import update_wrapper
 from itertools import chain
+from operator import attrgetter
 import torch
 from torch import distributed, nn
 from fastai.basics import Callback, DataLoader, DataLoaders, Datasets, Learner, Optimizer, OptimWrapper, no_random
@@ -33,8 +34,8 @@ class _WrappedMethod:
     def __call__(self, *args, **kwargs):
         inner = self.replaced or getattr(type(self.learn), self.name).__get__(self.learn)
         with ExitStack() as stack:
-            for cb in self.learn.cbs.sorted('order'):
-                if not isinstance(cb, ScopedCallback) or self.name not in cb.contexts: continue
+            cbs = [cb for cb in self.learn.cbs if isinstance(cb, ScopedCallback) and self.name in cb.contexts]
+            for cb in sorted(cbs, key=attrgetter('order')):
                 if cb.learn is not self.learn: raise RuntimeError(
                     f"{type(cb).__name__} was moved to another Learner: "
                     "remove it from this one (remove_cb), or give each its own")

@@ -34,8 +34,8 @@ def tensors_of(
 class OwnedState:
     """The parameters of `source` and their optimizer state, loaded now or as soon as they are created.
 
-    `source` has `modules`, `parameters()`, `state_dict()`, `load_state_dict()` and `built`: an `Objective`, or networks that
-    learn together with the student."""
+    `source` has `modules`, `parameters()`, `state_dict()`, `load_state_dict()` and `built`: an `Objective`, or networks
+    that learn together with the student."""
     def __init__(self,
         source # What owns the weights
     ):
@@ -199,7 +199,7 @@ def load_sidecar(
 )->dict: # `{name of a callback: its state}`
     """Return the parts of the sidecar that was saved with this student.
 
-    One that is damaged, or belongs to another file, is not loaded, with a warning; a file of another kind is ignored."""
+    One that is damaged or belongs to another file is not loaded, with a warning; a file of another kind is ignored."""
     if not is_ours(sidecar): return {}
     saved = read_sidecar(sidecar)
     if saved is not None and saved['student']==file_digest(student): return saved['parts']

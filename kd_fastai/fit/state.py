@@ -10,7 +10,7 @@ __all__ = ['capture_one_forward', 'FitState']
 # %% ../../nbs/fit/state.ipynb #4f8ea333
 from contextlib import ExitStack, contextmanager
 from torch import nn, Tensor
-from fastai.basics import Learner, find_bs
+from fastai.basics import Learner, find_bs, patch
 from fastai.callback.schedule import LRFinder
 from .batch import find_mixer, first_tensors, read_inputs, read_labels, read_task, tracking
 from .checks import AgreementCheck
@@ -117,3 +117,11 @@ class FitState:
         has_labels = True if batch.label_mask is None else batch.label_mask.any()
         self.columns.has_labels = self.columns.has_labels | has_labels
 
+
+# %% ../../nbs/fit/state.ipynb #9fdea1e4
+@patch
+def compare(self:FitState,
+    out # An output of the student
+):
+    "Let losses compare this output instead of the Learner's prediction, in the present batch"
+    self.pred = out

@@ -115,5 +115,5 @@ def batch_first(
     if is_second and not is_multiple: return f.transpose(0, 1)
     if is_multiple and not is_second: return f
     raise ValueError(
-        f"Expected a feature with the batch first, {(n,)} samples, got layer {name!r} of {tuple(f.shape)}: name it with "
-        f"a function that moves the batch to the front, as in ({name!r}, lambda f: f.movedim(1, 0))")
+        f"Expected a feature with the batch first, {(n,)} samples, got layer {name!r} of {tuple(f.shape)}: name it "
+        f"with a function that moves the batch to the front, as in ({name!r}, lambda f: f.movedim(1, 0))")

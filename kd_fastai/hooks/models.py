@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/hooks/models.html.md"""
 __all__ = ['timm_teacher', 'read_model']
 
 # %% ../../nbs/hooks/models.ipynb #e2c7a67a
-import copy, hashlib, random, re
+import copy, hashlib, pickle, random, re
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -28,7 +28,8 @@ def as_plain_tensor(
     t # A tensor, perhaps of a fastai subclass, or any other object
 ):
     "Convert a subclass such as `TensorImage` to a plain tensor of the same memory; returns other objects unchanged"
-    return t.as_subclass(Tensor) if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) else t
+    if type(t) is Tensor or not isinstance(t, Tensor) or isinstance(t, nn.Parameter): return t
+    return t.as_subclass(Tensor)
 
 def _attributes(o):
     "The attributes of an object that may be part of a batch"
@@ -222,6 +223,12 @@ def _set_states(python, numpy, cpu, cuda):
     torch.set_rng_state(cpu)
     if cuda: torch.cuda.set_rng_state_all(cuda)
 
+def _are_equal(a, b):
+    "Whether two results of `_get_states` are equal"
+    (python,numpy,cpu,cuda),(python_b,numpy_b,cpu_b,cuda_b) = a,b
+    return (python==python_b and torch.equal(cpu, cpu_b) and all(map(torch.equal, cuda, cuda_b))
+            and pickle.dumps(numpy)==pickle.dumps(numpy_b))
+
 def seed_generators(
     seed:int,     # 0 to 2**32-1
     generators=() # Objects with a method `set_random_seed`, in addition to Python, NumPy and PyTorch
@@ -259,8 +266,10 @@ class RandomStream:
         if self.states is not None: _set_states(*self.states)
 
     def __exit__(self, *exc):
-        self.states = _get_states()
-        _set_states(*self.outer)
+        states,outer = _get_states(),self.outer
+        if self.states is None and _are_equal(states, outer): return  # nothing was drawn, as by most teachers
+        self.states = states
+        _set_states(*outer)
 
 @contextmanager
 def eval_no_grad(

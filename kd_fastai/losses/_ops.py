@@ -28,7 +28,8 @@ def _check_label_range(y, n):
     except RuntimeError: return  # under vmap tensors have no values
     if outside: raise ValueError(
         f"Expected labels from 0 to {n-1} for predictions of {n} classes, got the label {outside[0]}: if it marks "
-        f"positions to leave out, tell the Learner's loss function, as in CrossEntropyLossFlat(ignore_index={outside[0]})")
+        f"positions to leave out, tell the Learner's loss function, as in "
+        f"CrossEntropyLossFlat(ignore_index={outside[0]})")
 
 def labels_per_row(
     pred:Tensor,  # Predictions, `(B, C)` or `(B, C, *spatial)`

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     target:Any=None               # Labels
     idx:Tensor|None=None          # Indices of the samples in the training set
     mixed:tuple|None=None         # Of mixed samples: the labels of their partners, and the shares of the first labels
-    label_mask:Tensor|None=None   # Where there is a label, `(B, *spatial)`; None if everywhere
+    label_mask:Tensor|None=None   # Where there is a label, `(B, *spatial)`; None if everywhere, or not known
     known_mask:Tensor|None=None   # Where the teacher has the class of the label, `(B, *spatial)`; None if everywhere
     masks:dict={}                 # Where inputs count, `(B, *positions)`, by the name of the term
     by_teacher:dict={}            # With several teachers: a batch with the predictions of each, by name
@@ -64,7 +64,8 @@ class Batch(NamedTuple):
     )->'Batch':
         "Return the positions that have a label: `(N, C)` predictions and `(N,)` labels"
         masks = [o for o in (self.label_mask, self.known_mask if known else None) if o is not None]
-        return keep_positions(self, torch.stack(masks).all(0)) if masks else self
+        kept = torch.stack(masks).all(0) if masks else None
+        return self if kept is None or kept.ndim==1 and kept.all() else keep_positions(self, kept)
 
     def masked(self,
         mask:Tensor # Where inputs count, `(B, *positions)`
@@ -166,15 +167,18 @@ def find_label_mask(
     ignore_index:int|None, # Label of positions that are left out, if it is known; so are numbers of no class
     pred:Tensor,           # Predictions, classes in dimension 1
     *targets               # Labels, and those of the partners of mixed samples
-)->Tensor|None: # `(B, *spatial)`; None if all are labeled, or labels do not go by position
-    "Return where all labels are classes. A mask of labels of another size than the predictions is resized"
+)->Tensor|None: # `(B, *spatial)`; None if all positions are labeled, or labels do not go by position
+    """Return where all labels are classes. A mask of labels of another size than the predictions is resized.
+
+    Whether all samples have a label is not read here, which would wait for a GPU; of positions it is."""
     mask,n = None,pred.shape[1]
     for y in targets:
         if not isinstance(y, Tensor) or y.is_floating_point() or y.ndim!=pred.ndim-1 or len(y)!=len(pred): return None
         is_class = (y>=0) & (y<n) if n>1 else y>=0
         if ignore_index is not None: is_class &= y!=ignore_index
         mask = is_class if mask is None else mask & is_class
-    if mask is None or mask.all(): return None
+    if mask is None or mask.ndim==1: return mask
+    if mask.all(): return None
     size = pred.shape[2:]
     return resize_mask(mask, size) if len(size)>1 or mask.shape[1:]==size else None
 

@@ -197,8 +197,9 @@ def _expected_negative(norm):
     mean = b - w*(-(b/w).pow(2)/2).exp()/(2*math.pi)**0.5/below
     return torch.where(below>0.001, mean, -3*w)[None,:,None,None]
 
-@loss_info('Heo et al., A Comprehensive Overhaul of Feature Distillation, ICCV 2019', 'https://arxiv.org/abs/1904.01866',
-       'pre-ReLU features of unequal channels', 'medium', 'BC²HW', weight=1., must_match='size', trains='connectors')
+@loss_info('Heo et al., A Comprehensive Overhaul of Feature Distillation, ICCV 2019',
+       'https://arxiv.org/abs/1904.01866', 'pre-ReLU features of unequal channels', 'medium', 'BC²HW',
+       weight=1., must_match='size', trains='connectors')
 class OFD(TrainableLoss):
     "Partial squared difference of features before a ReLU, after a connector (Heo et al., 2019)"
     def __init__(self,

@@ -23,8 +23,8 @@ def _row_embedding(n, d):
     "Return a network from rows of products to vectors"
     return nn.Sequential(nn.Linear(n, 2*d), nn.ReLU(), nn.Linear(2*d, d))
 
-@loss_info('Chen et al., Cross-Layer Distillation with Semantic Calibration, AAAI 2021', 'https://arxiv.org/abs/2012.03236',
-       'cross-layer distillation without choosing layer pairs', 'high',
+@loss_info('Chen et al., Cross-Layer Distillation with Semantic Calibration, AAAI 2021',
+       'https://arxiv.org/abs/2012.03236', 'cross-layer distillation without choosing layer pairs', 'high',
        'BC²HW for each student with each teacher layer',
        weight=400., must_match='batch', trains='attention and projectors')
 class SemCKD(TrainableLoss):
@@ -107,7 +107,8 @@ def _mutual_information_loss(s, t):
     gs,gt = (gram(F.normalize(f, dim=1)) for f in (s, t))
     return purity(gs)-purity(gs*gt)
 
-@loss_info('Miles et al., Information Theoretic Representation Distillation, BMVC 2022', 'https://arxiv.org/abs/2112.00459',
+@loss_info('Miles et al., Information Theoretic Representation Distillation, BMVC 2022',
+       'https://arxiv.org/abs/2112.00459',
        'correlation and mutual information of embeddings, at low cost', 'medium', 'BD² + B²D',
        weight=1., must_match='batch', trains='a linear map', default_layer='>')
 class ITRD(TrainableLoss):

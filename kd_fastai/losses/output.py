@@ -248,7 +248,7 @@ def _class_map_signature(loss):
 def scale_decoupled(
     loss:Callable,          # A loss on `pred` and `teacher_pred` that is a mean over samples
     scales:tuple=(1,2,4),   # Regions per side
-    weight:float=2.,        # Weight of regions about which the teacher is right and wrong about the whole, or vice versa
+    weight:float=2.,        # Weight of regions where the teacher is right and about the whole wrong, or vice versa
     grid:int=4              # Regions per side of the grid from which larger regions are pooled
 )->Callable: # A loss on class maps `fm_s` and `fm_t`, `(B, C, *size)`, and the labels `target`
     """Return a loss that compares the scores of regions of class maps (Wei et al., 2024).
@@ -383,7 +383,7 @@ def MFT(
 
 # %% ../../nbs/losses/output.ipynb #ada9fa3c
 def _gram_mahalanobis(s, t, mask, tikhonov):
-    "Mahalanobis length of the rows of the difference of Gram matrices, for logits `(P, B, C)`; mean over the rows that count"
+    "Mean Mahalanobis length of the rows of the difference of Gram matrices of logits `(P, B, C)`, of those that count"
     d = gram(unit(s*mask, 2)) - gram(unit(t*mask, 2))
     n = mask.sum((1,2), keepdim=True)
     centered = (d-d.sum(1, keepdim=True)/n.clamp_min(1))*mask
@@ -750,7 +750,7 @@ def HingeRanking(
     k:int|None=None,           # Number of the teacher's most likely classes to compare; all if None
     **kwargs
 )->torch.Tensor: # Scalar
-    """Return how much less than a margin the student prefers the teacher's preferred class, over pairs (Joachims, 2002).
+    """Return by how much the student falls short of a margin for the class that the teacher prefers (Joachims, 2002).
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
     s,t = _logit_rows(pred, teacher_pred)

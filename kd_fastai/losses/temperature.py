@@ -16,8 +16,9 @@ from .base import TrainableLoss
 from .output import SoftTarget
 
 # %% ../../nbs/losses/temperature.ipynb #7d146e06
-@loss_info('Li et al., Curriculum Temperature for Knowledge Distillation, AAAI 2023', 'https://arxiv.org/abs/2211.16231',
-       'learned, adversarial softmax temperature', 'low', 'BC', weight=1., softmax=True, trains='a temperature')
+@loss_info('Li et al., Curriculum Temperature for Knowledge Distillation, AAAI 2023',
+       'https://arxiv.org/abs/2211.16231', 'learned, adversarial softmax temperature', 'low', 'BC',
+       weight=1., softmax=True, trains='a temperature')
 class CTKD(TrainableLoss):
     "SoftTarget with a temperature that is trained to increase the loss (Li et al., 2023)"
     def __init__(self,

@@ -15,7 +15,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import average_grad, l2_reg, momentum_step, weight_decay
 from ..callback import kd_callbacks
 from ..fit.internals import is_distributed
-from .schemes import MutualLearning
+from .mutual import MutualLearning
 
 # %% ../../nbs/methods/dot.ipynb #b0f2ca40
 def has_momentum(

@@ -19,7 +19,7 @@ from ..losses.batch import Batch
 def teacher_right(
     batch:Batch # With the teacher's logits and integer labels
 )->Tensor: # `(B,)` or `(B, *spatial)`
-    "Return 1 where the teacher's class is the label, otherwise 0. For mixed samples: the share of the labels it predicts"
+    "Return 1 where the teacher's class is the label, else 0; for mixed samples the share of the labels it predicts"
     predicted = batch.teacher_pred.argmax(1)
     right = (predicted==batch.target).float()
     if batch.mixed is None: return right
@@ -48,13 +48,13 @@ def by_entropy(
 def by_position(
     values:Tensor # One weight for each sample of the training set
 )->Callable: # A function of the `Batch` for `sample_weight`
-    """Return weights that are looked up by the positions of the samples in the training set.
+    """Return weights that are looked up by the indices of the samples in the training set.
 
-    The function raises `ValueError` for a batch without positions."""
+    The function raises `ValueError` for a batch without indices."""
     def weight(batch):
         if batch.idx is None: raise ValueError(
-            "by_position needs the positions of the samples in the training set, and this batch has none: "
-            "samples that MixUp or CutMix mixed have no position, nor have those of an iterable data set")
+            "by_position needs the indices of the samples in the training set, and this batch has none: "
+            "samples that MixUp or CutMix mixed have no index, nor have those of an iterable data set")
         return values.to(batch.idx.device)[batch.idx]
     weight.uses_idx = True
     return weight

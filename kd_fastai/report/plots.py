@@ -189,7 +189,7 @@ def _class_names(dls):
 def plot_similarity(
     student:nn.Module|Learner, # Student
     teacher:nn.Module|Learner|str|Path|Teacher, # Teacher, as in `KnowledgeDistillationCallback`
-    data:Tensor|tuple|DataLoaders,# A batch of a few hundred samples (a tuple if models take several inputs), or the data
+    data:Tensor|tuple|DataLoaders,# A batch of a few hundred samples (a tuple for several inputs), or the data
     depth:int=1,               # Which layers: 1 for the models' own children, 2 for their children, and so on
     ax=None,                   # Axes to draw on
     teacher_tfm:Callable|str|None=None # Converts the student's inputs to the teacher's

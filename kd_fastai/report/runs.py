@@ -76,8 +76,8 @@ def apply_method(
     res = method(learn) if callable(method) and not isinstance(method, type) else method
     cbs = L(None if isinstance(res, Learner) else res).filter(lambda o: o is not None)
     if all(isinstance(o, Callback) for o in cbs): return cbs
-    raise TypeError("A method is None, a loss, a Term, a callback, a dict of arguments of distill, or a function of the "
-                    f"Learner that returns callbacks, the Learner or nothing; got {cbs[0]!r}")
+    raise TypeError("A method is None, a loss, a Term, a callback, a dict of arguments of distill, or a function of "
+                    f"the Learner that returns callbacks, the Learner or nothing; got {cbs[0]!r}")
 
 # %% ../../nbs/report/runs.ipynb #c5fdffd5
 class _Digest:
@@ -270,7 +270,8 @@ def _run_scores(learn, teacher):
     scores = score_models(learn, {} if teacher is None else {'teacher': teacher})
     row,summary = scores.metrics.loc['student'].astype(float).to_dict(),scores.summary()
     if taken := row.keys() & OWN_COLUMNS: raise ValueError(
-        f"The metric {', '.join(sorted(taken))} has the name of a column that a comparison writes: give it another name")
+        f"The metric {', '.join(sorted(taken))} has the name of a column that a comparison writes: "
+        "give it another name")
     if summary is not None:
         if teacher is not None: row['agreement'] = scores.agreement('student', 'teacher')
         row['calibration_error'] = summary.calibration_error.student
@@ -403,8 +404,8 @@ def _in_worker(run, task):
 # %% ../../nbs/report/runs.ipynb #575dec3e
 LOWER = set('valid_loss train_loss task_loss error_rate mse mae msle rmse _rmse exp_rmspe _exp_rmspe perplexity '
             'brier_score_loss hamming_loss calibration_error seconds kb ms parameters'.split())
-HIGHER = set('accuracy accuracy_multi top_k_accuracy matthews_corrcoef pearsonr spearmanr foreground_acc dice dice_multi '
-             'jaccard_coeff jaccard_coeff_multi corpus_bleu agreement confidence'.split())
+HIGHER = set('accuracy accuracy_multi top_k_accuracy matthews_corrcoef pearsonr spearmanr foreground_acc dice '
+             'dice_multi jaccard_coeff jaccard_coeff_multi corpus_bleu agreement confidence'.split())
 
 def lower_is_better(
     metric:str,           # Name of a column
@@ -414,4 +415,5 @@ def lower_is_better(
     if lower is not None: return lower
     if metric in LOWER or metric.endswith(('_loss','_error')): return True
     if metric in HIGHER or metric.endswith(('_score','_accuracy')): return False
-    raise ValueError(f"Is a smaller {metric!r} better? It is not one of fastai's metrics: give lower=True or lower=False")
+    raise ValueError(f"Is a smaller {metric!r} better? It is not one of fastai's metrics: give lower=True or "
+                     "lower=False")

@@ -202,7 +202,7 @@ def shared_eval_mode(
     try: yield
     finally:
         with _lock:
-            users = {m: _users.pop(m) for m in model.modules()}
+            users = {m: _users.pop(m) for m in model.modules() if m in _users}  # an abandoned fit may have lost some
             _users.update({m: (n-1, training) for m,(n,training) in users.items() if n>1})
             restore_modes([(m, training) for m,(n,training) in users.items() if n==1])
 

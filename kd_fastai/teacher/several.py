@@ -40,7 +40,7 @@ class Teachers(BaseTeacher):
 
     @property
     def needs_idx(self)->bool:
-        "Whether one of them needs the positions of the samples"
+        "Whether one of them needs the indices of the samples"
         return any(o.needs_idx for o in self.by_name.values())
 
     def configure(self,
@@ -74,7 +74,7 @@ class Teachers(BaseTeacher):
     def __call__(self,
         *xb:Tensor,              # The inputs of all
         need_pred:bool|dict=True,# Are predictions needed? Also by name
-        idx:Tensor=None          # Positions of the samples, for teachers that need them
+        idx:Tensor=None          # Indices of the samples, for teachers that need them
     )->tuple: # `{name: predictions}`, and `{name: {layer: feature}}`
         "Return the predictions and features of all of them"
         if not isinstance(need_pred, dict): need_pred = dict.fromkeys(self.by_name, need_pred)

@@ -12,7 +12,7 @@ import io, json, os, secrets, warnings, zlib
 from pathlib import Path
 import numpy as np
 from ..hooks.models import KDWarning, digest
-from .positions import same_inputs, spread
+from .fingerprints import same_inputs, spread
 
 # %% ../../nbs/teacher/store.ipynb #69994f41
 _NO_LINK = getattr(os, 'O_NOFOLLOW', 0)|getattr(os, 'O_BINARY', 0)
@@ -126,7 +126,7 @@ class Table:
         "Return rows"
         return self.records[i]
 
-# %% ../../nbs/teacher/store.ipynb #628604bb
+# %% ../../nbs/teacher/store.ipynb #819df0fe
 def find_differences(
     a:dict, # What is expected
     b:dict  # What was found
@@ -144,6 +144,7 @@ def _write_json(file, content):
         os.replace(new, file)
     finally: new.unlink(missing_ok=True)
 
+# %% ../../nbs/teacher/store.ipynb #2d00dc26
 def _table_name(made_with, dtype):
     return f"outputs-{digest(made_with)[:8]}-{digest(np.lib.format.dtype_to_descr(dtype))[:8]}.npy"
 

@@ -218,7 +218,7 @@ def test_save_and_load_restore_owned_weights(teacher, opt, tmp_path):
 
 @pytest.mark.slow
 def test_indices_are_those_of_the_samples(teacher):
-    "`idx` gives positions in the dataset for a shuffled DataLoader with two workers and a short last batch."
+    "`idx` gives indices in the dataset for a shuffled DataLoader with two workers and a short last batch."
     ds,seen = digits(100).train_ds,[]
     dls = DataLoaders(DataLoader(ds, bs=30, shuffle=True, num_workers=2), DataLoader(ds, bs=30))
     def spy(pred, target, idx):
@@ -615,7 +615,7 @@ BAD_TRAININGS = {
     'detached':              (kd(detached, '1'), ValueError, 'gives the student no gradient'),
     'indices of mixed':      ('mixed', ValueError,
         'indexed needs idx: A sample that MixUp mixed of two has no index'),
-    'indices elsewhere':     ('elsewhere', ValueError, 'got DataLoader: its samples have no positions'),
+    'indices elsewhere':     ('elsewhere', ValueError, 'got DataLoader: its samples have no index'),
     'adapt too many':        (kd(FitNet, '1', adapt=['auto','auto']), ValueError,
         'for each of 1 pairs of layers, got 2'),
     'adapt none too many':   (kd(FitNet, ['0','1'], adapt=nn.Conv2d(4,4,1)), ValueError,

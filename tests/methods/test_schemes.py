@@ -8,7 +8,7 @@ from fastai.basics import (Callback, noop, CancelFitException, CrossEntropyLossF
 from fastai.callback.all import (CSVLogger, GradientAccumulation, MixUp, SaveModelCallback, SchedLin, SchedNo,
     combine_scheds)
 from kd_fastai.all import *
-from kd_fastai.methods.schemes import on_exits
+from kd_fastai.methods.self_distillation import on_exits
 from kd_fastai.demo import digits, small_net
 from support import (CPUMixedPrecision, KD, KeepBatches, KeepLosses, fit, history, hooks, learner, quiet, same, state,
     weights)

@@ -214,7 +214,7 @@ def test_weights_by_position(teacher):
     assert torch.equal(torch.cat(seen), table[order])
     term = Term(SoftTarget, sample_weight=all_of(teacher_right, by_position(table)))
     fit(learner(KD(teacher, term)))
-    with pytest.raises(ValueError, match='by_position needs the positions of the samples'):
+    with pytest.raises(ValueError, match='by_position needs the indices of the samples'):
         fit(learner([KD(teacher, term), MixUp()]))
 
 class FromDict(nn.Module):

@@ -104,23 +104,17 @@ def test_named_paths_exist(file):
 
 def exported(nb): return [c for c in code(nb) if re.match(r'#\| *exports?\b', c)]
 
-# still to be told in parts, and to be wrapped; both lists only become shorter
-LONG_CELLS = {'teacher/positions', 'teacher/store'}
-LONG_LINES = {'demo', 'fit/owned', 'hooks/layout', 'losses/connectors', 'losses/embedding',
-              'losses/ops', 'losses/output', 'losses/temperature', 'methods/gates', 'report/plots', 'report/runs',
-              'teacher/cached'}
-
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_exported_cells_fit_on_a_screen(name):
     "An exported cell has at most 80 lines"
     long = [c.splitlines()[1] for c in exported(NOTEBOOKS[name]) if len(c.splitlines())>80]
-    assert not long or name in LONG_CELLS
+    assert not long
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_exported_lines_fit(name):
     "A line of an exported cell has at most 120 columns; ruff does not look, as nbdev writes longer lines around them"
     long = [l for c in exported(NOTEBOOKS[name]) for l in c.splitlines() if len(l)>120]
-    assert not long or name in LONG_LINES
+    assert not long
 
 def test_warnings_have_one_class():
     "Each warning of the package is a `KDWarning`, so that the filter of the tests finds it wherever it is raised"

@@ -9,7 +9,7 @@ from kd_fastai.report.shrink import KDShrink
 from kd_fastai.demo import digits, small_net
 from kd_fastai.report.candidates import family, shallower, thinner
 from kd_fastai.report.runs import RunTable, TrainRun
-from kd_fastai.report.shrink import FINAL, Pilots, fits_budget, halve, read_candidates
+from kd_fastai.report.shrink import DECIDE, FINAL, FINALISTS, Pilots, fits_budget, halve, read_candidates, tied
 from support import fit, learner, same, state, weights
 
 xb = (torch.randn(2,3,64,64),)
@@ -76,8 +76,8 @@ def test_budgets(kw, fits): assert fits_budget(COSTS, **kw)==[*fits]
 def test_halving_keeps_the_better_half():
     assert halve([*'abcde'], dict(a=1, b=5, c=3, d=2, e=4))==['b','e','c']
 
-def known_scores(accuracies, **kwargs):
-    "Pilots whose runs are known: candidate to a function of the epochs"
+def known_scores(accuracies, late_after=None):
+    "Pilots whose runs are known: candidate to a function of epochs and seed. The time may be over after so many runs"
     trained = []
     class Known(TrainRun):
         def __init__(self): pass
@@ -85,25 +85,69 @@ def known_scores(accuracies, **kwargs):
         def __call__(self, name, seed, epochs, **kwargs):
             n = name.split(': ')[0]
             trained.append((n, seed, epochs))
+            if len(trained)==late_after: pilots.deadline = -math.inf
             return dict(seed=seed, method=name, epochs=epochs, start='x', settings='a:b',
                         accuracy=accuracies[n](epochs, seed)),{}
     def task(n): return dict(name=f'{n}: distilled', make_learner=None, method=None)
-    return Pilots(Known(), RunTable(), task, [0,1], 'accuracy', 1, progress=False, **kwargs),trained
+    pilots = Pilots(Known(), RunTable(), task, [0,1], 'accuracy', 1, progress=False)
+    return pilots,trained
 
 def test_elimination_by_rounds():
     pilots,trained = known_scores({n: lambda e, s, i=i: .1*i+.01*e*s for i,n in enumerate('abcdefgh')})
     with pilots.table.kept(): assert pilots.eliminate([*'abcdefgh'], 1, 100)=='h'
-    assert [(e, len(scores)) for e,scores in pilots.rounds]==[(1,8), (2,4), (4,2)]
+    assert [(e, scores.shape) for e,scores in pilots.rounds]==[(1,(2,8)), (2,(2,4)), (4,(2,2))]
     assert {s for _,s,_ in trained}=={0,1}
 
 def test_a_late_starter_wins_and_a_run_that_diverged_loses():
     pilots,_ = known_scores(dict(late=lambda e, s: .1*e, early=lambda e, s: .15, broken=lambda e, s: float('nan')))
     with pilots.table.kept(): assert pilots.eliminate(['broken','early','late'], 1, 100)=='late'
 
-def test_the_time_bound_ends_the_pilots():
-    pilots,trained = known_scores({n: lambda e, s: .5 for n in 'abcd'}, deadline=-math.inf)
-    with pilots.table.kept(): assert pilots.eliminate([*'abcd'], 1, 100)=='a'
-    assert len(trained)==1
+@pytest.mark.parametrize('n,best,seeds', [(2,'a',0), (3,'c',1), (5,'c',1), (6,'c',2)])
+def test_the_time_bound_ends_the_pilots(n, best, seeds):
+    "The seeds that all candidates have count"
+    pilots,trained = known_scores({n: lambda e, s, i=i: .1*i for i,n in enumerate('abc')}, late_after=n)
+    with pilots.table.kept(): assert pilots.eliminate([*'abc'], 1, 100)==best
+    assert len(trained)==n and sum(len(scores) for _,scores in pilots.rounds)==seeds
+
+# ---- candidates that tie
+
+def table(**scores): return pd.DataFrame(scores, index=range(3))
+
+def test_ties():
+    "b differs by the same in each seed, c by both signs, d by both signs and more, e has diverged"
+    a = [.5,.6,.7]
+    scores = table(a=a, b=[.4,.5,.6], c=[.5,.61,.68], d=[.4,.61,.68], e=[-math.inf]*3)
+    assert tied([(8, scores)], 'a')==['c','d']
+    assert tied([(4, scores), (8, table(a=a, c=[.3,.4,.5]))], 'a')==['d']
+    assert tied([(4, scores), (8, table(c=a, d=a))], 'a')==['c','d'] and tied([], 'a')==[]
+
+def deciding(full, **kwargs):
+    "Pilots of 1 and 2 epochs in which all candidates tie and `a` is the best; runs of 4 epochs have known accuracies"
+    start = dict(zip(full, [.52,.51,.5,.49]))
+    return known_scores({n: lambda e, s, n=n: full[n]+.001*s if e==4 else start[n]+(-1)**s*.1*ord(n) for n in full},
+                        **kwargs)
+
+def decide(pilots, names, seeds=3):
+    with pilots.table.kept():
+        best = pilots.eliminate([*names], 1, 4)
+        return best,pilots.decide(best, 4, [DECIDE+s for s in range(seeds)])
+
+def test_ties_are_decided_by_full_runs_on_other_seeds():
+    pilots,trained = deciding(dict(a=.6, b=.8, c=.7, d=.9))
+    assert decide(pilots, 'abcd')==('a','b')
+    full = [o for o in trained if o[2]==4]
+    assert {n for n,_,_ in full}=={*'abc'} and {s for _,s,_ in full}=={DECIDE,DECIDE+1,DECIDE+2} and FINALISTS==3
+    assert pilots.rounds[-1][0]==4 and tied(pilots.rounds[-1:], 'b')==[]
+
+def test_without_ties_nothing_is_trained_in_full():
+    pilots,trained = known_scores({n: lambda e, s, i=i: .1*i for i,n in enumerate('abc')})
+    assert decide(pilots, 'abc')==('c','c') and {e for _,_,e in trained}=={1,2}
+
+@pytest.mark.parametrize('n,best', [(0,'a'), (2,'a'), (3,'b'), (4,'b')])
+def test_the_time_bound_ends_the_decision(n, best):
+    "The pilots' winner stays until each candidate has a full run"
+    pilots,trained = deciding(dict(a=.6, b=.8, c=.7), late_after=10+n)
+    assert decide(pilots, 'abc')==('a',best) and len(trained)==10+n
 
 # ---- the whole
 
@@ -142,10 +186,27 @@ def test_none_where_nothing_fits_or_comes_near(trained):
                             candidates={'tiny': lambda: small_net(1)})
     assert far.chosen is None and far.best=='tiny' and 'No candidate comes near enough' in far.sentence
 
+def test_the_sentence_names_the_fastest_the_smallest_and_ties():
+    none = KDShrink(COSTS, [], pd.DataFrame(), [], None, None, .9, 'accuracy', False, None)
+    assert none.sentence=="No candidate is within the budget: the fastest, a, takes 1 ms, and the smallest, a, 5 kB."
+    runs = pd.DataFrame([(f'b: {m}', FINAL+s, .8+.01*s) for m in ('distilled','baseline') for s in range(3)],
+                        columns=['method','seed','accuracy'])
+    scores = table(a=[.75,.8,.85], b=[.8,.79,.86], c=[.82,.77,.86])
+    found = KDShrink(COSTS, [*'abc'], runs, [(8, scores)], 'b', 'b', .9, 'accuracy', False, None)
+    assert found.sentence==(
+        "b: 5.0 times faster, 9 points below the teacher [6.5, 11]; the next faster, a, is 1.7 points lower after "
+        "8 epochs. 3 runs of 8 epochs cannot tell it from c or a.")
+
 def test_within_finds_the_fastest_that_comes_near(trained):
     nets = dict(small=lambda: small_net(1), middle=lambda: small_net(4), large=lambda: small_net(8))
     found = trained.kd_shrink(within=2., candidates=nets, epochs=1, seeds=2, pilot_seeds=1, rounds=5, progress=False)
     assert found.chosen==found.costs.ms.drop('teacher').idxmin()
+
+def test_without_time_the_slowest_is_taken_that_may_come_near(trained):
+    "Nothing was tried, so the slowest candidate is the surest one"
+    nets = dict(small=lambda: small_net(1), large=lambda: small_net(16))
+    found = trained.kd_shrink(within=2., candidates=nets, epochs=1, seeds=1, rounds=5, minutes=0, progress=False)
+    assert found.chosen==found.costs.ms.drop('teacher').idxmax() and found.rounds==[]
 
 def test_candidates():
     learn = learner()

@@ -11,7 +11,7 @@ from kd_fastai.all import *
 from kd_fastai.teacher.cached import StoredTeacher, check_repeatable, weights_digest
 from kd_fastai.demo import small_net
 from kd_fastai.hooks.models import as_plain_tensor
-from kd_fastai.teacher.positions import BatchTracker, batch_positions
+from kd_fastai.teacher.indices import BatchTracker, batch_indices
 from test_cost import Images, asked, cached_fit, fit, learner, loaders, net, values, weights
 
 for o in [*globals()]:
@@ -139,7 +139,7 @@ def test_inputs_that_a_callback_changes_are_noticed():
     learn = learner(loaders(), [KnowledgeDistillationCallback(CachedTeacher(net(8)), SoftTarget), Drift()])
     with pytest.raises(ValueError, match='differs from the cached input'): learn.fit(2)
 
-def test_where_there_are_no_positions():
+def test_where_there_are_no_indices():
     dl = torch.utils.data.DataLoader(Images(), batch_size=20)
     with pytest.raises(ValueError, match='Expected a fastai DataLoader'):
         cached_fit(CachedTeacher(net(8)), DataLoaders(dl, dl))
@@ -415,6 +415,30 @@ def test_the_digest_changes_with_what_predictions_depend_on(change):
     change(b, 1.)
     assert weights_digest(a)!=weights_digest(b)
 
+class Remembers(nn.Module):
+    "Keeps its predictions in a way of its own"
+    def __init__(self):
+        super().__init__()
+        self.net,self.by_hash,self.classes,self.batches,self.last = net(4),{},{},[],None
+    def forward(self, x):
+        self.last = self.net(x)
+        for o,p in zip(x, self.last): self.by_hash[hash(o.numpy().tobytes())] = p
+        self.classes.update({o.numpy().tobytes(): int(p.argmax()) for o,p in zip(x, self.last)})
+        self.batches.append(self.last)
+        return self.last
+
+def test_a_memory_of_predictions_is_no_part_of_the_teacher(tmp_path):
+    "neither for the digest nor for a cache in a folder; its settings still are"
+    t = Remembers().eval()
+    before = weights_digest(t)
+    with torch.no_grad(): t(torch.randn(2,1,8,8))
+    assert t.by_hash and t.classes and t.batches and weights_digest(t)==before
+    for _ in range(2): cached_fit(CachedTeacher(t, tmp_path/'c'), losses=SoftTarget, layers=None, n=1)
+    t.scale = 2.
+    assert weights_digest(t)!=before
+    with pytest.raises(ValueError, match='another teacher'):
+        cached_fit(CachedTeacher(t, tmp_path/'c'), losses=SoftTarget, layers=None, n=1)
+
 def test_the_digest_of_quantized_models():
     "their packed weights have a `repr` that leaves out the middle"
     a,b = (torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(64,64)), {nn.Linear}) for _ in range(2))
@@ -456,7 +480,7 @@ def exact_fit(teacher, live, dls, n=4, cbs=(), **kwargs):
     return sum(got)
 
 def test_skipped_samples(tmp_path):
-    "fastai filters them before it makes batches, so that counting gives other samples' positions"
+    "fastai filters them before it makes batches, so that counting gives other samples' indices"
     t,ds = net(8),Skips()
     dls = DataLoaders(TfmdDL(ds, bs=16, shuffle=True, drop_last=True, num_workers=0),
                       TfmdDL(Images(), bs=16, num_workers=0))
@@ -741,13 +765,13 @@ def test_nothing_stays_on_the_loader():
     assert {*vars(dls.train)}-before<={'_DataLoader__idxs','it','_n_inp','_types'}
     assert type(dls.train.after_batch) is Pipeline
 
-def test_positions_are_tracked_twice_at_once():
+def test_indices_are_tracked_twice_at_once():
     dl = loaders(shuffle=True).train
     with BatchTracker(dl) as a, BatchTracker(dl, seed=3) as b:
         for x,_ in dl:
-            assert torch.equal(a.positions, b.positions) and torch.equal(x, dl.dataset.x[a.positions])
-            assert batch_positions(dl) is b.positions
-    with pytest.raises(ValueError, match='not tracked'): batch_positions(dl)
+            assert torch.equal(a.indices, b.indices) and torch.equal(x, dl.dataset.x[a.indices])
+            assert batch_indices(dl) is b.indices
+    with pytest.raises(ValueError, match='not tracked'): batch_indices(dl)
 
 # ---- transforms of other libraries, as a plain Transform
 

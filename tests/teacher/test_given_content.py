@@ -6,7 +6,7 @@ from torch import nn
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, noop, set_seed
 from kd_fastai.callback import KnowledgeDistillationCallback as KD
 from kd_fastai.losses import Logits, SoftTarget
-from kd_fastai.methods.schemes import Ensemble
+from kd_fastai.methods.ensemble import Ensemble
 from kd_fastai.teacher.cached import CachedTeacher, StoredTeacher
 from kd_fastai.teacher.function import FunctionTeacher
 
