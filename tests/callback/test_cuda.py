@@ -142,7 +142,7 @@ class NoSynchronization(Callback):
     order,run_valid = KnowledgeDistillationCallback.order+1,False
     n = 0
     def before_batch(self):
-        if self.iter in (5,6): torch.cuda.set_sync_debug_mode('error')  # not a power of 2, after which checks look again
+        if self.iter in (5,6): torch.cuda.set_sync_debug_mode('error')  # checks look again after 1, 2, 4, ... steps
     def after_loss(self):
         self.n += torch.cuda.get_sync_debug_mode()==2
         torch.cuda.set_sync_debug_mode('default')
