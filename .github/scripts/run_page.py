@@ -13,8 +13,9 @@ def last_frame(line):
 def as_shown(text):
     "Printed text without the frames of progress bars"
     if '\r' not in text: return text
-    lines = [last_frame(l) for l in text.split('\n')]
-    return '\n'.join(l for l in lines if l and not re.match(r'.*\|[█-]+\| *[\d.]+%', l)).rstrip() + '\n'
+    # an error can be printed in the line of a bar
+    lines = [re.sub(r'.*\|[█-]+\| *[\d.]+%( \[[^\]]*\])?', '', last_frame(l)) for l in text.split('\n')]
+    return '\n'.join(filter(None, lines)).rstrip() + '\n'
 
 def tidy(output):
     "A stored output without progress bars, or None if nothing else is in it"

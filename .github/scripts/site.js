@@ -3,8 +3,9 @@
 // A query finds the sections that have all its words. A word counts more in a title than in the text, more as a whole
 // word than as the start of one, and more on the pages that come first in the sidebar (`rank`, from 1 to 4).
 const kdWords = { unlabelled: "unlabeled", labelled: "labeled", colour: "color", normalisation: "normalization",
-  "pre-trained": "pretrained", huggingface: "hugging face", layer: "layer" };
-const kdSkip = new Set("a an and are can do does for from how i in is it my of on or the to what which why with".split(" "));
+  "pre-trained": "pretrained", huggingface: "hugging face", photo: "image", photos: "images",
+  quickstart: "install", quick: "install", start: "install" };
+const kdSkip = new Set("a an and are can do does for from how i in is it my of on or own the to what which why with".split(" "));
 const kdCount = (text, word, whole) => {
   const safe = word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
   return (text.match(new RegExp("(?<![\\w])" + safe + (whole ? "s?(?![\\w])" : ""), "gi")) || []).length;

@@ -64,7 +64,7 @@ def by_view(
     gate:Callable,    # A function of the `Batch`, such as `teacher_sure(0.9)`
     view:str='weak'   # 'weak' or 'strong'
 )->Callable: # A function of the `Batch` for `sample_weight`
-    "Return weights of samples by which both views of a sample have the weight of one. Raises `ValueError` for another"
+    "Give both views of a sample the weight of one chosen view. Raises `ValueError` for another"
     if view not in ('weak','strong'): raise ValueError(f"Expected view='weak' or 'strong', got {view!r}")
     def weight(batch):
         w = split_views(gate(batch))[view=='strong']

@@ -185,6 +185,7 @@ class KDComparison:
             ax.plot([row.low, row.high], [i,i], lw=2, color=color)
             ax.plot(row.gain, i, 'D', color=color)
         ax.axvline(0, color='k', lw=1)
+        ax.locator_params(axis='x', nbins=6)  # labels of ticks do not touch
         ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods)-0.5, -0.5))
         against = ', '.join(dict.fromkeys(map(self.baseline_of, methods)))
         ax.set_xlabel(f'difference in {self.metric} from {against}')

@@ -290,6 +290,33 @@ def test_llms(site, pages):
         copy = site/l.removeprefix(get_config(root).doc_url).lstrip('/')
         assert len(copy.read_text(encoding='utf-8'))>300
 
+@pytest.mark.slow
+def test_addresses_in_docstrings(site):
+    "The docstring of each module leads to the Markdown copy of its page"
+    from nbdev.config import get_config
+    url = get_config(root).doc_url.rstrip('/')+'/'
+    trees = [ast.parse(p.read_text(encoding='utf-8')) for p in (root/'kd_fastai').rglob('*.py')]
+    links = re.findall(r'Docs: (\S+)', '\n'.join(ast.get_docstring(t) or '' for t in trees))
+    assert len(links)>50 and not [l for l in links if not (site/l.removeprefix(url)).exists()]
+
+@pytest.mark.slow
+def test_social_card(site, pages):
+    "Each page has the picture of the front page, by an address that exists"
+    from nbdev.config import get_config
+    url = get_config(root).doc_url.rstrip('/')+'/'
+    for page in pages:
+        pictures = re.findall(r'property="og:image" content="([^"]*)"', (site/page).read_text(encoding='utf-8'))
+        assert len(pictures)==1 and (site/pictures[0].removeprefix(url)).is_file(), page
+
+tasks = ('tutorials/quickstart', 'tutorials/ship', 'tutorials/text', 'tutorials/segmentation', 'tutorials/tabular',
+         'tutorials/any_learner', 'tutorials/cache', 'tutorials/unlabeled', 'tutorials/gpus', 'losses', 'tutorials/faq')
+
+@pytest.mark.slow
+def test_tasks_are_one_click_away(site):
+    "The text of the front page links to the page of each task"
+    main = (site/'index.html').read_text(encoding='utf-8').partition('<main')[2].partition('<nav class="page-')[0]
+    assert not {f'{t}.html' for t in tasks}-linked_pages(main, 'index.html')
+
 def shown_code(source):
     "A syntax tree for each code cell that the site shows and that runs"
     hidden = re.compile(r'^#\| *(hide|export|exports|exporti|default_exp|eval: false|echo: false)\b', re.M)
@@ -311,6 +338,14 @@ def test_shown_code_has_its_imports(source):
     known = {*dir(builtins), 'display', 'show_doc'}.union(*map(defined, nodes))
     used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     assert not used-known
+
+def test_stored_outputs_have_no_bars():
+    "What a terminal shows after a progress bar stays, also an error in the line of a bar"
+    sys.path.insert(0, str(root/'.github'/'scripts'))
+    try: from run_page import as_shown
+    finally: sys.path.pop(0)
+    bars = '\r█ |----| 0.00% [0/10 00:00<?]','\r█ |████| 100.00% [10/10 00:00<00:00 6.8]\r   \r'
+    assert as_shown(f'epoch\n{bars[0]}Expected x\n{bars[1]}0  1.2\n')=='epoch\nExpected x\n0  1.2\n'
 
 def test_pictures_are_described(source):
     "Each cell that draws a picture has a text for readers who cannot see it"
