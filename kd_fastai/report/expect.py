@@ -11,7 +11,7 @@ __all__ = ['CASES', 'Case', 'nearest_cases', 'gains_in_words', 'expectations']
 import math
 from typing import NamedTuple
 
-# %% ../../nbs/report/expect.ipynb #16916284
+# %% ../../nbs/report/expect.ipynb #968df320
 class Case(NamedTuple):
     "What `learn.distill(teacher)` gained over a baseline of equally many steps"
     data:str     # Samples and teacher
