@@ -11,7 +11,7 @@ from support import learner, trained_teacher
 
 TABLES = Path(__file__).parents[2]/'benchmarks/tables'
 
-def points(row): return tuple(round(100*row[k], 1)+0. for k in ('gain','low','high'))
+def points(row): return tuple(round(float(100*row[k]), 1)+0. for k in ('gain','low','high'))
 
 def of_regime(data, regime, steps):
     "Of `distill_default.csv`"
