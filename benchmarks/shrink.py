@@ -59,7 +59,7 @@ def digits_teacher():
 
 def fashion_teacher():
     "A residual network that learned from 10,000 images of Fashion-MNIST, of 14x14; its students learn from 3,000"
-    small = partial(fashion, augment=False, size=14, test=4000)
+    small = partial(fashion, bs=100, augment=False, size=14, test=4000)
     set_seed(0)
     learn = learner(small(10_000, seed=1), net(residual, (16,32,64), 2, 10, 1))
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(8, cbs=NoValidation())
