@@ -136,3 +136,21 @@ def test_teacher_dtype(dtype, half):
         return fit(learn.to_fp16() if half else learn)
     assert (train(teacher_dtype=dtype)-train()).abs().max()<0.1
     assert {(p.dtype,p.device.type) for p in teacher.parameters()}=={(torch.float32,'cpu')}
+
+class NoSynchronization(Callback):
+    "From before the teacher predicts until the loss is complete, an operation that waits for the GPU raises"
+    order,run_valid = KnowledgeDistillationCallback.order+1,False
+    n = 0
+    def before_batch(self):
+        if self.iter in (5,6): torch.cuda.set_sync_debug_mode('error')  # checks look again after 1, 2, 4, ... steps
+    def after_loss(self):
+        self.n += torch.cuda.get_sync_debug_mode()==2
+        torch.cuda.set_sync_debug_mode('default')
+
+@pytest.mark.parametrize('terms,layers', [(lambda: SoftTarget, None), (lambda: [SoftTarget, Attention], ['0'])],
+                         ids=['predictions','features'])
+def test_a_step_does_not_wait_for_the_gpu(terms, layers):
+    kd,check = KnowledgeDistillationCallback(net(8).to(GPU), terms(), layers),NoSynchronization()
+    learn = learner([kd, check])
+    fit(learn, 2)
+    assert check.n==4

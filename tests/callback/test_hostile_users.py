@@ -1,7 +1,7 @@
 "Cases that once trained something wrong in silence, lost something of the user's, or had no clear message."
-import copy, pickle, pickletools, warnings, weakref, zipfile
+import copy, pickle, pickletools, random, warnings, weakref, zipfile
 from functools import partial
-import pytest, torch
+import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.basics import Adam, Callback, DataLoaders, L, Learner, OptimWrapper, ranger, set_seed
@@ -116,6 +116,28 @@ def test_a_random_teacher_moves_no_random_number_of_the_student():
     b = fit(learner(model=model()))
     assert torch.equal(weights(a), weights(b))
     assert len({(o!=0).float().mean().item() for o in noisy.outputs})>1  # another mask each time
+
+@pytest.mark.parametrize('draw', [random.random, np.random.randn, lambda: torch.rand(1).item()],
+                         ids=['python','numpy','torch'])
+def test_a_teacher_that_draws_now_and_then_moves_no_random_number(draw):
+    "from any generator; its draws are a stream that goes on"
+    drawn,states,n = [],[],[0]
+    class Sometimes(nn.Module):
+        def __init__(self): super().__init__(); self.net = small_net(4)
+        def forward(self, x):
+            n[0] += 1
+            if n[0] in (3,4): drawn.append(draw())
+            return self.net(x)
+    class Draw(Callback):
+        run_valid = False
+        def after_batch(self): states.append((random.random(), np.random.randn(), torch.rand(1).item()))
+    def run(*cbs):
+        states.clear()
+        random.seed(5)
+        fit(learner([*cbs, Draw()]))
+        return [*states]
+    assert run(KD(Sometimes(), SoftTarget, weight=0.))==run()
+    assert len(drawn)==2 and drawn[0]!=drawn[1]
 
 def test_no_feature_of_the_teacher_lives_until_the_next_batch(teacher):
     alive,refs = [],[]

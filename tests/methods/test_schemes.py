@@ -500,6 +500,16 @@ def test_distill(teachers):
     assert sum(isinstance(cb, KD) for cb in learn.cbs)==1
     assert [*history(fit(learn))][-2:]==['logits','attention']
 
+@pytest.mark.parametrize('loss,terms', [
+    (FitNet, ['FitNet on 1']), ([SoftTarget, FitNet], ['SoftTarget','FitNet on 1']),
+    ([SoftTarget, Term(FitNet, 2.)], ['SoftTarget','2·FitNet on 1']),
+    ([SoftTarget, Term(FitNet, layers='0')], ['SoftTarget','FitNet on 0','Attention on 1'])])
+def test_layers_of_distill_are_those_of_a_loss_that_needs_some(teachers, loss, terms):
+    "otherwise another loss compares them"
+    kd = learner().distill(teachers[0], loss, layers='1').knowledge_distillation
+    got = repr(kd.objective).replace('auto·schedule·', '').replace('auto·', '')
+    assert got==' + '.join(['1·task_loss', *terms])
+
 def test_distill_lets_the_labels_teach_first(teachers):
     "A weight that is found rises from 0; with a schedule, a weight or without labels, it is as the user says."
     def factors(loss=SoftTarget, **kwargs):

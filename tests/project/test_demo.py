@@ -87,7 +87,7 @@ def test_fashion_runs_too(tmp_path, fashion_folder, monkeypatch):
     "With images of noise in place of the real ones"
     import matplotlib; matplotlib.use('agg')
     from functools import partial
-    from kd_fastai import demo as module
+    from kd_fastai.demo import command as module
     data = partial(module.fashion, bs=20, size=14, augment=False, folder=fashion_folder)
     monkeypatch.setitem(module.DEMO_TASKS, 'fashion', module.DemoTask(data, 6000, 'test images'))
     res,teacher,curves = module.compare(2, 50, 2, data='fashion', say=lambda o: None)
@@ -96,20 +96,20 @@ def test_fashion_runs_too(tmp_path, fashion_folder, monkeypatch):
     assert [*module.table(res, teacher).index]==['teacher', *res.table.index]
 
 def test_missing_fashion_gets_a_sentence(tmp_path, monkeypatch, capsys):
-    from kd_fastai import demo as module
-    monkeypatch.setattr(module, 'DEBIAN_FOLDER', tmp_path)
+    from kd_fastai.demo import fashion_mnist
+    monkeypatch.setattr(fashion_mnist, 'DEBIAN_FOLDER', tmp_path)
     monkeypatch.setattr(Path, 'home', lambda: tmp_path)
     with pytest.raises(SystemExit, match='kd-demo: Fashion-MNIST is not in .*dataset-fashion-mnist'):
-        module.kd_demo(data='fashion', out=str(tmp_path/'x.png'))
+        kd_demo(data='fashion', out=str(tmp_path/'x.png'))
 
 def test_missing_emoji_get_a_sentence_with_the_command(tmp_path, monkeypatch):
-    from kd_fastai import demo as module
-    monkeypatch.setattr(module, 'CACHE', tmp_path)
+    from kd_fastai.demo import pictures
+    monkeypatch.setattr(pictures, 'CACHE', tmp_path)
     monkeypatch.setenv('PATH', '')
-    module.emoji.cache_clear()
+    pictures.emoji.cache_clear()
     command = 'npm pack emoji-datasource-google@16.0.0'
     with pytest.raises(SystemExit, match=f'kd-demo: No emoji-.* Fetch it there: {command}'):
-        module.kd_demo(data='emoji', out=str(tmp_path/'x.png'))
+        kd_demo(data='emoji', out=str(tmp_path/'x.png'))
 
 class TinyPretrained(nn.Module):
     "In place of EfficientNet-Lite0"
@@ -121,15 +121,15 @@ class TinyPretrained(nn.Module):
 
 def test_emoji_run_too(monkeypatch):
     "With pictures of noise and a tiny teacher; pretraining takes one of the epochs"
-    from kd_fastai import demo as module
+    from kd_fastai.demo import command, pictures
     number = torch.arange(30).repeat(2)
-    pictures = torch.randint(0, 256, (60,3,64,64), dtype=torch.uint8)
-    monkeypatch.setattr(module, 'emoji', lambda: (pictures, number%9, number, number//30, [*'abcdefghi']))
-    monkeypatch.setattr(module, 'lite0', TinyPretrained)
-    module.read_views.cache_clear()
-    try: res,teacher,curves = module.compare(2, epochs=3, data='emoji', say=lambda o: None)
-    finally: module.read_views.cache_clear()
+    images = torch.randint(0, 256, (60,3,64,64), dtype=torch.uint8)
+    monkeypatch.setattr(pictures, 'emoji', lambda: (images, number%9, number, number//30, [*'abcdefghi']))
+    monkeypatch.setattr(pictures, 'lite0', TinyPretrained)
+    pictures.read_views.cache_clear()
+    try: res,teacher,curves = command.compare(2, epochs=3, data='emoji', say=lambda o: None)
+    finally: pictures.read_views.cache_clear()
     assert teacher.dls.train.n==18*2 and teacher.dls.valid.n==12
     assert [*curves]==['baseline', 'learn.distill', 'kd_pretrain, then distill']
     assert [math.isnan(runs[0][0]) for runs in curves.values()]==[False,False,True]
-    assert module.table(res, teacher, module.small_separable).parameters['baseline']==21513
+    assert command.table(res, teacher, pictures.small_separable).parameters['baseline']==21513
