@@ -7,7 +7,8 @@ same 8 augmented views of each picture; the score is that of the last epoch, on 
 
     python benchmarks/pictures.py --half report --labels 1142 --steps 1400 --seeds 0 1 2
 
-Runs go to `tables/pictures_runs.csv`, which is completed, and their comparison to `tables/pictures.csv`."""
+Runs go to `tables/pictures_runs.csv`, which is completed, and their comparison to `tables/pictures.csv`. Losses of
+other libraries (`peers.py`) have tables of their own, `--file tables/pictures_peers_runs.csv`."""
 import argparse, os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import time
@@ -401,6 +402,6 @@ def main():
             runs = pd.read_csv(a.file) if a.file.exists() else None
             pd.concat([o for o in (runs, pd.DataFrame([row])) if o is not None]).to_csv(a.file, index=False)
             print({k: round(v, 4) if isinstance(v, float) else v for k,v in row.items()}, flush=True)
-    write_table(pd.read_csv(a.file), GROUP, a.file.with_name('pictures.csv'))
+    write_table(pd.read_csv(a.file), GROUP, a.file.with_stem(a.file.stem.removesuffix('_runs')))
 
 if __name__=='__main__': main()
