@@ -426,7 +426,7 @@ def test_the_digest_changes_with_what_predictions_depend_on(change):
     assert weights_digest(a)!=weights_digest(b)
 
 class Remembers(nn.Module):
-    "Keeps its predictions in a way of its own"
+    "Remembers its predictions in four forms"
     def __init__(self):
         super().__init__()
         self.net,self.by_hash,self.classes,self.batches,self.last = net(4),{},{},[],None
