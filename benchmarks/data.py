@@ -11,7 +11,7 @@ They are fetched once into ~/.cache/kd_fastai, and are not part of this reposito
 
 The emoji's data are MIT, Google's pictures (Noto) Apache-2.0, Twitter's (Twemoji) CC-BY 4.0.
 
-`kd_fastai.demo` fetches them. Run this file to describe the pictures: `python benchmarks/data.py`"""
+`kd_fastai.demo.pictures` fetches them. Run this file to describe the pictures: `python benchmarks/data.py`"""
 from torch import nn
 from kd_fastai.demo import CACHE, emoji, emoji_split, lite0, normalized, npm, pypi, separable  # noqa: F401
 

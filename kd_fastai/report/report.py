@@ -92,8 +92,9 @@ def overfit_warning(
     if not is_overfit(right, valid): return None
     return (f"the teacher is right on {right:.0%} of a batch of training samples (mean confidence {sure:.2f}), but on "
             f"{valid:.0%} of the validation set: it was probably trained on the student's samples, and its predictions "
-            "there say little more than the labels. Expect a small gain. Samples that the teacher has not seen, or the "
-            "features of the network before fine-tuning (learn.kd_pretrain), say more")
+            "there say little more than the labels. Expect a small gain from them. Its feature maps "
+            "(learn.distill(teacher, layers=..., features=FitNet, adapt='auto')), samples that it has not seen, "
+            "or the features of the network before fine-tuning (learn.kd_pretrain), say more")
 
 def relative_to_first(
     xs:list # Numbers

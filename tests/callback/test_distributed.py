@@ -12,7 +12,7 @@ from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, LongTensor
 from fastai.callback.all import GradientAccumulation, GradientClip
 from kd_fastai.all import *
 from kd_fastai.objective import rising
-from kd_fastai.demo import _Digits, _WholeBatchLoader, digits, small_net
+from kd_fastai.demo import ImageSet, WholeBatchLoader, digits, small_net
 from support import KD, hooks, quiet
 
 pytestmark = pytest.mark.slow
@@ -42,8 +42,8 @@ def data(joined, teacher_inputs=0):
     order = torch.arange(N)
     if joined: order = order.view(RANKS,-1,BS).transpose(0,1).flatten()
     own = [x.flip(-1)[order]] if teacher_inputs else []
-    ds = _Digits(x[order], *own, y[order])
-    return DataLoaders(_WholeBatchLoader(ds, bs=BS*(RANKS if joined else 1)), _WholeBatchLoader(ds, bs=BS))
+    ds = ImageSet(x[order], *own, y[order])
+    return DataLoaders(WholeBatchLoader(ds, bs=BS*(RANKS if joined else 1)), WholeBatchLoader(ds, bs=BS))
 
 def terms(a=None, b=None, norm=False, layer='2'):
     "A term on predictions of one teacher, and one on features of the same or of another"

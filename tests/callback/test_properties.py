@@ -10,7 +10,7 @@ from kd_fastai.hooks.capture import Capture
 from kd_fastai.hooks.models import own_copy
 from kd_fastai.teacher.live import shared_eval_mode
 from kd_fastai.teacher.indices import BatchTracker
-from test_batches import FGSM, Items, KD, Keep, data, differences, fit, learner, mlp
+from support.batches import FGSM, Items, KD, Keep, data, differences, fit, learner, mlp
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

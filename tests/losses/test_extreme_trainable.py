@@ -6,8 +6,8 @@ from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
 from kd_fastai.losses.base import RobustBatchNorm2d
 from kd_fastai.losses.facts import loss_args
-from test_trainable import ALL, built, changed, inputs, learner, fit, run
-from test_trainable import teachers   # noqa: F401, a fixture
+from support import fit, learner
+from support.losses import ALL, built, changed, inputs, run
 
 pytestmark = pytest.mark.hostile
 
@@ -39,7 +39,7 @@ def test_last_batch_of_one_embedding(name):
 
 @pytest.mark.parametrize('name', ['FitNetRegressor','ReviewKD','SRRL','SimKD','SemCKD','ICKDEmbed'])
 @pytest.mark.slow
-def test_training_with_a_last_batch_of_one(name, teachers):   # noqa: F811
+def test_training_with_a_last_batch_of_one(name, teachers):
     data = digits(17)
     data = DataLoaders(DataLoader(data.train_ds, bs=16, shuffle=True, drop_last=False), data.valid)
     assert [len(x) for x,_ in data.train]==[16,1]
@@ -101,7 +101,7 @@ def test_draws_depend_on_the_seed_alone(name):
     assert call(other.eval(), x)!=call(a.eval(), x)
 
 @pytest.mark.parametrize('name', ['MGD','CRDBank'])
-def test_students_dropout_is_the_same_at_weight_zero(name, teachers):   # noqa: F811
+def test_students_dropout_is_the_same_at_weight_zero(name, teachers):
     "A training run whose only term has weight 0 equals one without a callback, bit for bit"
     def model():
         torch.manual_seed(3)
@@ -139,6 +139,6 @@ def test_class_with_required_parameters():
         def __init__(self, width): super().__init__()
     with pytest.raises(TypeError, match=r'Mine is a class: pass an instance, Mine\(width=...\)'): loss_args(Mine)
 
-def test_class_in_a_callback(teachers):   # noqa: F811
+def test_class_in_a_callback(teachers):
     with pytest.raises(TypeError, match=r'CRD is a class: pass an instance, CRD\(\)'):
         KnowledgeDistillationCallback(teachers[6], CRD, '4')

@@ -1,23 +1,20 @@
 """The same tests for every loss without weights. What a loss reads and its value at equality are facts of the loss
 (`loss_info`, and `MINIMA` where it is not zero): other losses need no line here."""
-import inspect, io, itertools, json, math, re, shutil, sys
+import inspect, io, itertools, json, math, re, shutil
 from functools import partial
-from pathlib import Path
 import numpy as np, pytest, scipy.special, torch, torch.nn.functional as F
 from fastcore.docments import docments
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from kd_fastai.losses.facts import get_loss_info, has_sample_values, loss_args, loss_name, per_sample
 from kd_fastai.losses import *
 from kd_fastai.losses import output, feature, relation
 from kd_fastai.objective import Objective, Term
-
-root = Path(__file__).resolve().parents[2]
-golden = root/'tests'/'golden'
-sys.path.insert(0, str(golden))
+from support.golden import golden
+from support.losses import Largest, close
 from check import check, load_index
 from make import load_reference, run_reference
 from impls import IMPLS, NO_CASES, OUTPUT, FEATURE, RELATION, cross, mlkd_as_published
+
+root = golden.parents[1]
 
 # --- what is known of each loss
 
@@ -170,9 +167,6 @@ def run(name, x):
     grads = torch.autograd.grad(loss, tensors(x, 'fm_s') if unused else tensors(x, 'pred', 'fm_s'))
     return loss.detach(),grads
 
-def close(a, b, tol=1e-4):
-    for p,q in zip(tree_leaves(a), tree_leaves(b)):
-        torch.testing.assert_close(p, q, rtol=tol, atol=tol*max(1e-2, float(q.abs().max())))
 
 # --- golden numbers
 
@@ -249,7 +243,7 @@ def test_documented(name):
     prose = [''.join(c['source']) for c in json.loads((root/'nbs'/'losses'/f'{page}.ipynb').read_text())['cells']
              if c['cell_type']=='markdown']
     entry, = [c for c in prose if c.startswith(f'## {name}\n')]
-    marks = ['$$', '**Paper**', '**Reduction**', '**Parameters**', '**Default weight**', '**At equality**',
+    marks = ['$$', '**Paper**', '**Reduction**', '**Parameters**', '**Default weight**', '**If both agree**',
              '**Differs from the paper in**']
     assert [m for m in marks if m not in entry]==[]
     assert marks==sorted(marks, key=entry.index)
@@ -501,13 +495,6 @@ def test_inductor():
     def both(x, y): return DecoupledKD(**x),NST(**y)
     close(torch.compile(both, fullgraph=True)(x, y), both(x, y))
 
-class _Largest(TorchDispatchMode):
-    numel = 0
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor): self.numel = max(self.numel, t.untyped_storage().nbytes()//t.element_size())
-        return out
 @pytest.mark.slow
 @with_maps
 def test_lean(name):
@@ -515,7 +502,7 @@ def test_lean(name):
     if '(HW)²' in get_loss_info(ALL[name][0]).cost: pytest.skip("compares all positions with each other, and says so")
     grids = {'shape': (((16,8,8),(16,8,8)),)*2}
     x = inputs(name, B=16, grids=grids['shape'])
-    with _Largest() as seen: run(name, x)
+    with Largest() as seen: run(name, x)
     assert seen.numel<=4*x['fm_s']['s0'].numel()
 
 # --- errors

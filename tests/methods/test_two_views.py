@@ -1,7 +1,6 @@
 "Two views of each sample in a Learner: the batches, losses across views, and published training steps as a whole."
-import json, sys
+import json
 from functools import partial
-from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -12,12 +11,12 @@ from kd_fastai.methods.gates import teacher_right, teacher_sure
 from kd_fastai.methods.two_views import across_views, by_view, on_two_views
 from kd_fastai.demo import digits, small_net
 from support import KD, KeepBatches, fit, history, learner, quiet, weights
+from support.golden import golden
+
+from impls import cross, mlkd_as_published
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 torch.set_num_threads(1)
-golden = Path(__file__).parents[1]/'golden'
-sys.path.insert(0, str(golden))
-from impls import cross, mlkd_as_published
 
 # ---- published training steps
 

@@ -12,7 +12,8 @@ from kd_fastai.teacher.cached import StoredTeacher, check_repeatable, weights_di
 from kd_fastai.demo import small_net
 from kd_fastai.hooks.models import as_plain_tensor
 from kd_fastai.teacher.indices import BatchTracker, batch_indices
-from test_cost import Images, asked, cached_fit, fit, learner, loaders, net, values, weights
+from support import KD, fit, learner, weights
+from support.teachers import Images, asked, cached_fit, loaders, net, values
 
 for o in [*globals()]:
     if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
@@ -120,7 +121,7 @@ class RandomRead(Images):
 def test_random_augmentation_is_refused_by_name():
     from fastai.vision.augment import Brightness, RandomErasing
     def refuse(text, dls=None, cbs=()):
-        learn = learner(dls or loaders(), [KnowledgeDistillationCallback(CachedTeacher(net(8)), SoftTarget), *cbs])
+        learn = learner(dls=dls or loaders(), cbs=[KD(CachedTeacher(net(8)), SoftTarget), *cbs])
         before = weights(learn)
         with pytest.raises(ValueError, match=text): learn.fit(1)
         assert torch.equal(weights(learn), before)
@@ -136,7 +137,7 @@ def test_random_augmentation_is_refused_by_name():
 def test_inputs_that_a_callback_changes_are_noticed():
     class Drift(Callback):
         def before_batch(self): self.learn.xb = (self.x+self.epoch,)
-    learn = learner(loaders(), [KnowledgeDistillationCallback(CachedTeacher(net(8)), SoftTarget), Drift()])
+    learn = learner(dls=loaders(), cbs=[KD(CachedTeacher(net(8)), SoftTarget), Drift()])
     with pytest.raises(ValueError, match='differs from the cached input'): learn.fit(2)
 
 def test_where_there_are_no_indices():
@@ -147,7 +148,10 @@ def test_where_there_are_no_indices():
 CRASH = '''
 import sys, os, signal, warnings; warnings.filterwarnings('ignore')
 sys.path.insert(0, {tests!r})
-from test_cached import *
+from fastai.basics import *
+from kd_fastai.all import *
+from support import KD, fit, learner, weights
+from support.teachers import asked, loaders, net
 t = net(8)
 seen = []
 def die(m, x, out):
@@ -159,7 +163,7 @@ CachedTeacher(t, {path!r}, layers=['1']).fill(loaders(), bar=False)
 
 def test_a_crash_while_filling_loses_nothing(tmp_path):
     "killed in the fourth batch: three are stored, and the rest is predicted"
-    code = CRASH.format(tests=str(Path(__file__).parent), path=str(tmp_path/'c'))
+    code = CRASH.format(tests=str(Path(__file__).parents[1]), path=str(tmp_path/'c'))
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True).returncode==-signal.SIGKILL
     assert (records(tmp_path/'c')['check']!=0).sum()==48
     t = net(8); seen = asked(t)
@@ -175,7 +179,7 @@ def test_an_exception_in_training_loses_nothing(tmp_path):
         def after_batch(self):
             if self.training and self.iter==2: raise KeyboardInterrupt
     t = net(8)
-    learn = learner(loaders(), [KnowledgeDistillationCallback(CachedTeacher(t, tmp_path/'c'), SoftTarget), Stop()])
+    learn = learner(dls=loaders(), cbs=[KD(CachedTeacher(t, tmp_path/'c'), SoftTarget), Stop()])
     with pytest.raises(KeyboardInterrupt): learn.fit(1)
     assert (records(tmp_path/'c')['check']!=0).sum()==48
 
@@ -209,12 +213,15 @@ import sys, warnings; warnings.filterwarnings('ignore')
 sys.path.insert(0, {tests!r})
 # imported while there is no process group, which it would keep: see the tutorial on several processes
 import torch.distributed.nn
-from test_cached import *
+from fastai.basics import *
+from kd_fastai.all import *
+from support import KD, fit, learner, weights
+from support.teachers import asked, loaders, net
 from fastai.distributed import DistributedDL
 def broadcast(self, t, rank): t = LongTensor(t); torch.distributed.broadcast(t, rank); return t.tolist()
 DistributedDL._broadcast = broadcast  # fastai's own calls .cuda()
 def train(teacher):
-    learn = learner(loaders(), KnowledgeDistillationCallback(teacher, [Term(SoftTarget), Term(Attention, 10.)], '1'))
+    learn = learner(dls=loaders(), cbs=KD(teacher, [Term(SoftTarget), Term(Attention, 10.)], '1'))
     with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, 3)
     return weights(learn)
 t = net(8)
@@ -228,7 +235,7 @@ def test_processes_that_train_together_share_a_cache(tmp_path):
     "each predicts its own samples, which are others in the next epoch, and reads what any has written"
     import socket
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    code = DISTRIBUTED.format(tests=str(Path(__file__).parent), path=str(tmp_path/'c'))
+    code = DISTRIBUTED.format(tests=str(Path(__file__).parents[1]), path=str(tmp_path/'c'))
     def start(r):
         return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT,
@@ -251,14 +258,17 @@ def test_processes_that_train_together_share_a_cache(tmp_path):
 SMALL = """
 import sys, warnings; warnings.filterwarnings('ignore')
 sys.path.insert(0, {tests!r})
-from test_cached import *
+from fastai.basics import *
+from kd_fastai.all import *
+from support import KD, fit, learner, weights
+from support.teachers import asked, loaders, net
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 CachedTeacher(net(8), {path!r}, layers=['1']).fill(loaders(), bar=False)
 """
 
 def run(code, **kwargs):
-    code = code.format(tests=str(Path(__file__).parent), **kwargs)
+    code = code.format(tests=str(Path(__file__).parents[1]), **kwargs)
     return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
 
 def test_a_file_limit_is_an_oserror(tmp_path):
@@ -416,7 +426,7 @@ def test_the_digest_changes_with_what_predictions_depend_on(change):
     assert weights_digest(a)!=weights_digest(b)
 
 class Remembers(nn.Module):
-    "Keeps its predictions in a way of its own"
+    "Remembers its predictions in four forms"
     def __init__(self):
         super().__init__()
         self.net,self.by_hash,self.classes,self.batches,self.last = net(4),{},{},[],None
@@ -427,7 +437,7 @@ class Remembers(nn.Module):
         self.batches.append(self.last)
         return self.last
 
-def test_a_memory_of_predictions_is_no_part_of_the_teacher(tmp_path):
+def test_predictions_that_a_teacher_remembers_do_not_belong_to_it(tmp_path):
     "neither for the digest nor for a cache in a folder; its settings still are"
     t = Remembers().eval()
     before = weights_digest(t)
@@ -475,7 +485,8 @@ def exact_fit(teacher, live, dls, n=4, cbs=(), **kwargs):
     "Train, and compare each prediction; how many were compared"
     holder,got,live = [],[],deepcopy(live).eval()
     for m in live.modules(): m._forward_hooks.clear()  # of `asked`
-    holder.append(learner(dls, [KnowledgeDistillationCallback(teacher, exact(live, holder, got)), *cbs], **kwargs))
+    kd = KD(teacher, exact(live, holder, got))
+    holder.append(learner(dls=dls, cbs=[kd, *cbs], **kwargs))
     fit(holder[0], n)
     return sum(got)
 
@@ -510,7 +521,7 @@ def test_a_training_set_that_is_exchanged_in_a_fit():
     class Exchange(Callback):
         def before_epoch(self):
             if self.epoch==1: self.learn.dls = loaders(90)
-    learn = learner(loaders(), [KnowledgeDistillationCallback(CachedTeacher(net(8)), SoftTarget), Exchange()])
+    learn = learner(dls=loaders(), cbs=[KD(CachedTeacher(net(8)), SoftTarget), Exchange()])
     with pytest.raises(ValueError, match='does not come from the training data that the fit began with'): learn.fit(2)
 
 class Dicts(Images):
@@ -551,7 +562,7 @@ def test_a_flip_that_has_seen_validation():
     dls = loaders(after_batch=[Flip(p=.05)])
     dls.train.dataset.x = TensorImage(dls.train.dataset.x)
     dls.valid.after_batch = dls.train.after_batch
-    learn = learner(dls, KnowledgeDistillationCallback(CachedTeacher(net(8)), SoftTarget))
+    learn = learner(dls=dls, cbs=KD(CachedTeacher(net(8)), SoftTarget))
     learn.validate()
     with pytest.raises(ValueError, match='at random by Flip'): learn.fit(1)
 
@@ -640,7 +651,7 @@ def inputs(teacher, dls, n):
     class Keep(Callback):
         def before_batch(self):
             if self.training: got.append((self.epoch, self.x.clone()))
-    fit(learner(dls, [KnowledgeDistillationCallback(teacher, SoftTarget), Keep()]), n)
+    fit(learner(dls=dls, cbs=[KD(teacher, SoftTarget), Keep()]), n)
     return [torch.cat([x for e,x in got if e==i]) for i in range(n)]
 
 def test_views_repeat_in_turn():
@@ -671,7 +682,7 @@ def test_random_numbers_outside_are_the_users():
         class Draw(Callback):
             def after_pred(self):
                 if self.training: got.append((torch.rand(1).item(), random.random(), np.random.rand()))
-        fit(learner(dls, [KnowledgeDistillationCallback(teacher, SoftTarget), Draw()], model=model), 3)
+        fit(learner(dls=dls, cbs=[KD(teacher, SoftTarget), Draw()], model=model), 3)
         return got
     assert dropped(jittered(), CachedTeacher(net(8), views=2))==dropped(loaders(), net(8))
 
@@ -930,7 +941,7 @@ def test_text_classification_of_fastai(tmp_path):
         torch.testing.assert_close(teacher_pred, expected, rtol=1e-4, atol=1e-5)
         got.append(len(pred))
         return (pred-teacher_pred).square().mean()
-    learn.add_cb(KnowledgeDistillationCallback(CachedTeacher(t, tmp_path/'c', views=2), loss))
+    learn.add_cb(KD(CachedTeacher(t, tmp_path/'c', views=2), loss))
     learn.fit(4)
     assert sum(got)==4*48
     assert sum(seen)==2*48

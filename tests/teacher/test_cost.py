@@ -1,33 +1,16 @@
 "What saves time changes no number: the teacher's early exit, and its cache."
-import numpy as np, pytest, torch
+import pytest, torch
 from torch import nn
 from fastai.basics import *
 from fastai.callback.all import *
 from kd_fastai.all import *
-from kd_fastai.demo import digits, small_net
+from support import fit, learner, weights
+from support.teachers import cached_fit, loaders, net, values
 
 for o in [*globals()]:
     if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
-
-def learner(dls=None, cbs=None, model=None):
-    set_seed(0)
-    learn = Learner(dls or digits(100), model or small_net(4), loss_func=CrossEntropyLossFlat(), metrics=accuracy,
-                    cbs=cbs)
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
-    return learn
-
-def fit(learn, n=2):
-    set_seed(1)
-    learn.fit(n, 1e-2)
-    return learn
-
-def weights(m): return torch.cat([p.detach().flatten().clone() for p in getattr(m, 'model', m).parameters()])
-def net(width=4, seed=5):
-    set_seed(seed)
-    return small_net(width)
 
 # ---- early exit
 
@@ -98,7 +81,7 @@ def test_early_exit_keeps_the_errors():
 def test_no_exit_where_predictions_are_wanted():
     t,ends = net(8),[]
     t[-1].register_forward_hook(lambda *_: ends.append(1))
-    fit(learner(cbs=KnowledgeDistillationCallback(t, [SoftTarget, Term(Attention)], '1')))
+    fit(learner(cbs=KnowledgeDistillationCallback(t, [SoftTarget, Term(Attention)], '1')), 2)
     assert len(ends)==10
 
 def test_no_exit_where_everything_is_wanted():
@@ -114,7 +97,8 @@ def test_no_exit_of_compiled_teachers():
         t,ends = net(8),[]
         t[-1].register_forward_hook(lambda *_: ends.append(1))
         teacher = torch.compile(t, backend='eager') if compile else t
-        return weights(fit(learner(cbs=KnowledgeDistillationCallback(teacher, Attention, '1', weight=10.)))),len(ends)
+        kd = KnowledgeDistillationCallback(teacher, Attention, '1', weight=10.)
+        return weights(fit(learner(kd), 2)),len(ends)
     (a,ends),(b,ends_compiled) = train(False),train(True)
     torch.testing.assert_close(a, b)
     assert ends==2 and ends_compiled==10  # the first batch of each epoch, and all batches
@@ -132,35 +116,8 @@ def test_two_callbacks_stop_one_teacher_each_for_itself():
     t = net(8)
     def train(early_exit):
         return fit(learner(cbs=[KnowledgeDistillationCallback(t, Term(Attention, 10.), l, early_exit=early_exit)
-                                for l in ('0','2')]))
+                                for l in ('0','2')]), 2)
     assert torch.equal(weights(train(True)), weights(train(False)))
-
-# ---- data that count their readings
-
-class Images(torch.utils.data.Dataset):
-    "Digits, one by one; every reading is counted"
-    def __init__(self, n=100): self.x,self.y = digits().train.dataset[[*range(n)]]
-    def __len__(self): return len(self.x)
-    def __getitem__(self, i): return self.x[i],self.y[i]
-
-def loaders(n=100, bs=16, cls=TfmdDL, **kwargs):
-    ds = Images(n)
-    set_seed(3)  # the order of batches
-    return DataLoaders(cls(ds, bs=bs, **{'shuffle':True, 'num_workers':0, **kwargs}), TfmdDL(ds, bs=bs, num_workers=0))
-
-def cached_fit(teacher, dls=None, n=3, losses=None, layers='1', **kwargs):
-    "Train by predictions and features"
-    return fit(learner(dls or loaders(),
-                       KnowledgeDistillationCallback(teacher, losses or [Term(SoftTarget), Term(Attention, 10.)],
-                                                     layers, **kwargs)), n)
-
-def values(learn): return np.array([o[:-1] for o in learn.recorder.values])
-
-def asked(t):
-    "How many samples a teacher predicts, from now on"
-    seen = []
-    t.register_forward_hook(lambda m,x,out: seen.append(len(out)))
-    return seen
 
 # ---- looking at the columns' values less often, as on a GPU
 
@@ -177,7 +134,7 @@ def test_a_later_look_names_the_first_bad_step(monkeypatch, bad):
     def breaks(pred): calls.append(1); return pred.mean()*(float('nan') if len(calls)>bad else 1.)
     class Seen(Callback):
         def before_validate(self): validated.append(1)
-    learn = learner(loaders(), [KnowledgeDistillationCallback(net(8), breaks), Seen()])
+    learn = learner(dls=loaders(), cbs=[KnowledgeDistillationCallback(net(8), breaks), Seen()])
     with pytest.raises(FloatingPointError, match=f'breaks is nan in epoch 0, batch {bad}'): learn.fit(1)
     assert not validated
 

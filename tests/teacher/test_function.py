@@ -4,7 +4,8 @@ import pytest, torch
 from fastai.basics import *
 from fastai.callback.all import *
 from kd_fastai.all import *
-from test_cost import cached_fit, learner, loaders, net, weights
+from support import learner, weights
+from support.teachers import cached_fit, loaders, net
 
 for o in [*globals()]:
     if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
@@ -89,7 +90,7 @@ def test_a_copy_in_half_precision_answers(dtype):
 def test_the_copy_is_compared_before_the_first_step():
     t = net(8)
     t[-1].weight.data.mul_(1e6)  # the logits exceed what float16 can hold
-    learn = learner(loaders(), KnowledgeDistillationCallback(t, SoftTarget, teacher_dtype=torch.float16))
+    learn = learner(dls=loaders(), cbs=KnowledgeDistillationCallback(t, SoftTarget, teacher_dtype=torch.float16))
     before = weights(learn)
     with pytest.raises(ValueError, match=r'copy in torch.float16 differ by (inf|nan) \(predictions\)'): learn.fit(1)
     assert torch.equal(weights(learn), before)
@@ -102,7 +103,7 @@ def test_a_copy_changes_nothing_but_its_answers():
 def test_each_fit_makes_its_copy():
     "of the weights that the teacher has then"
     t,got = net(8),[]
-    learn = learner(loaders(shuffle=False), KnowledgeDistillationCallback(t, keep_answers(got),
+    learn = learner(dls=loaders(shuffle=False), cbs=KnowledgeDistillationCallback(t, keep_answers(got),
                                                                           teacher_dtype=torch.bfloat16))
     learn.fit(1)
     t[-1].bias.data += 100
@@ -128,7 +129,7 @@ def test_a_recurrent_teacher_in_half_precision():
     dls = DataLoaders(*(DataLoader([*zip(torch.randint(2,20,(32,12)), torch.arange(32)%2)], bs=8) for _ in range(2)))
     for _ in range(2):  # the second time its hidden state is that of another batch
         t = model()
-        learn = learner(dls, KnowledgeDistillationCallback(t, SoftTarget, teacher_dtype=torch.bfloat16), model())
+        learn = learner(KnowledgeDistillationCallback(t, SoftTarget, teacher_dtype=torch.bfloat16), dls, model())
         learn.add_cbs([ModelResetter(), RNNCallback()]).fit(2)
     assert {p.dtype for p in t.parameters()}=={torch.float32}
 
@@ -149,7 +150,7 @@ def test_an_ensemble_in_half_precision():
     def refuse(self, memo): raise AssertionError('the data were copied')
     learn.dls.__class__ = type('Data', (DataLoaders,), dict(__deepcopy__=refuse))
     got = []
-    learner_ = learner(loaders(), KnowledgeDistillationCallback(Ensemble([learn, net(4)]), keep_answers(got),
+    learner_ = learner(dls=loaders(), cbs=KnowledgeDistillationCallback(Ensemble([learn, net(4)]), keep_answers(got),
                                                                 teacher_dtype=torch.bfloat16))
     learner_.fit(1)
     assert got and got[0][0].dtype==torch.float32
