@@ -83,7 +83,7 @@ class Batch(NamedTuple):
         mask = resize_mask(mask, self.pred.shape[2:])
         return res._replace(label_mask=mask if self.label_mask is None else mask & self.label_mask)
 
-# %% ../../nbs/losses/batch.ipynb #a673c2d4
+# %% ../../nbs/losses/batch.ipynb #6897f257
 @patch
 def weighted(self:Batch,
     sample_weight:str|Callable, # A field of the batch, or a function of it
