@@ -49,6 +49,13 @@ class Batch(NamedTuple):
         def select(names, fm): return dict(zip(unique_names([layer_name(n) for n in names]), [fm[n] for n in names]))
         return {'fm_s': select(layers[0], self.fm_s), 'fm_t': select(layers[1], self.fm_t)}
 
+    def with_layers(self,
+        layers:tuple # Names of the student's layers and of the teacher's
+    )->'Batch':
+        "Return the batch with the features of these layers only"
+        fm_s,fm_t = ({n: fm[n] for n in names} for names,fm in zip(layers, (self.fm_s, self.fm_t)))
+        return self._replace(fm_s=fm_s, fm_t=fm_t)
+
     def with_predictions(self,
         fm_s:dict, # A feature of the student, by layer
         fm_t:dict  # A feature of the teacher, by layer
