@@ -43,6 +43,11 @@ def kd(terms, *cbs, task_weight=1.):
         fit(learn, epochs, [KnowledgeDistillationCallback(teacher, terms(), task_weight=task_weight), *cbs])
     return train
 
+def with_layers(learn, teacher, epochs):
+    "`learn.distill` with the layers that it finds"
+    learn.distill(teacher, layers='auto')
+    fit(learn, epochs, [])
+
 def started(share, method):
     "A method that begins with the teacher's features, without labels, for a share of the epochs"
     def train(learn, teacher, epochs):
@@ -54,6 +59,7 @@ def started(share, method):
 METHODS = {
     'baseline': lambda learn, teacher, epochs: fit(learn, epochs, []),
     'distill': kd(lambda: [Term(SoftTarget, T=4)]),
+    'distill, layers': with_layers,
     'soft rising': kd(lambda: [soft(rising())]),
     'soft adapt': kd(lambda: [soft(None)], Follow()),
     'soft adapt rising': kd(lambda: [soft(rising())], Follow()),

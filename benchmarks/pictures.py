@@ -141,19 +141,20 @@ def of_folds(half, labels, n=3):
         print(f'{half}, {labels} labels: {n} folds, {right:.3f} right in {time.time()-start:.0f} s', flush=True)
     return torch.load(file)
 
-MAPS = dict(early=(40,8,8), late=(112,4,4), last=(1280,2,2)) # of a picture of 64x64 pixels
+MAPS = dict(first=(24,16,16), early=(40,8,8), late=(112,4,4), last=(1280,2,2)) # of a picture of 64x64 pixels
 
 def maps(net, x):
-    "Flat maps of EfficientNet-Lite0: after two of its stages, and before the pooling"
-    early = net.blocks[:3](net.bn1(net.conv_stem(x)))
+    "Flat maps of EfficientNet-Lite0: after three of its stages, and before the pooling"
+    first = net.blocks[:2](net.bn1(net.conv_stem(x)))
+    early = net.blocks[2](first)
     late = net.blocks[3:5](early)
     last = net.bn2(net.conv_head(net.blocks[5:](late)))
-    return torch.cat([o.flatten(1) for o in (early,late,last)], 1)
+    return torch.cat([o.flatten(1) for o in (first,early,late,last)], 1)
 
 @cache
 def tuned(half, labels):
     "The fine-tuned network, and its maps of each view"
-    o,file = recorded(half, labels),FOLDER/f'{half}_{labels}_maps.pt'
+    o,file = recorded(half, labels),FOLDER/f'{half}_{labels}_maps4.pt'
     net = lite0(9).eval()
     net.load_state_dict(torch.load(FOLDER/f'{half}_{labels}_weights.pt'))
     if not file.exists():
@@ -182,12 +183,13 @@ class Staged(nn.Module):
     "The fine-tuned network with recorded maps"
     def __init__(self, net, maps):
         super().__init__()
-        self.maps,self.early,self.late,self.last = Lookup(maps),nn.Identity(),nn.Identity(),nn.Identity()
+        self.maps = Lookup(maps)
+        self.first,self.early,self.late,self.last = (nn.Identity() for _ in MAPS)
         self.pool,self.flat,self.classifier = nn.AdaptiveAvgPool2d(1),nn.Flatten(),net.classifier
     def forward(self, key):
         flat = self.maps(key).split([prod(o) for o in MAPS.values()], 1)
-        early,late,last = (o.unflatten(1, size) for o,size in zip(flat, MAPS.values()))
-        self.early(early); self.late(late)
+        first,early,late,last = (o.unflatten(1, size) for o,size in zip(flat, MAPS.values()))
+        self.first(first); self.early(early); self.late(late)
         return self.classifier(self.flat(self.pool(self.last(last))))
 
 @cache
@@ -276,15 +278,17 @@ def kd(terms, *cbs, task_weight=1., predictions='predictions'):
                             *cbs])
     return train
 
+# what `layers='auto'` finds for the student `separable` and the whole teacher
+AUTO_LAYERS = [('0','first'),('1','early'),('4','late'),('5','last')]
 MAP_LAYERS = {'separable': [('1','early'),('4','late')], 'plain': [('1','early'),('2','late')]} # of equal sizes
 
-def by_maps(loss, soft=True, schedule=None):
+def by_maps(loss, soft=True, schedule=None, layers=None):
     "A method: a loss on the maps of the fine-tuned network, and the default term on its predictions"
     def train(learn, o, epochs):
         teacher = Staged(*tuned(o['half'], o['labels']))
-        layers = MAP_LAYERS[learn.student]
         own = loss() if isinstance(loss, type) else loss
-        terms = [Term(own, 'auto', layers=layers, adapt=None if own is not loss else 'auto', schedule=schedule)]
+        terms = [Term(own, 'auto', layers=layers or MAP_LAYERS[learn.student], schedule=schedule,
+                      adapt=None if own is not loss else 'auto')]
         if soft: terms.append(Term(SoftTarget, T=4))
         fit(learn, epochs, [KnowledgeDistillationCallback(teacher, terms, teacher_inputs=1)])
     return train
@@ -333,6 +337,8 @@ METHODS = {
 MORE = {'': dict(soft=False), ', distill': {}, ' falling, distill': dict(schedule=falling())}
 METHODS |= {f'maps {f.__name__}{more}': by_maps(f, **kwargs)
             for f in (FitNet, CosineSmoothL1, VID, CWD) for more,kwargs in MORE.items()}
+
+METHODS["distill, layers='auto'"] = by_maps(FitNet, layers=AUTO_LAYERS)
 
 # losses one by one, as in `accuracy.py which_loss`: on predictions, or on what the classifiers read
 METHODS |= {f.__name__: kd(lambda f=f: [Term(f, 'auto', schedule=None)])

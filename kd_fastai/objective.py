@@ -87,10 +87,13 @@ def build_losses(
     extra:dict         # What else the `build` of a loss may read
 ):
     "Let each loss that has a method `build` create its weights. Random numbers stay as they are"
-    first = {o.module: o for o in reversed(terms) if hasattr(o.module, 'build')}
+    first = {}
+    for o in terms:
+        if hasattr(o.module, 'build'): first.setdefault(o.module, o)
     with torch.random.fork_rng():
-        for module,o in reversed(first.items()):
+        for module,o in first.items():
             given = batch.of(o.teacher)
+            if o.from_layers: given = given.with_predictions(**given.features(o.layers))
             features = {'fm_s': {}, 'fm_t': {}, **given.features(o.layers)}
             features = {k: {n: f.detach() for n,f in fm.items()} for k,fm in features.items()}
             inputs = dict(pred=given.pred.detach(), teacher_pred=given.teacher_pred, student=student,
@@ -231,6 +234,10 @@ def class_maps_by_teacher(
 )->dict: # `{name of a teacher: map}`, None for the only one
     "Return the class maps of the teachers. Raises `ValueError` for one that lacks classes that a loss needs"
     by_name = class_map if isinstance(class_map, dict) else {o.teacher: class_map for o in terms}
+    from_layers = [o.name for o in terms if o.from_layers and by_name.get(o.teacher) is not None]
+    if from_layers: raise ValueError(
+        f"class_map is for the models' own predictions, and {', '.join(from_layers)} compares those of layers: "
+        "leave one of the two out")
     def needing_labels(teacher): return [o.name for o in terms if o.teacher==teacher and o.needs_labels]
     return {k: check_class_map(o, needing_labels(k)) for k,o in by_name.items() if o is not None}
 
@@ -362,6 +369,6 @@ def balance_factor(
 )->Tensor:
     "Return the task loss divided by the size of the value, which counts as at least a tenth of its running mean"
     size = value.detach().abs().nan_to_num()
-    mean = magnitudes[name] = torch.lerp(magnitudes.get(name, size), size, 0.1)
+    mean = magnitudes[name] = torch.lerp(magnitudes.get(name, size).to(size.device), size, 0.1)
     return task.detach().abs()/torch.maximum(size, mean/10).clamp_min(1e-8)
 

@@ -120,17 +120,20 @@ def part_of(
     "Return what a term sees of a batch: one teacher, the positions that count, weights of its samples"
     batch = batch.of(term.teacher)
     if term.from_layers: batch = batch.with_predictions(**batch.features(term.layers))
+    if not callable(term.sample_weight): batch = batch.with_layers(term.layers)
     if term.name in batch.masks: batch = batch.masked(batch.masks[term.name])
     if term.sample_weight is not None: batch = batch.weighted(term.sample_weight, term.name)
-    is_dense = batch.pred.ndim>2 and term.uses_predictions
-    return batch.labeled(term.reads_labels) if (is_dense or term.reads_labels) and not term.takes_mask else batch
+    is_dense = batch.pred.ndim>2
+    if is_dense and term.takes_mask: return batch  # the loss leaves positions out
+    return batch.labeled(term.reads_labels) if term.reads_labels or is_dense and term.uses_predictions else batch
 
 def loss_inputs(
     term,       # A `Term`
     batch:Batch # What `part_of` returned
 )->dict:
     "Return the arguments of the term's loss, by name: those that it names, or all that there are if it takes any"
-    mask = batch.label_mask if batch.pred.ndim>2 else batch.masks.get(term.name)
+    of_labels = (term.uses_predictions or term.reads_labels) and batch.pred.ndim>2
+    mask = batch.label_mask if of_labels else batch.masks.get(term.name)
     given = dict(pred=batch.pred, teacher_pred=batch.teacher_pred, target=batch.target, idx=batch.idx,
                  mask=mask if term.takes_mask else None, **batch.features(term.layers))
     return {k: v for k,v in given.items() if v is not None and (term.takes_all or k in term.args.accepted)}
@@ -272,7 +275,8 @@ def with_defaults(
 
     Raises `ValueError` if the loss requires features and no layers are named, or if it cannot take the mask."""
     res = copy.copy(term)
-    if res.layers is None: res.layers = layers
+    reads_features = res.uses_features or res.takes_all or callable(res.sample_weight)
+    if res.layers is None: res.layers = layers if reads_features else ([],[])
     if isinstance(res.schedule, str): res.schedule = schedule
     res.adapt,res.mask = (b if a is None else a for a,b in ((res.adapt, adapt), (res.mask, mask)))
     default = getattr(get_loss_info(res.loss), 'default_layer', '')

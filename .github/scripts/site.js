@@ -48,3 +48,21 @@ document.addEventListener("DOMContentLoaded", () => {
     if (innerWidth < 768 && /^epoch\s/.test(e.textContent)) { e.style.overflowX = "auto"; e.querySelector("code").style.whiteSpace = "pre"; }
   });
 });
+
+// On a phone a wide figure keeps letters of a legible size, and scrolls.
+const kdWiden = () => document.querySelectorAll("main img").forEach((e) => {
+  const width = e.naturalWidth * 0.34;   // stored at 200 dots per inch: 10 points are 10 pixels high
+  if (innerWidth < 768 && width > e.clientWidth * 1.1) {
+    Object.assign(e.parentElement.style, { overflowX: "auto", maxWidth: e.clientWidth + "px" });
+    Object.assign(e.style, { width: width + "px", maxWidth: "none" });
+  }
+});
+// What scrolls sideways fades out at the side where it goes on.
+const kdFade = () => document.querySelectorAll("main pre, main pre > code, main table, main img, main .katex-display").forEach((e) => {
+  while (e && !/auto|scroll/.test(getComputedStyle(e).overflowX)) e = e.matches("main") ? null : e.parentElement;
+  if (!e || e.matches("main")) return;
+  const mark = () => e.classList.toggle("kd-more", e.scrollWidth - e.clientWidth - e.scrollLeft > 2);
+  e.onscroll = mark;
+  mark();
+});
+addEventListener("load", () => { kdWiden(); kdFade(); addEventListener("resize", kdFade); });

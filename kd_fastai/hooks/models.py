@@ -16,6 +16,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 import numpy as np, torch
 from torch import nn, Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import get_worker_info
 from fastai.basics import Learner, is_listy, load_learner
@@ -85,6 +86,12 @@ def model_device(
 )->torch.device|None: # None without parameters and buffers
     "Return the device of the first parameter or buffer"
     return next((t.device for ts in (model.parameters(), model.buffers()) for t in ts), None)
+
+def dense_parameters(
+    model:nn.Module # Any model
+)->list:
+    "Return the parameters whose elements can be read: neither sparse, nor lazy before the first forward pass"
+    return [p for p in model.parameters() if p.layout==torch.strided and not is_lazy(p)]
 
 def float_dtype(
     model:nn.Module # Any model

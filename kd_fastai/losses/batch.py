@@ -11,7 +11,7 @@ __all__ = ['Batch', 'keep_positions', 'as_students', 'find_class_axis', 'find_la
 from typing import Any, Callable, NamedTuple
 import torch
 from torch import Tensor
-from fastai.basics import noop
+from fastai.basics import noop, patch
 from ..hooks.inputs import as_plain_tensor
 from ..hooks.layers import layer_name, unique_names
 from .masks import resize_mask, zero_masked
@@ -49,6 +49,13 @@ class Batch(NamedTuple):
         def select(names, fm): return dict(zip(unique_names([layer_name(n) for n in names]), [fm[n] for n in names]))
         return {'fm_s': select(layers[0], self.fm_s), 'fm_t': select(layers[1], self.fm_t)}
 
+    def with_layers(self,
+        layers:tuple # Names of the student's layers and of the teacher's
+    )->'Batch':
+        "Return the batch with the features of these layers only"
+        fm_s,fm_t = ({n: fm[n] for n in names} for names,fm in zip(layers, (self.fm_s, self.fm_t)))
+        return self._replace(fm_s=fm_s, fm_t=fm_t)
+
     def with_predictions(self,
         fm_s:dict, # A feature of the student, by layer
         fm_t:dict  # A feature of the teacher, by layer
@@ -76,24 +83,25 @@ class Batch(NamedTuple):
         mask = resize_mask(mask, self.pred.shape[2:])
         return res._replace(label_mask=mask if self.label_mask is None else mask & self.label_mask)
 
-    def weighted(self,
-        sample_weight:str|Callable, # A field of the batch, or a function of it
-        name:str                    # Of the term, for messages
-    )->'Batch':
-        "Return the batch with weights of its samples. Raises `ValueError` for an unknown field and for other shapes"
-        is_field = isinstance(sample_weight, str)
-        if is_field and sample_weight not in self.fields: raise ValueError(
-            f"{name}: the batch has no field {sample_weight!r}, only {[*self.fields]}. "
-            "Fields are the tensors of inputs and labels that are dicts")
-        weight = self.fields[sample_weight] if is_field else sample_weight(self)
-        n,*size = self.pred.shape[0],*self.pred.shape[2:]
-        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        if got not in ((n,), (n,*size)): raise ValueError(
-            f"{name}: expected sample weights of shape {(n,)}{f' or {(n,*size)}' if size else ''}, got {got}")
-        needs_mask = weight.ndim>1 and self.label_mask is None
-        mask = torch.ones_like(weight, dtype=torch.bool) if needs_mask else self.label_mask
-        return self._replace(sample_weight=weight.detach(), label_mask=mask)
-
+# %% ../../nbs/losses/batch.ipynb #6897f257
+@patch
+def weighted(self:Batch,
+    sample_weight:str|Callable, # A field of the batch, or a function of it
+    name:str                    # Of the term, for messages
+)->Batch:
+    "Return the batch with weights of its samples. Raises `ValueError` for an unknown field and for other shapes"
+    is_field = isinstance(sample_weight, str)
+    if is_field and sample_weight not in self.fields: raise ValueError(
+        f"{name}: the batch has no field {sample_weight!r}, only {[*self.fields]}. "
+        "Fields are the tensors of inputs and labels that are dicts")
+    weight = self.fields[sample_weight] if is_field else sample_weight(self)
+    n,*size = self.pred.shape[0],*self.pred.shape[2:]
+    got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+    if got not in ((n,), (n,*size)): raise ValueError(
+        f"{name}: expected sample weights of shape {(n,)}{f' or {(n,*size)}' if size else ''}, got {got}")
+    needs_mask = weight.ndim>1 and self.label_mask is None
+    mask = torch.ones_like(weight, dtype=torch.bool) if needs_mask else self.label_mask
+    return self._replace(sample_weight=weight.detach(), label_mask=mask)
 
 # %% ../../nbs/losses/batch.ipynb #8bdd0d38
 def keep_positions(

@@ -243,7 +243,7 @@ def test_documented(name):
     prose = [''.join(c['source']) for c in json.loads((root/'nbs'/'losses'/f'{page}.ipynb').read_text())['cells']
              if c['cell_type']=='markdown']
     entry, = [c for c in prose if c.startswith(f'## {name}\n')]
-    marks = ['$$', '**Paper**', '**Reduction**', '**Parameters**', '**Default weight**', '**At equality**',
+    marks = ['$$', '**Paper**', '**Reduction**', '**Parameters**', '**Default weight**', '**If both agree**',
              '**Differs from the paper in**']
     assert [m for m in marks if m not in entry]==[]
     assert marks==sorted(marks, key=entry.index)

@@ -134,7 +134,7 @@ def test_documented(name):
     cells = [c for p in pages for c in json.loads(p.read_text())['cells']]
     prose = [''.join(c['source']) for c in cells if c['cell_type']=='markdown']
     entry, = [c for c in prose if c.startswith(f'## {name}\n')]
-    marks = ['$$', '**Paper**', '**Reduction**', '**Parameters**', '**Default weight**', '**At equality**',
+    marks = ['$$', '**Paper**', '**Reduction**', '**Parameters**', '**Default weight**', '**If both agree**',
              '**Differs from the paper in**', '**Trains**', '**Adds**']
     assert [m for m in marks if m not in entry]==[]
     assert [entry.index(m) for m in marks]==sorted(entry.index(m) for m in marks)

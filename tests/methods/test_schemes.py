@@ -496,19 +496,31 @@ def test_distill(teachers):
     assert repr(learn.knowledge_distillation)=='KnowledgeDistillationCallback: 1·task_loss + 0.9·SoftTarget(T=4)'
     learn.distill(teachers[0], Logits, layers='1', task_weight=0.5)
     assert repr(learn.knowledge_distillation).endswith(
-        ': 0.5·task_loss + auto·schedule·Logits + auto·Attention on 1')
+        ': 0.5·task_loss + auto·schedule·Logits + auto·FitNet on 1, adapted')
     assert sum(isinstance(cb, KD) for cb in learn.cbs)==1
-    assert [*history(fit(learn))][-2:]==['logits','attention']
+    assert [*history(fit(learn))][-2:]==['logits','fit_net']
 
 @pytest.mark.parametrize('loss,terms', [
     (FitNet, ['FitNet on 1']), ([SoftTarget, FitNet], ['SoftTarget','FitNet on 1']),
     ([SoftTarget, Term(FitNet, 2.)], ['SoftTarget','2·FitNet on 1']),
-    ([SoftTarget, Term(FitNet, layers='0')], ['SoftTarget','FitNet on 0','Attention on 1'])])
+    ([SoftTarget, Term(Similarity, layers='0')], ['SoftTarget','Similarity on 0','FitNet on 1, adapted'])])
 def test_layers_of_distill_are_those_of_a_loss_that_needs_some(teachers, loss, terms):
     "otherwise another loss compares them"
     kd = learner().distill(teachers[0], loss, layers='1').knowledge_distillation
     got = repr(kd.objective).replace('auto·schedule·', '').replace('auto·', '')
     assert got==' + '.join(['1·task_loss', *terms])
+
+def test_distill_finds_the_layers(teachers):
+    "those of equal sizes; the random state and the order of the batches stay"
+    learn = learner(width=4)
+    random_state,order = torch.get_rng_state(),learn.dls.train.rng.getstate()
+    learn.distill(teachers[0], layers='auto')
+    assert torch.equal(random_state, torch.get_rng_state()) and order==learn.dls.train.rng.getstate()
+    assert repr(learn.knowledge_distillation).endswith('SoftTarget(T=4) + auto·FitNet on 1, 2, adapted')
+    assert repr(learn.distill(teachers[0], layers='auto', features=PKT).knowledge_distillation).endswith('PKT on 1, 2')
+    fit(learn.distill(teachers[0], Similarity, layers='auto'))
+    flat = Learner(learn.dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match='No feature size is in both models'): flat.distill(teachers[0], layers='auto')
 
 def test_distill_lets_the_labels_teach_first(teachers):
     "A weight that is found rises from 0; with a schedule, a weight or without labels, it is as the user says."
@@ -542,7 +554,8 @@ def test_report_changes_nothing(teachers, fitted, tmp_path):
     assert torch.equal(weights(fit(a)), weights(fit(b)))
 
 def test_report_equals_values_computed_by_hand(teachers):
-    student = fit(learner(width=4).distill(teachers[0], partial(SoftTarget, T=4), layers=['0','1'], weight=0.9), 6)
+    student = learner(width=4).distill(teachers[0], partial(SoftTarget, T=4), ['0','1'], Attention, weight=0.9)
+    fit(student, 6)
     r = student.kd_report()
     assert [*r.scores.index]==['teacher','student']
     assert r.scores.accuracy.teacher==pytest.approx(teachers[0].validate()[1], abs=1e-6)

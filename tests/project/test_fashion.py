@@ -1,5 +1,5 @@
 "The benchmark on Fashion-MNIST, on a folder of noise: the real images need not be there."
-import subprocess, sys
+import runpy, subprocess, sys
 from pathlib import Path
 import pandas as pd
 import pytest
@@ -50,10 +50,11 @@ def test_another_method_is_added_to_the_finished_ones(done, fashion_folder):
     kept = in_order(after[after.method!='Similarity, paper'])
     pd.testing.assert_frame_equal(kept, in_order(before))   # seconds, too: they did not run again
 
-def test_missing_files_are_named(tmp_path):
-    r = run(tmp_path, '--quick', '--folder', tmp_path)
-    assert r.returncode and "Install Debian's package dataset-fashion-mnist" in r.stderr
-
-def test_unknown_methods_are_named(tmp_path):
-    r = run(tmp_path, '--quick', '--only', 'Nonsense')
-    assert r.returncode and 'No such method: Nonsense' in r.stderr
+@pytest.mark.parametrize('args,says', [(['--folder','.'],"Install Debian's package dataset-fashion-mnist"),
+                                       (['--only','Nonsense'],'No such method: Nonsense')])
+def test_what_is_missing_is_named(args, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.setattr(sys, 'argv', [str(script), 'fashion', '--quick', *args])
+    with pytest.raises((SystemExit,FileNotFoundError)) as e: runpy.run_path(str(script), run_name='__main__')
+    assert says in str(e.value)+capsys.readouterr().err

@@ -49,6 +49,7 @@ facts = '''async () => {
     return {wide: all('main pre, main table, main .katex-display').filter(wide).map(e => e.textContent.slice(0, 80)),
             sideways: document.documentElement.scrollWidth - innerWidth, cut: main.scrollWidth - main.clientWidth,
             bad: all(bad).map(e => e.textContent), formulas: all('.katex').length,
+            height: document.documentElement.scrollHeight,
             pictures: all('main img').map(e => e.naturalWidth), text: prose.textContent} }'''
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -124,6 +125,25 @@ def test_fits(look, page, size):
     "The page does not scroll sideways and nothing is cut off; a wide table or formula scrolls by itself"
     seen = look(page, size)
     assert seen.sideways <= 1 and seen.cut <= 8   # the end of an index may reach into the margin
+
+@for_sizes
+def test_length(look, page, size):
+    "Tutorials are at most 15,000 pixels long"
+    if page.startswith('tutorials/') or page in ('index.html','losses.html','glossary.html'):
+        assert look(page, size).height<=15_000
+
+def test_wide_parts_fade_out(url, new_tab):
+    "On a phone, what is wider than the screen fades out at the side where it goes on, until one has scrolled there"
+    tab = new_tab('phone')
+    tab.goto(f'{url}tutorials/cost.html')
+    tab.wait_for_function("document.querySelectorAll('main .kd-more').length>5")
+    hidden = tab.evaluate('''() => [...document.querySelectorAll('main *')].filter(e =>
+        /auto|scroll/.test(getComputedStyle(e).overflowX) && e.scrollWidth-e.clientWidth>2
+        && !e.classList.contains('kd-more')).map(e => e.textContent.slice(0, 60))''')
+    assert not hidden and tab.locator('main p.kd-more > img').count()
+    tab.evaluate("window.wide = document.querySelector('main .kd-more'); wide.scrollLeft = wide.scrollWidth")
+    tab.wait_for_function("!wide.classList.contains('kd-more')")
+    tab.close()
 
 def test_nothing_to_scroll(look, page):
     "On a desktop, lines of code, tables and formulas are visible without scrolling"
