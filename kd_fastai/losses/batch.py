@@ -11,7 +11,7 @@ __all__ = ['Batch', 'keep_positions', 'as_students', 'find_class_axis', 'find_la
 from typing import Any, Callable, NamedTuple
 import torch
 from torch import Tensor
-from fastai.basics import noop
+from fastai.basics import noop, patch
 from ..hooks.inputs import as_plain_tensor
 from ..hooks.layers import layer_name, unique_names
 from .masks import resize_mask, zero_masked
@@ -83,24 +83,25 @@ class Batch(NamedTuple):
         mask = resize_mask(mask, self.pred.shape[2:])
         return res._replace(label_mask=mask if self.label_mask is None else mask & self.label_mask)
 
-    def weighted(self,
-        sample_weight:str|Callable, # A field of the batch, or a function of it
-        name:str                    # Of the term, for messages
-    )->'Batch':
-        "Return the batch with weights of its samples. Raises `ValueError` for an unknown field and for other shapes"
-        is_field = isinstance(sample_weight, str)
-        if is_field and sample_weight not in self.fields: raise ValueError(
-            f"{name}: the batch has no field {sample_weight!r}, only {[*self.fields]}. "
-            "Fields are the tensors of inputs and labels that are dicts")
-        weight = self.fields[sample_weight] if is_field else sample_weight(self)
-        n,*size = self.pred.shape[0],*self.pred.shape[2:]
-        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        if got not in ((n,), (n,*size)): raise ValueError(
-            f"{name}: expected sample weights of shape {(n,)}{f' or {(n,*size)}' if size else ''}, got {got}")
-        needs_mask = weight.ndim>1 and self.label_mask is None
-        mask = torch.ones_like(weight, dtype=torch.bool) if needs_mask else self.label_mask
-        return self._replace(sample_weight=weight.detach(), label_mask=mask)
-
+# %% ../../nbs/losses/batch.ipynb #6897f257
+@patch
+def weighted(self:Batch,
+    sample_weight:str|Callable, # A field of the batch, or a function of it
+    name:str                    # Of the term, for messages
+)->Batch:
+    "Return the batch with weights of its samples. Raises `ValueError` for an unknown field and for other shapes"
+    is_field = isinstance(sample_weight, str)
+    if is_field and sample_weight not in self.fields: raise ValueError(
+        f"{name}: the batch has no field {sample_weight!r}, only {[*self.fields]}. "
+        "Fields are the tensors of inputs and labels that are dicts")
+    weight = self.fields[sample_weight] if is_field else sample_weight(self)
+    n,*size = self.pred.shape[0],*self.pred.shape[2:]
+    got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+    if got not in ((n,), (n,*size)): raise ValueError(
+        f"{name}: expected sample weights of shape {(n,)}{f' or {(n,*size)}' if size else ''}, got {got}")
+    needs_mask = weight.ndim>1 and self.label_mask is None
+    mask = torch.ones_like(weight, dtype=torch.bool) if needs_mask else self.label_mask
+    return self._replace(sample_weight=weight.detach(), label_mask=mask)
 
 # %% ../../nbs/losses/batch.ipynb #8bdd0d38
 def keep_positions(

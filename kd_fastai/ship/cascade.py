@@ -109,7 +109,7 @@ class Cascade(nn.Module):
         ax.set(xlabel='samples that the teacher predicts, %', ylabel='accuracy, %')
         right = ax.twinx()
         right.plot(100*t.share, t.ms, '--', color='tab:gray', label='milliseconds')
-        right.set_ylabel('mean milliseconds a sample')
+        right.set_ylabel('mean milliseconds per sample')
         ax.legend(handles=[*ax.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]])
         return fig
 

@@ -165,3 +165,8 @@ def test_tables_that_pages_read_exist():
     texts = '\n'.join(p.read_text(encoding='utf-8') for p in (root/'nbs').rglob('*.ipynb'))
     named = {*re.findall(r'tables/(\w+\.csv)', texts)}
     assert len(named)>5 and not [n for n in named if not (root/'benchmarks/tables'/n).exists()]
+
+def test_modules_can_be_imported():
+    "Tools walk over all modules: an import runs no command"
+    import pkgutil, kd_fastai
+    for m in pkgutil.walk_packages(kd_fastai.__path__, 'kd_fastai.'): importlib.import_module(m.name)

@@ -395,6 +395,19 @@ def test_counts_of_losses():
     counted = re.search(r'test_eq\(\(len\(every\).*?\), \((\d+), (\d+), (\d+)\)\)', page)
     assert tuple(map(int, counted.groups()))==(total, authors, own) and total==authors+others+own
 
+def test_front_page_shows_a_run_of_the_quickstart():
+    "The table and the calls of the front page are those of *Distill on your images*"
+    front,page = (json.loads((root/f'nbs/{n}.ipynb').read_text(encoding='utf-8'))['cells']
+                  for n in ('index','tutorials/quickstart'))
+    shown = next(c for c in front if c['cell_type']=='code' and 'learn.distill(teacher)' in ''.join(c['source']))
+    assert shown['outputs'] and shown['outputs'] in [c.get('outputs') for c in page]
+    run = '\n'.join(''.join(c['source']) for c in page if c['cell_type']=='code')
+    calls = re.findall(r'^(?:learn|teacher)\.(?!kd_pretrain).*\)', ''.join(shown['source']), re.M)
+    assert len(calls)>=3 and not [o for o in calls if o not in run]
+    scores = next(c for c in page if ''.join(c['source']).endswith('\nscores'))['outputs'][0]['data']['text/plain']
+    scores = ast.literal_eval(''.join(scores))
+    assert scores['baseline']<scores['student']<scores['teacher']   # as the text says
+
 def test_readme():
     "README.md is up to date with index.ipynb"
     command = [sys.executable, '.github/scripts/readme.py', '--check']

@@ -55,3 +55,24 @@ def test_notebook(nb, tmp_path):
     process.kill()
     process.join()
     if process.exitcode: pytest.fail((tmp_path/'log').read_text(), pytrace=False)
+
+@pytest.mark.filterwarnings('ignore')
+def test_quickstart_runs_on_noise(monkeypatch):
+    "The cells of *Distill on your images*, with pictures of noise and random weights: CI does not fetch the real ones"
+    import matplotlib.pyplot as plt
+    import timm, torch
+    from kd_fastai import demo
+    from kd_fastai.demo import pictures as module
+    monkeypatch.setattr(plt, 'show', lambda *args: None)
+    names = [*'abcdefgh', 'Food & Drink']
+    number = torch.arange(140).repeat(2)
+    pictures = torch.randint(0, 256, (280,3,64,64), dtype=torch.uint8)
+    for o in (demo, module):
+        monkeypatch.setattr(o, 'emoji', lambda: (pictures, number%9, number, number//140, names))
+        monkeypatch.setattr(o, 'lite0', lambda: timm.create_model('tf_efficientnet_lite0', num_classes=0))
+    cells = json.loads((root/'nbs/tutorials/quickstart.ipynb').read_text(encoding='utf-8'))['cells']
+    known = {}
+    for i,c in enumerate(cells):
+        if c['cell_type']=='code': exec(compile(''.join(c['source']), f'cell {i}', 'exec'), known)
+    assert known['learn'].kd_history() is not None and known['scores'].keys()=={'baseline','student','teacher'}
+    plt.close('all')
