@@ -25,7 +25,7 @@ from .scores import Scores, preserving_loader_rngs, score_models
 from .trial import attached, preserving_buffers, trial_learner
 from ..teacher.classes import TeacherConfusion
 
-# %% ../../nbs/report/report.ipynb #f28b3245
+# %% ../../nbs/report/report.ipynb #1ad0092c
 class MeasureTerms(Callback):
     """Measure the terms of a distillation callback on the first batch of a fit, and end the fit.
 
