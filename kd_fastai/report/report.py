@@ -25,7 +25,7 @@ from .scores import Scores, preserving_loader_rngs, score_models
 from .trial import attached, preserving_buffers, trial_learner
 from ..teacher.classes import TeacherConfusion
 
-# %% ../../nbs/report/report.ipynb #a6ecce79
+# %% ../../nbs/report/report.ipynb #1ad0092c
 class MeasureTerms(Callback):
     """Measure the terms of a distillation callback on the first batch of a fit, and end the fit.
 
@@ -93,8 +93,8 @@ def overfit_warning(
     return (f"the teacher is right on {right:.0%} of a batch of training samples (mean confidence {sure:.2f}), but on "
             f"{valid:.0%} of the validation set: it was probably trained on the student's samples, and its predictions "
             "there say little more than the labels. Expect a small gain from them. Its feature maps "
-            "(learn.distill(teacher, layers=..., features=FitNet, adapt='auto')), samples that it has not seen, "
-            "or the features of the network before fine-tuning (learn.kd_pretrain), say more")
+            "(learn.distill(teacher, layers='auto')), samples that it has not seen, or the features of the network "
+            "before fine-tuning (learn.kd_pretrain), say more")
 
 def relative_to_first(
     xs:list # Numbers

@@ -15,7 +15,7 @@ def values(terms, **batch):
     return o.values(o.prepare(masks=o.find_masks(xb, yb), **batch))
 
 def test_a_mask_stays_with_its_term():
-    "A mask of maps, beside a loss on tokens of another number"
+    "A mask of maps, next to a loss on tokens of another number"
     fm = {'blocks': torch.randn(2,5,3)}
     batch = dict(pred=torch.randn(2,4,6,6), teacher_pred=torch.randn(2,4,6,6), target=torch.randint(4, (2,6,6)),
                  fm_s=fm, fm_t={'blocks': torch.randn(2,5,3)})
