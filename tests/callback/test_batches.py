@@ -365,11 +365,15 @@ def test_a_teacher_that_is_much_smaller_is_noticed():
 @pytest.mark.parametrize('kwargs,advice', [
     (dict(T=4), 'as in Term(SoftTarget, T=4)'), (dict(temperature=4), 'as in Term(SoftTarget, T=4)'),
     (dict(alpha=0.9), 'weight=0.9'), (dict(weights=[0.5]), 'weight=[0.5]'),
-    (dict(loss=nn.KLDivLoss()), 'take SoftTarget'), (dict(layers='auto'), 'layers=match_feature_layers(learn.model')])
+    (dict(loss=nn.KLDivLoss()), 'take SoftTarget')])
 def test_words_that_do_not_exist_name_those_that_do(kwargs, advice):
     for make in (learner(mlp(1)).distill, partial(KD, **{'loss': SoftTarget, **kwargs})):
         with pytest.raises((TypeError,ValueError)) as e: make(mlp(9), **kwargs)
         assert advice in str(e.value)
+
+def test_layers_are_found_by_distill_only():
+    with pytest.raises(ValueError, match=r'layers=match_feature_layers\(learn.model'):
+        KD(mlp(9), [SoftTarget, FitNet], layers='auto')
 
 def test_swapped_arguments_and_functions_as_teachers():
     with pytest.raises(TypeError, match='teacher and loss are swapped'): learner(mlp(1)).distill(SoftTarget, mlp(9))

@@ -128,9 +128,10 @@ def test_fits(look, page, size):
 
 @for_sizes
 def test_length(look, page, size):
-    "Tutorials are at most 15,000 pixels long"
+    "Tutorials are at most 15,000 pixels long; the benchmark of all losses may be longer"
+    limit = 18_000 if page=='tutorials/which_loss.html' else 15_000
     if page.startswith('tutorials/') or page in ('index.html','losses.html','glossary.html'):
-        assert look(page, size).height<=15_000
+        assert look(page, size).height<=limit
 
 def test_wide_parts_fade_out(url, new_tab):
     "On a phone, what is wider than the screen fades out at the side where it goes on, until one has scrolled there"
