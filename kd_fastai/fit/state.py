@@ -120,7 +120,7 @@ class FitState:
 
 # %% ../../nbs/fit/state.ipynb #9fdea1e4
 @patch
-def compare(self:FitState,
+def use_output(self:FitState,
     out # An output of the student
 ):
     "Let losses compare this output instead of the Learner's prediction, in the present batch"
