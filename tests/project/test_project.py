@@ -41,14 +41,14 @@ def test_in_sync(tmp_path):
         assert a.keys()==b.keys()
         assert [k for k in a if a[k]!=b[k]]==[]
 
-def test_one_worker_runs_all_tests_of_the_site():
+def test_one_worker_runs_all_tests_of_the_site(pytestconfig):
     "Each worker that runs one of them builds the site, which takes longer than most files of tests."
-    from conftest import SITE_FILES, work_unit
+    conftest = pytestconfig.pluginmanager.get_plugin(str(root/'tests/conftest.py'))
     uses_site = re.compile(r'^def \w+\(.*\bsite\b', re.M)
     files = [p.stem for p in (root/'tests').rglob('test_*.py') if uses_site.search(p.read_text())]
-    assert {*files}==SITE_FILES
-    assert len({work_unit(f'tests/{f}.py::test_x[index.html]') for f in files})==1
-    assert len({work_unit(f'tests/test_notebooks.py::test_notebook[{n}]') for n in ('a.ipynb','b.ipynb')})==2
+    assert {*files}==conftest.SITE_FILES
+    assert len({conftest.work_unit(f'tests/{f}.py::test_x[index.html]') for f in files})==1
+    assert len({conftest.work_unit(f'tests/test_notebooks.py::test_notebook[{n}]') for n in ('a.ipynb','b.ipynb')})==2
 
 @pytest.mark.slow
 def test_wheel_holds_the_modules(tmp_path):

@@ -69,7 +69,7 @@ NEED_POSITIONS = {
 @pytest.mark.parametrize('loader', [*LOADERS][:3])
 @pytest.mark.parametrize('what', NEED_POSITIONS)
 def test_what_needs_positions_says_so(what, loader):
-    with pytest.raises(ValueError, match='position'): fit(NEED_POSITIONS[what](learner(loader), learner(loader, 8)))
+    with pytest.raises(ValueError, match='index'): fit(NEED_POSITIONS[what](learner(loader), learner(loader, 8)))
 
 def test_inputs_that_cannot_be_exported_are_named(tmp_path):
     class Named(nn.Module):

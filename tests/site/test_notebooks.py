@@ -20,7 +20,7 @@ def runs(cell):
     return (cell['cell_type']=='code' and src.strip()
             and not any(f'#| {o}' in src for o in ('eval: false', 'slow', 'notest')))
 
-def is_slow(cell): return ''.join(cell['source']).startswith('#| slow')
+def is_slow(cell): return '#| slow' in ''.join(cell['source'])
 
 # Processes are forked from one that has imported what notebooks import: that takes longer than most notebooks
 fresh = multiprocessing.get_context('forkserver')
@@ -48,7 +48,7 @@ def test_notebook(nb, tmp_path):
         assert any(c.get('outputs') for c in cells) and all(compile(''.join(c['source']), nb.name, 'exec')
                                                             for c in cells if c['cell_type']=='code')
         return
-    assert run>=min(3, code) and run>=0.8*code, f'only {run} of {code} code cells are executed'
+    assert run>=min(3, code) and run>=0.75*code, f'only {run} of {code} code cells are executed'
     process = fresh.Process(target=execute, args=(nb, tmp_path/'log'))
     process.start()
     process.join(600)
