@@ -120,6 +120,7 @@ def part_of(
     "Return what a term sees of a batch: one teacher, the positions that count, weights of its samples"
     batch = batch.of(term.teacher)
     if term.from_layers: batch = batch.with_predictions(**batch.features(term.layers))
+    # a function of the batch may read the features of other terms
     if not callable(term.sample_weight): batch = batch.with_layers(term.layers or ([],[]))
     if term.name in batch.masks: batch = batch.masked(batch.masks[term.name])
     if term.sample_weight is not None: batch = batch.weighted(term.sample_weight, term.name)

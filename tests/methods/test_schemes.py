@@ -521,6 +521,11 @@ def test_distill_finds_the_layers(teachers):
     fit(learn.distill(teachers[0], Similarity, layers='auto'))
     flat = Learner(learn.dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), loss_func=CrossEntropyLossFlat())
     with pytest.raises(ValueError, match='No feature size is in both models'): flat.distill(teachers[0], layers='auto')
+    for several in (dict(a=teachers[0], b=teachers[1]), StoredTeacher(torch.randn(100, 10))):
+        with pytest.raises(ValueError, match="'auto' finds the layers of one network, got (dict|StoredTeacher)"):
+            learn.distill(several, layers='auto')
+    with pytest.raises(ValueError, match="'auto' and activations_student are the same argument"):
+        learn.distill(teachers[0], layers='auto', activations_student='1')
 
 def test_distill_lets_the_labels_teach_first(teachers):
     "A weight that is found rises from 0; with a schedule, a weight or without labels, it is as the user says."
