@@ -3,6 +3,7 @@
 nbdev shows each parameter on a line with its full type and a comment, which wraps in the middle of words."""
 import json, re
 from dataclasses import dataclass
+from fastai.callback.core import event
 
 fence = re.compile(r'```python\n((?:def|class) [\w.]+\(.*?)\n```', re.S)
 bare = {'NoneType': 'None', 'Ellipsis': '...'}
@@ -66,8 +67,10 @@ def table(parameters, returns):
     return '\n'.join(f'| {" | ".join(r)} |' for r in [('parameter','type','details'), ('--',)*3, *rows])
 
 def call(name, parameters, returns):
-    "The signature without the types of parameters"
-    args = ', '.join(p.name + (f'={p.default}' if p.default else '') for p in parameters)
+    "The signature without the types of parameters, and without the events that any fastai callback takes"
+    events = {'*', *vars(event)} if any(p.name=='after_create' for p in parameters) else ()
+    own = [p for p in parameters if p.name not in events]
+    args = ', '.join(p.name + (f'={p.default}' if p.default else '') for p in own)
     result = f' -> {returns.type}' if returns.type not in ('','None') else ''
     return f'{name}({args}){result}'
 
