@@ -61,7 +61,7 @@ def code(text): return f'`{cell(text)}`' if text else ''
 
 def table(parameters, returns):
     "A Markdown table with a row for each documented parameter, or an empty text"
-    rows = [(code(p.name), code(p.type), cell(p.details)) for p in parameters if p.details]
+    rows = [(code(p.name.removeprefix('*, ')), code(p.type), cell(p.details)) for p in parameters if p.details]
     if returns.details: rows.append(('returns', code(returns.type), cell(returns.details)))
     if not rows: return ''
     return '\n'.join(f'| {" | ".join(r)} |' for r in [('parameter','type','details'), ('--',)*3, *rows])
