@@ -69,13 +69,8 @@ def free(cells):
 
 def statements(cells):
     "The statements of the code that a page shows, cell by cell, with their texts"
-    return [parsed(source(c)) for c in cells
-            if c['cell_type']=='code' and not re.match(r'#\| *echo: false', source(c))]
-
-@cache
-def parsed(code):
-    "The statements of a cell, with their texts"
-    return [(s, ast.get_source_segment(code, s)) for s in ast.parse(code).body]
+    code = [source(c) for c in cells if c['cell_type']=='code' and not re.match(r'#\| *echo: false', source(c))]
+    return [[(s, ast.get_source_segment(o, s)) for s in ast.parse(o).body] for o in code]
 
 def is_import(statement): return isinstance(statement, (ast.Import, ast.ImportFrom))
 
