@@ -80,6 +80,8 @@ def tidy(markdown):
     parts = read(m[1]) if m else None
     if parts is None: return markdown
     name,parameters,returns = parts
+    # nbdev emphasizes the first line of a docstring: emphasize the whole paragraph
+    markdown = re.sub(r'^\*(.+)\*\n(?=[\w`(])(.+(?:\n.+)*)', r'*\1\n\2*', markdown, count=1, flags=re.M)
     text = markdown.replace(m[0], f'```python\n{call(name, parameters, returns)}\n```')
     return '\n\n'.join(filter(None, [text, table(parameters, returns)]))
 
