@@ -409,7 +409,7 @@ class C(
 *What it does, in*
 two lines"""
     assert tidy(given).startswith('```python\nC(n=1, late=False)\n```\n\n*What it does, in\ntwo lines*\n\n| parameter')
-    given = '```python\ndef f(\n    a, *, b:int=0, # A number\n):\n```\n\n*Do*'
+    given = '```python\ndef f(\n    a, # Any\n    *, b:int=0, # A number\n):\n```\n\n*Do*'
     assert 'f(a, *, b=0)' in tidy(given) and '| `b` |' in tidy(given)
 
 def test_counts_of_losses():
