@@ -58,6 +58,7 @@ class FitState:
         self.is_trial = any(isinstance(cb, LRFinder) for cb in learn.cbs)
         self.uses_idx = teacher.needs_idx or any(o.uses_idx for o in objective.terms)
         self.reads_pred = any(o.reads_output for o in objective.terms)
+        self.needs_labels = any(o.needs_labels for o in objective.terms)
         self.teacher_random = RandomStream() # for teachers that draw random numbers
         self.next_batch()
 
@@ -114,8 +115,7 @@ class FitState:
         must_be_finite = [k for k,w in weights.items() if isinstance(w, Tensor) or w]
         where = f"epoch {self.learn.epoch}, batch {self.learn.iter}"
         self.columns.add(where, find_bs(self.learn.yb), columns, must_be_finite)
-        has_labels = True if batch.label_mask is None else batch.label_mask.any()
-        self.columns.has_labels = self.columns.has_labels | has_labels
+        if self.needs_labels: self.columns.has_labels |= True if batch.label_mask is None else batch.label_mask.any()
 
 
 # %% ../../nbs/fit/state.ipynb #9fdea1e4

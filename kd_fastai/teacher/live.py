@@ -121,6 +121,7 @@ class Teacher(BaseTeacher):
         "Set the layers to capture, and what the user has not set; returns `self`"
         self.capture = Capture(self.model, layers, who='teacher')
         self._orders,self._auto_tfm,self._looked = {},None,False
+        self._dtype = float_dtype(self.model)
         return super().configure(layers, tfm, early_exit)
 
     def prepare(self, dl):
@@ -134,6 +135,7 @@ class Teacher(BaseTeacher):
         self._orders = {}
         with shared_eval_mode(self.model), on_device(self.model, device):
             reset_hidden_state(self.model, self.learner)
+            self._dtype = float_dtype(self.model)
             with self.capture: yield self
 
     def __call__(self, *xb, need_pred=True, idx=None):
@@ -143,7 +145,7 @@ class Teacher(BaseTeacher):
         with torch.no_grad():
             pred = self._run(self.convert(own_copy(xb)), need_pred)
             features = self.capture.pop()
-        dtype = _result_dtype(xb, float_dtype(self.model))
+        dtype = _result_dtype(xb, self._dtype)
         if dtype is not None: pred,features = _cast(pred, dtype),{k: _cast(f, dtype) for k,f in features.items()}
         if pred is not None and self.probabilities: pred = to_logits(pred)
         elif pred is not None and not self._looked:
@@ -163,8 +165,7 @@ class Teacher(BaseTeacher):
         if self.tfm=='auto' and self._auto_tfm is None: raise RuntimeError(
             "teacher_tfm='auto' needs the training data: call prepare(dls.train) first")
         if self.conversion is not None: xb = tuple(map(as_plain_tensor, tuplify(self.conversion(*xb))))
-        dtype = float_dtype(self.model)
-        return xb if dtype is None else tuple(_cast(o, dtype) for o in xb)
+        return xb if self._dtype is None else tuple(_cast(o, self._dtype) for o in xb)
 
     def _run(self, xb, need_pred):
         """Return the prediction; None if the forward stopped after the last layer or returned none.
