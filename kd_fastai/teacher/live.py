@@ -30,7 +30,7 @@ class BaseTeacher:
     "The interface of all teachers"
     model = nn.Module() # The model that predicts; an empty one for a teacher that has predictions only
     learner = None      # Its Learner, if it has one
-    needs_idx = False   # Does the teacher need the positions of the samples?
+    needs_idx = False   # Does the teacher need the indices of the samples?
     own_inputs = 0      # Number of inputs, at the end of a batch, for the teacher only; 0: it gets the student's
     tfm = None          # Conversion of the inputs
     early_exit = True   # Stop the forward pass after the last layer if no prediction is needed?
@@ -78,7 +78,7 @@ class BaseTeacher:
     def __call__(self,
         *xb:Tensor,          # The student's inputs, or the teacher's own; they do not change
         need_pred:bool=True, # Is the prediction needed? If not, it may be None
-        idx:Tensor=None      # Positions of the samples, for a teacher that needs them
+        idx:Tensor=None      # Indices of the samples, for a teacher that needs them
     )->tuple: # Predictions, and `{layer: feature}`
         "Return predictions and features of one batch, without gradients"
         raise NotImplementedError
