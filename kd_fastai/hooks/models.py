@@ -255,6 +255,7 @@ def _are_equal(a, b):
     return (python==python_b and torch.equal(cpu, cpu_b) and all(map(torch.equal, cuda, cuda_b))
             and (numpy is numpy_b or pickle.dumps(numpy)==pickle.dumps(numpy_b)))
 
+# %% ../../nbs/hooks/models.ipynb #5e3d91ab
 def seed_generators(
     seed:int,     # 0 to 2**32-1
     generators=() # Objects with a method `set_random_seed`, in addition to Python, NumPy and PyTorch
