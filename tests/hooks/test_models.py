@@ -3,8 +3,9 @@ import numpy as np, pytest
 from kd_fastai.hooks.models import RandomStream
 
 
-@pytest.mark.parametrize('draw', [np.random.rand, np.random.randn, np.random.standard_normal, lambda: np.random.bytes(1),
-    lambda: np.random.randint(2), lambda: np.random.shuffle([1,2]), lambda: np.random.seed(3)])
+@pytest.mark.parametrize('draw', [np.random.rand, np.random.randn, np.random.standard_normal,
+    lambda: np.random.bytes(1), lambda: np.random.randint(2), lambda: np.random.shuffle([1,2]),
+    lambda: np.random.seed(3)])
 @pytest.mark.parametrize('n_before', [0, 1, 2])  # after an odd number of calls, randn keeps a number for the next one
 def test_each_draw_from_numpy_is_noticed(draw, n_before):
     np.random.seed(0)
