@@ -175,7 +175,7 @@ class TrainedTerms:
         teacher:nn.Module|dict|None=None, # The teacher, or several by name
         **extra            # What else the `build` of a loss may read, such as `n_data`, the number of training samples
     ):
-        """Create the parameters that losses own, once, from the shapes of a first batch. Random numbers stay as they are.
+        """Create what losses own, once, from the shapes of a first batch. Random numbers stay as they are.
 
         Parameters of the student and the teacher that a loss refers to are not its own: they are left out of
         `parameters`, and their modules keep their modes."""
