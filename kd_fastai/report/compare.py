@@ -7,50 +7,17 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/compare.html.md"""
 # %% auto #0
 __all__ = ['paired_interval', 'seeds_for_verdict', 'comparison_table', 'KDComparison', 'BestStudent', 'main_metric', 'kd_compare']
 
-# %% ../../nbs/report/compare.ipynb #a1f34bf6
+# %% ../../nbs/report/compare.ipynb #a36e2dbf
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 from fastcore.basics import store_attr
 from fastai.basics import Learner, no_random
 from .measure import latency
 from .runs import RunTable, TrainRun, lower_is_better, make_student, run_all
 from .scores import first_batch, split_xy
 from ..hooks.inputs import split_inputs
-from ..teacher.live import BaseTeacher, Teacher
-
-# %% ../../nbs/report/compare.ipynb #6652edd2
-class BatchReader(BaseTeacher):
-    "A model that takes its own inputs out of those of a batch: the student's, or with `is_teacher` the teacher's"
-    def __init__(self,
-        source,           # A module, Learner, path or `Teacher`
-        teacher_inputs:int, # How many of a batch's last inputs only the teacher gets
-        is_teacher:bool=False # Is it the teacher?
-    ):
-        self.reader = source if isinstance(source, BaseTeacher) else Teacher(source)
-        self.model,self.learner = self.reader.model,self.reader.learner
-        self.teacher_inputs,self.is_teacher = teacher_inputs,is_teacher
-
-    @contextmanager
-    def ready(self, device:torch.device=None):
-        "Prepare to run"
-        with self.reader.ready(device): yield self
-
-    def __call__(self, *xb:Tensor, **kwargs)->tuple:
-        "As `Teacher`, for all inputs of a batch"
-        return self.reader(*split_inputs(xb, self.teacher_inputs)[self.is_teacher], **kwargs)
-
-def batch_readers(
-    models:dict,       # Models by name, that of the teacher is 'teacher'
-    teacher_inputs:int # How many of a batch's last inputs only the teacher gets
-)->dict: # `{name: BatchReader}`
-    "Models that each take their own inputs out of those of a batch"
-    return {n: m if isinstance(m, BatchReader) else BatchReader(m, teacher_inputs, n=='teacher')
-            for n,m in models.items()}
 
 # %% ../../nbs/report/compare.ipynb #ac7922c8
 def paired_interval(

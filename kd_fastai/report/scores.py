@@ -6,7 +6,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/scores.html.md"""
 
 # %% auto #0
 __all__ = ['ModelReader', 'model_readers', 'class_axis', 'known_classes', 'calibration_error', 'ScoredBatch', 'Scores',
-           'score_models', 'predicted_classes']
+           'score_models']
 
 # %% ../../nbs/report/scores.ipynb #7e337b59
 from collections.abc import Callable
@@ -197,7 +197,7 @@ class Scores:
         "Return the share of labels for which two models predict the same class"
         return None if self.classes is None else float((self.classes[a]==self.classes[b]).mean())
 
-# %% ../../nbs/report/scores.ipynb #a0745d70
+# %% ../../nbs/report/scores.ipynb #96b45f5f
 class _ScoreSums:
     "What is added up over the batches"
     def __init__(self, learn, names):
@@ -257,11 +257,3 @@ def score_models(
             each(batch)  # it may refuse predictions of another shape
             sums.add(batch)
     return sums.result()
-
-def predicted_classes(
-    learn:Learner, # As in `score_models`
-    dl=None,       # Another `DataLoader` with labels
-    **models       # More models by name
-)->pd.DataFrame|None: # Columns `sample`, `target`, and `NAME`, `NAME_confidence` for each model
-    "Return the predicted class of each model for each label, a row for each label; None where labels are not classes"
-    return score_models(learn, models, dl).classes

@@ -4,6 +4,7 @@ import pytest, torch
 from fastai.basics import *
 from fastai.callback.all import *
 from kd_fastai.all import *
+from kd_fastai.teacher.fast import fast_copy
 from support import learner, weights
 from support.teachers import cached_fit, loaders, net
 
