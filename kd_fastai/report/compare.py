@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/compare.html.md"""
 # %% auto #0
 __all__ = ['paired_interval', 'seeds_for_verdict', 'comparison_table', 'KDComparison', 'BestStudent', 'main_metric', 'kd_compare']
 
-# %% ../../nbs/report/compare.ipynb #a36e2dbf
+# %% ../../nbs/report/compare.ipynb #977e0a49
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 import numpy as np

@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/plots.html.md"""
 # %% auto #0
 __all__ = ['plot_attention', 'plot_softened', 'plot_similarity']
 
-# %% ../../nbs/report/plots.ipynb #6662907d
+# %% ../../nbs/report/plots.ipynb #f7b65c2f
 from itertools import product
 from pathlib import Path
 from typing import Callable
@@ -81,7 +81,7 @@ def _image_range(x):
     low,high = (o(dim=(1,2,3), keepdim=True) for o in (x.amin, x.amax))
     return (x-low)/(high-low).clamp(min=1e-8)
 
-# %% ../../nbs/report/plots.ipynb #dd435345
+# %% ../../nbs/report/plots.ipynb #4285c0d7
 def plot_softened(
     logits:Tensor|dict,  # Logits of one sample, `(C,)`, or several by name, such as `dict(teacher=..., student=...)`
     T:tuple=(1,2,4,8),   # Temperatures
@@ -104,7 +104,7 @@ def plot_softened(
     if len(logits)>1: ax[-1].legend(fontsize=8)
     return ax
 
-# %% ../../nbs/report/plots.ipynb #6dbe0ff6
+# %% ../../nbs/report/plots.ipynb #9090643f
 def _heat_map(table, ax, fmt, **kwargs):
     "Plot a table as an image; a table of up to 400 values with numbers"
     ax.imshow(table.values, **kwargs)
@@ -118,7 +118,7 @@ def _heat_map(table, ax, fmt, **kwargs):
         ax.text(j, i, fmt(v), ha='center', va='center', fontsize=7, color='w' if v<middle else 'k')
     return ax
 
-# %% ../../nbs/report/plots.ipynb #bc44a335
+# %% ../../nbs/report/plots.ipynb #fed0182c
 @patch
 def plot_agreement(self:Learner,
     teacher:nn.Module|Learner|str|Path|Teacher|None=None, # Teacher; defaults to the one of the distillation callback

@@ -54,7 +54,7 @@ def first_batch(
     with no_random(), preserving_loader_rngs(dl):
         return dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
 
-# %% ../../nbs/report/scores.ipynb #6057c15a
+# %% ../../nbs/report/scores.ipynb #a31277e6
 class ModelReader:
     "A model that takes its own inputs out of a batch, and predicts in the student's columns"
     def __init__(self,
@@ -88,17 +88,19 @@ class ModelReader:
 def model_readers(
     learn:Learner, # The student's Learner, perhaps with a distillation callback
     models:dict,   # Models by name; that of the teacher is 'teacher'
-    class_map:list|None=None # The teacher's column for each class of the student; default: that of the callback
+    class_map:list|None=None, # The teacher's column for each class of the student; default: that of the callback
+    kd=None        # Callback that trained the student; default: the Learner's
 )->dict: # `{name: ModelReader}`, the first one is 'student'
     "Return the student and other models as `ModelReader`s"
-    kd = next(iter(kd_callbacks(learn)), None)
+    teacher_inputs = find_teacher_inputs(learn) if kd is None else kd.teacher_inputs
+    kd = next(iter(kd_callbacks(learn)), None) if kd is None else kd
     if class_map is None and kd is not None: class_map = kd.objective.class_maps.get(None)
     def read(name, source):
         if isinstance(source, ModelReader): return source
         own = None if kd is None else kd.teacher
         if own is not None and any(source is o for o in (own.model, own.learner)): source = own
         is_teacher = name=='teacher'
-        return ModelReader(source, find_teacher_inputs(learn), is_teacher, class_map if is_teacher else None)
+        return ModelReader(source, teacher_inputs, is_teacher, class_map if is_teacher else None)
     return {n: read(n, m) for n,m in {'student': learn.model, **models}.items()}
 
 # %% ../../nbs/report/scores.ipynb #ffcc9c8f
@@ -197,7 +199,7 @@ class Scores:
         "Return the share of labels for which two models predict the same class"
         return None if self.classes is None else float((self.classes[a]==self.classes[b]).mean())
 
-# %% ../../nbs/report/scores.ipynb #96b45f5f
+# %% ../../nbs/report/scores.ipynb #5836693e
 class _ScoreSums:
     "What is added up over the batches"
     def __init__(self, learn, names):

@@ -7,8 +7,8 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/card.html.md"""
 # %% auto #0
 __all__ = ['LIMITS', 'USE', 'recall_by_class', 'data_fingerprint', 'KDCard']
 
-# %% ../../nbs/ship/card.ipynb #601c69d3
-import base64, html, io, math, textwrap
+# %% ../../nbs/ship/card.ipynb #24e2122b
+import math, textwrap
 from contextlib import ExitStack
 from pathlib import Path
 import pandas as pd
@@ -21,7 +21,7 @@ from ..callback import KnowledgeDistillationCallback, kd_callbacks
 from ..hooks.inputs import n_samples
 from ..hooks.models import digest, isolated_rng, model_device, without_address
 from ..report.measure import latency, resize_batch, size_kb
-from ..report.scores import ModelReader, first_batch, model_readers, score_models, split_xy
+from ..report.scores import first_batch, model_readers, score_models, split_xy
 from .export import OnnxModel, runner_code
 from .steps import class_names, input_kind, run_versions
 
@@ -46,7 +46,7 @@ def data_fingerprint(
     "Return a checksum of all tensors that a loader gives, in their order"
     return digest(*(digest(b) for b in dl))[:12]
 
-# %% ../../nbs/ship/card.ipynb #1d2e3e76
+# %% ../../nbs/ship/card.ipynb #470b56be
 class KDCard:
     "What `Learner.kd_card` returns. A notebook shows it; `save` writes it"
     def __init__(self,
@@ -64,24 +64,20 @@ class KDCard:
         front = yaml.safe_dump(self.metadata, sort_keys=False, allow_unicode=True)
         return '\n\n'.join([f'---\n{front}---', f'# {self.title}', *map(_as_markdown, self.parts)])+'\n'
 
-    @property
-    def html(self)->str:
-        "The card as one HTML page, with its figures inside"
-        style = 'body{font-family:sans-serif;max-width:60em;margin:2em auto} td,th{padding:.2em .6em}'
-        return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-                f'<style>{style}</style></head><body>{self._repr_html_()}</body></html>')
+    def _ipython_display_(self):
+        from IPython.display import Markdown, display
+        display(Markdown(f'# {self.title}'))
+        for o in self.parts: display(Markdown(o) if isinstance(o, str) else o[1] if isinstance(o, tuple) else o)
 
-    def _repr_html_(self): return '\n'.join([f'<h1>{html.escape(self.title)}</h1>', *map(_as_html, self.parts)])
     def __repr__(self): return self.markdown
 
     def save(self,
         folder:str|Path # Folder for the files; made if it is missing
     )->Path: # The Markdown file
-        "Write `README.md`, `card.html` and the figures"
+        "Write `README.md` and the figures"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name,fig in (o for o in self.parts if isinstance(o, tuple)): fig.savefig(folder/f'{name}.png', dpi=120)
-        (folder/'card.html').write_text(self.html, encoding='utf-8')
         (folder/'README.md').write_text(self.markdown, encoding='utf-8')
         return folder/'README.md'
 
@@ -98,25 +94,6 @@ def _as_markdown(part):
     cells = [[_cell(v).replace('|', '\\|') for v in row] for row in table.itertuples(index=False)]
     rows = [[*map(str, table.columns)], ['---' for _ in table.columns], *cells]
     return '\n'.join(f"| {' | '.join(row)} |" for row in rows)
-
-def _as_html(part):
-    "A part of a card as HTML"
-    if isinstance(part, pd.DataFrame):
-        table = part.reset_index()
-        return table.to_html(index=False, border=0, formatters=[_cell for _ in table.columns])
-    if isinstance(part, tuple):
-        return f'<img alt="{part[0]}" style="max-width:100%" src="data:image/png;base64,{_png(part[1])}">'
-    if part.startswith('## '): return f'<h2>{html.escape(part[3:])}</h2>'
-    if part.startswith('```'): return f'<pre>{html.escape(part[10:-4])}</pre>'
-    if not part.startswith('- '): return f'<p>{html.escape(part)}</p>'
-    items = ''.join(f'<li>{html.escape(o[2:])}</li>' for o in part.split('\n'))
-    return f'<ul>{items}</ul>'
-
-def _png(fig):
-    "A figure as base64"
-    file = io.BytesIO()
-    fig.savefig(file, format='png', dpi=90)
-    return base64.b64encode(file.getvalue()).decode()
 
 # %% ../../nbs/ship/card.ipynb #497efc46
 def _figure(width, height, rows=1, cols=1):
@@ -259,7 +236,7 @@ def _card_task(dls, recall):
     "The Hub's name of the task; None if it is not a classification of pictures, rows or texts"
     return None if recall is None else _TASKS.get(input_kind(dls))
 
-# %% ../../nbs/ship/card.ipynb #12cc5733
+# %% ../../nbs/ship/card.ipynb #9c116606
 USE = 'The file has the preprocessing and the class names. This script needs onnxruntime, Pillow and NumPy:'
 
 @patch
@@ -284,8 +261,9 @@ def kd_card(self:Learner,
     history = _history(self) if history is None else history
     models = dict(teacher=teacher) | ({} if baseline is None else dict(baseline=baseline))
     with isolated_rng(loaders=self.dls.loaders):
-        models = _readers(self, models, kd)
-        found = _scores(self, models, progress)
+        models = model_readers(self, models, kd=kd)
+        bar = progress_bar(self.dls.valid, leave=False, display=progress, comment=f"scores of {', '.join(models)}")
+        found = score_models(self, models, bar)
         scores = _score_table(self, found, models)
         training = _training(self, kd, epochs)
         recall,lost,parts = _class_parts(self.dls, found.classes, [*scores.index], samples)
@@ -300,25 +278,7 @@ def kd_card(self:Learner,
     return KDCard(title, parts, front, scores, recall, lost)
 
 
-# %% ../../nbs/ship/card.ipynb #2ce958c0
-def _readers(learn, models, kd):
-    "The models with the inputs and classes that the callback gave them in the training run, also if it was taken off"
-    if kd is None: return model_readers(learn, models)
-    class_map = kd.objective.class_maps.get(None)
-    def read(name, source):
-        if name!='teacher': return ModelReader(source, kd.teacher_inputs)
-        known = any(source is o for o in (kd.teacher.model, kd.teacher.learner))
-        return ModelReader(kd.teacher if known else source, kd.teacher_inputs, True, class_map)
-    return {n: read(n, m) for n,m in {'student': learn.model, **models}.items()}
-
-def _scores(learn, models, progress):
-    "Scores of all models, with a progress bar over the batches"
-    bar = progress_bar(range(max(len(learn.dls.valid), 1)), leave=False, display=progress)
-    bar.comment = f"scores of {', '.join(models)}"
-    bar.update(0)
-    count = iter(range(1, len(learn.dls.valid)+1))
-    return score_models(learn, models, each=lambda b: bar.update(next(count)))
-
+# %% ../../nbs/ship/card.ipynb #963b0329
 def _class_parts(dls, classes, names, n):
     "Recall, lost samples, and their sections; nothing where labels are not classes"
     if classes is None: return None,None,[]

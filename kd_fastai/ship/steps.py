@@ -6,8 +6,8 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/steps.html.md"""
 
 # %% auto #0
 __all__ = ['ITEM_TRANSFORMS', 'BATCH_TRANSFORMS', 'TABLE_PROCS', 'Ops', 'OnnxType', 'input_kind', 'image_ops', 'item_pixels',
-           'item_transforms', 'Rescale', 'Standardize', 'Resample', 'batch_module', 'mask_ops', 'table_columns',
-           'table_ops', 'reads_in_chunks', 'text_ops', 'class_names', 'run_versions']
+           'item_transforms', 'Standardize', 'Resample', 'batch_module', 'mask_ops', 'table_columns', 'table_ops',
+           'reads_in_chunks', 'text_ops', 'class_names', 'run_versions']
 
 # %% ../../nbs/ship/steps.ipynb #d70a5914
 import math, platform
@@ -195,24 +195,16 @@ def _cannot(tfm, what):
             f"(it can write {known}, and leaves out what is for training only): "
             "remove it, or write only the network with export_onnx and repeat the transform by hand")
 
-# %% ../../nbs/ship/steps.ipynb #4b8e8301
-class Rescale(nn.Module):
-    "fastai's `IntToFloatTensor`"
-    def __init__(self,
-        tfm # The transform
-    ):
-        super().__init__()
-        self.div = tfm.div
-    def forward(self, x): return x.float()/self.div
-
+# %% ../../nbs/ship/steps.ipynb #febd0de7
 class Standardize(nn.Module):
-    "fastai's `Normalize`"
+    "Subtract a mean and divide by a deviation, as fastai's `IntToFloatTensor` and `Normalize` do"
     def __init__(self,
-        tfm # The transform
+        mean, # A number, or a tensor that fits the pictures
+        std   # Likewise
     ):
         super().__init__()
-        for n in ('mean','std'): self.register_buffer(n, as_plain_tensor(getattr(tfm, n)).cpu())
-    def forward(self, x): return (x-self.mean)/self.std
+        for n,v in dict(mean=mean, std=std).items(): self.register_buffer(n, torch.as_tensor(v, device='cpu'))
+    def forward(self, x): return (x.float()-self.mean)/self.std
 
 class Resample(nn.Module):
     "What fastai's affine and `RandomResizedCropGPU` transforms do to a picture of the validation set: another size"
@@ -221,8 +213,7 @@ class Resample(nn.Module):
     ):
         super().__init__()
         size = tfm.size if isinstance(tfm.size, (tuple,list)) or tfm.size is None else (tfm.size, tfm.size)
-        self.size,self.crop = size,None
-        self.corners = bool(getattr(tfm, 'align_corners', True))
+        self.size,self.corners = size,bool(getattr(tfm, 'align_corners', True))
         self.mode,self.pad = tfm.mode,getattr(tfm, 'pad_mode', 'reflection')
         if hasattr(tfm, 'valid_scale'): self.ratio,self.scale = tfm.ratio,tfm.valid_scale
 
@@ -246,7 +237,8 @@ class Resample(nn.Module):
         top,left = (h-ch)//2,(w-cw)//2
         return x[...,top:top+ch,left:left+cw]
 
-BATCH_TRANSFORMS = dict(IntToFloatTensor=Rescale, Normalize=Standardize, RandomResizedCropGPU=Resample)
+BATCH_TRANSFORMS = dict(IntToFloatTensor=lambda tfm: Standardize(0., tfm.div), RandomResizedCropGPU=Resample,
+                        Normalize=lambda tfm: Standardize(as_plain_tensor(tfm.mean), as_plain_tensor(tfm.std)))
 
 def batch_module(
     dls # `DataLoaders` of the Learner

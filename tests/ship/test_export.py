@@ -229,14 +229,23 @@ def test_parity_of_files(exported, folder):
 
 def resized(path, how): return np.asarray(Image.open(path).convert('RGB').resize((24,24), how))
 
+def sampled(path):
+    "The largest square, resized as PyTorch does without antialiasing"
+    im = Image.open(path).convert('RGB')
+    x = torch.tensor(np.asarray(ImageOps.fit(im, (min(im.size),)*2, Image.NEAREST))).permute(2,0,1)[None].float()
+    return F.interpolate(x, size=24, mode='bilinear')[0].round().byte().permute(1,2,0).numpy()
+
 MISTAKES = {'color: BGR instead of RGB': lambda m,f: m(read_image(f)[...,::-1].copy())[0],
-            'resize: squished': lambda m,f: m(resized(f, Image.BILINEAR))[0]}
+            'resize: squished': lambda m,f: m(resized(f, Image.BILINEAR))[0],
+            'resize: nearest filter': lambda m,f: m(np.asarray(
+                ImageOps.fit(Image.open(f).convert('RGB'), (24,24), Image.NEAREST)))[0],
+            'resize: no antialiasing': lambda m,f: m(sampled(f))[0]}
 
 @pytest.mark.parametrize('cause', MISTAKES)
 def test_parity_names_the_step_that_differs(exported, folder, cause):
     learn,model = exported
     files = [f for f in get_image_files(folder) if f.suffix=='.png']
-    res = learn.kd_parity(files, wrong=partial(MISTAKES[cause], model), tol=0.01)
+    res = learn.kd_parity(files, wrong=partial(MISTAKES[cause], model), tol=1e-4)
     assert len(res.differ) and res.differ['likely cause'].value_counts().index[0]==cause
 
 def test_parity_names_a_missing_normalization(exported, folder):
