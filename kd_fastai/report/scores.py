@@ -54,7 +54,7 @@ def first_batch(
     with no_random(), preserving_loader_rngs(dl):
         return dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
 
-# %% ../../nbs/report/scores.ipynb #a31277e6
+# %% ../../nbs/report/scores.ipynb #32b8a86a
 class ModelReader:
     "A model that takes its own inputs out of a batch, and predicts in the student's columns"
     def __init__(self,

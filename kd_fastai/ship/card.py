@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/card.html.md"""
 # %% auto #0
 __all__ = ['LIMITS', 'USE', 'recall_by_class', 'data_fingerprint', 'KDCard']
 
-# %% ../../nbs/ship/card.ipynb #24e2122b
+# %% ../../nbs/ship/card.ipynb #1bb54c8a
 import math, textwrap
 from contextlib import ExitStack
 from pathlib import Path
@@ -46,7 +46,7 @@ def data_fingerprint(
     "Return a checksum of all tensors that a loader gives, in their order"
     return digest(*(digest(b) for b in dl))[:12]
 
-# %% ../../nbs/ship/card.ipynb #470b56be
+# %% ../../nbs/ship/card.ipynb #8016aa82
 class KDCard:
     "What `Learner.kd_card` returns. A notebook shows it; `save` writes it"
     def __init__(self,
@@ -236,7 +236,7 @@ def _card_task(dls, recall):
     "The Hub's name of the task; None if it is not a classification of pictures, rows or texts"
     return None if recall is None else _TASKS.get(input_kind(dls))
 
-# %% ../../nbs/ship/card.ipynb #9c116606
+# %% ../../nbs/ship/card.ipynb #66562777
 USE = 'The file has the preprocessing and the class names. This script needs onnxruntime, Pillow and NumPy:'
 
 @patch
@@ -278,7 +278,7 @@ def kd_card(self:Learner,
     return KDCard(title, parts, front, scores, recall, lost)
 
 
-# %% ../../nbs/ship/card.ipynb #963b0329
+# %% ../../nbs/ship/card.ipynb #65660801
 def _class_parts(dls, classes, names, n):
     "Recall, lost samples, and their sections; nothing where labels are not classes"
     if classes is None: return None,None,[]

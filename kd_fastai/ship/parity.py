@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/parity.html.md"""
 # %% auto #0
 __all__ = ['KDParity']
 
-# %% ../../nbs/ship/parity.ipynb #5c702212
+# %% ../../nbs/ship/parity.ipynb #f99a0719
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
@@ -125,7 +125,7 @@ def _likely_cause(learn, file, student, pred):
     best = min(rest, key=rest.get, default=None)
     return best if best is not None and rest[best]<0.2*(student-pred).abs().max() else 'unknown'
 
-# %% ../../nbs/ship/parity.ipynb #881560e9
+# %% ../../nbs/ship/parity.ipynb #e94d2fb5
 def _changed_inputs(dls, file):
     "Batches of one picture, each with one step of the preprocessing changed, by name"
     from PIL import Image, ImageOps

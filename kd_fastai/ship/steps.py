@@ -195,7 +195,7 @@ def _cannot(tfm, what):
             f"(it can write {known}, and leaves out what is for training only): "
             "remove it, or write only the network with export_onnx and repeat the transform by hand")
 
-# %% ../../nbs/ship/steps.ipynb #febd0de7
+# %% ../../nbs/ship/steps.ipynb #353a383d
 class Standardize(nn.Module):
     "Subtract a mean and divide by a deviation, as fastai's `IntToFloatTensor` and `Normalize` do"
     def __init__(self,
