@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/demo/command.html.md"""
 # %% auto #0
 __all__ = ['DEMO_TASKS', 'recipes', 'DemoTask', 'fit_after_pretraining', 'compare', 'kd_demo']
 
-# %% ../../nbs/demo/command.ipynb #651c2f08
+# %% ../../nbs/demo/command.ipynb #9fd0fb61
 import sys, time
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +41,7 @@ def recipes(
             'with SoftTarget': lambda learn: distill(soft),
             'with SoftTarget + Attention': lambda learn: distill([soft, attention(learn.model)])}
 
-# %% ../../nbs/demo/command.ipynb #c960013f
+# %% ../../nbs/demo/command.ipynb #300d015e
 class DemoTask(NamedTuple):
     "What the demo trains on"
     data:Callable           # `data(labels, seed)` returns `DataLoaders`; None means all labels, for the teacher
@@ -88,7 +88,7 @@ def compare(
                        metrics=accuracy)
     return kd_compare(make_learner, methods, seeds, epochs, fit=fit_after_pretraining, rounds=0),teacher
 
-# %% ../../nbs/demo/command.ipynb #c43db79f
+# %% ../../nbs/demo/command.ipynb #d538922c
 def _check(ok, message):
     if not ok: sys.exit(f"kd-demo: {message}")
 
@@ -120,6 +120,7 @@ def kd_demo(
     try: res,teacher = compare(seeds, labels, epochs, temperature, data, say=partial(print, flush=True))
     except FileNotFoundError as e: _check(False, e)
     costs = measure_candidates(teacher.model, {'student': task.student}, (teacher.dls.valid.one_batch()[0][:64],))
-    print(f"\n{res}\n\n{costs.round(2).to_string()}\n\n"
+    table = res.table.loc[:,:'verdict'].to_string(float_format='{:.4g}'.format, na_rep='')
+    print(f"\n{table}\n\n{res.note}\n\n{costs.round(2).to_string()}\n\n"
           f"Plot: {out}. Total time: {time.perf_counter()-start:.0f} s.")
     res.plot().figure.savefig(out, dpi=120)

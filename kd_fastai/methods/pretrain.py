@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/methods/pretrain.html.md"""
 __all__ = ['Embedding', 'has_classifier', 'WithoutLabels', 'zero_loss', 'as_before', 'body_learner', 'inputs_of', 'data_device',
            'seconds']
 
-# %% ../../nbs/methods/pretrain.ipynb #d08ee1cd
+# %% ../../nbs/methods/pretrain.ipynb #66cfe26e
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from fastai.basics import (Callback, CancelValidException, DataLoaders, L, Learner, find_bs, noop, rank_distrib,
     to_device)
+from fastai.callback.hook import hook_output
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler  # gives Learner its fit_one_cycle  # noqa: F401
 from ..callback import KnowledgeDistillationCallback
@@ -45,7 +46,7 @@ class Embedding(nn.Module):
             "with one: name the layer to learn from, as in layers=('>', 'pool')")
         return self.features(x.mean(1) if x.ndim==3 else x.flatten(2).mean(-1) if x.ndim>3 else x)
 
-# %% ../../nbs/methods/pretrain.ipynb #be7d6cf5
+# %% ../../nbs/methods/pretrain.ipynb #f69573d3
 def has_classifier(
     model:nn.Module, # Any model
     *xb:Tensor       # Its inputs
@@ -53,12 +54,9 @@ def has_classifier(
     "Return whether the output of a model is that of its last linear layer"
     try: linear = unwrap_model(model).get_submodule(last_linear(model))
     except ValueError: return False
-    outputs = []
-    handle = linear.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    try:
-        with eval_no_grad(model): pred = find_logits(model(*xb))
-    finally: handle.remove()
-    return bool(outputs) and pred is not None and pred.shape==outputs[-1].shape and bool((pred==outputs[-1]).all())
+    with hook_output(linear) as hook, eval_no_grad(model): pred = find_logits(model(*xb))
+    if pred is None or hook.stored is None or pred.shape!=hook.stored.shape: return False
+    return bool((pred==hook.stored).all())
 
 # %% ../../nbs/methods/pretrain.ipynb #7672de98
 class WithoutLabels(Callback):

@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/measure.html.md"""
 # %% auto #0
 __all__ = ['size_kb', 'multiply_adds', 'activation_kb', 'resize_batch', 'latency']
 
-# %% ../../nbs/report/measure.ipynb #fe11dd8e
+# %% ../../nbs/report/measure.ipynb #1f639a24
 import io, time
 from collections.abc import Callable
 import numpy as np
@@ -15,9 +15,10 @@ import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
+from fastai.callback.hook import Hooks
 from ..hooks.models import eval_no_grad
 
-# %% ../../nbs/report/measure.ipynb #daec0021
+# %% ../../nbs/report/measure.ipynb #13115dd1
 def size_kb(
     model:nn.Module # A model
 )->float: # In kB (1,000 bytes)
@@ -39,16 +40,12 @@ def activation_kb(
     xb:tuple         # Inputs of one batch
 )->float: # In kB (1,000 bytes), for one sample
     "Return the size of input and output of the layer with the largest ones, without changing the model"
-    sizes,handles = [],[]
+    sizes = []
     def note(m, i, o):
         tensors = {t.data_ptr(): t.nbytes for t in tree_leaves((i, o)) if isinstance(t, Tensor)}  # one if in place
         sizes.append(sum(tensors.values()))
-    for m in model.modules():
-        if not [*m.children()]: handles.append(m.register_forward_hook(note))
-    try:
-        with eval_no_grad(model): model(*xb)
-    finally:
-        for h in handles: h.remove()
+    leaves = [m for m in model.modules() if not [*m.children()]]
+    with Hooks(leaves, note, detach=False), eval_no_grad(model): model(*xb)
     return max(sizes, default=0)/1000/len(xb[0])
 
 def resize_batch(

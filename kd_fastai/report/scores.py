@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/scores.html.md"""
 __all__ = ['ModelReader', 'model_readers', 'class_axis', 'known_classes', 'calibration_error', 'ScoredBatch', 'Scores',
            'score_models']
 
-# %% ../../nbs/report/scores.ipynb #7e337b59
+# %% ../../nbs/report/scores.ipynb #264e6450
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
@@ -18,16 +18,16 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from fastcore.basics import GetAttr, store_attr
-from fastai.basics import AvgLoss, Learner, find_bs, no_random, noop, to_device, tuplify
+from fastai.basics import AvgLoss, Learner, find_bs, noop, to_device, tuplify
 from ..callback import kd_callbacks
 from ..fit.batch import find_teacher_inputs, loss_layout
 from ..hooks.inputs import split_inputs
-from ..hooks.models import as_plain_tensor, model_device
+from ..hooks.models import as_plain_tensor, isolated_rng, model_device
 from ..losses.batch import find_class_axis
 from ..teacher.classes import in_student_order
 from ..teacher.live import BaseTeacher, Teacher
 
-# %% ../../nbs/report/scores.ipynb #dea1fafe
+# %% ../../nbs/report/scores.ipynb #213fd18b
 def split_xy(
     dls, # `DataLoaders`
     b    # One of their batches
@@ -37,22 +37,11 @@ def split_xy(
     n = getattr(dls, 'n_inp', max(len(b)-1, 1))
     return tuple(b[:n]),tuple(map(as_plain_tensor, b[n:]))
 
-@contextmanager
-def preserving_loader_rngs(
-    *loaders # `DataLoader`s
-):
-    "Restore the random generators of loaders after the context"
-    rngs = [(o, deepcopy(o.rng)) for o in loaders if getattr(o, 'rng', None) is not None]
-    try: yield
-    finally:
-        for o,r in rngs: o.rng = r
-
 def first_batch(
     dl # A `DataLoader`, fastai's or PyTorch's
 ):
     "Return the first batch of a loader, without a change of the random state or of the loader's order"
-    with no_random(), preserving_loader_rngs(dl):
-        return dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
+    with isolated_rng(42, [dl]): return dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
 
 # %% ../../nbs/report/scores.ipynb #32b8a86a
 class ModelReader:
@@ -199,7 +188,7 @@ class Scores:
         "Return the share of labels for which two models predict the same class"
         return None if self.classes is None else float((self.classes[a]==self.classes[b]).mean())
 
-# %% ../../nbs/report/scores.ipynb #5836693e
+# %% ../../nbs/report/scores.ipynb #fd02d429
 class _ScoreSums:
     "What is added up over the batches"
     def __init__(self, learn, names):
@@ -246,7 +235,7 @@ def score_models(
     dl = learn.dls.valid if dl is None else dl
     models,device = model_readers(learn, models, class_map),model_device(learn.model)
     sums = _ScoreSums(learn, models)
-    with no_random(), preserving_loader_rngs(dl, *learn.dls.loaders), torch.no_grad(), ExitStack() as stack:
+    with isolated_rng(42, [dl, *learn.dls.loaders]), torch.no_grad(), ExitStack() as stack:
         for m in models.values(): stack.enter_context(m.ready(device, learn.dls.train))
         for b in dl:
             xb,yb = split_xy(learn.dls, b if device is None else to_device(b, device))
