@@ -46,7 +46,7 @@ class Embedding(nn.Module):
             "with one: name the layer to learn from, as in layers=('>', 'pool')")
         return self.features(x.mean(1) if x.ndim==3 else x.flatten(2).mean(-1) if x.ndim>3 else x)
 
-# %% ../../nbs/methods/pretrain.ipynb #f69573d3
+# %% ../../nbs/methods/pretrain.ipynb #ebfb4708
 def has_classifier(
     model:nn.Module, # Any model
     *xb:Tensor       # Its inputs

@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/find.html.md"""
 # %% auto #0
 __all__ = ['default_methods', 'KDFind']
 
-# %% ../../nbs/report/find.ipynb #8ac5733f
+# %% ../../nbs/report/find.ipynb #a3d70504
 from collections.abc import Callable
 from pathlib import Path
 from fastcore.basics import patch
