@@ -7,9 +7,8 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/measure.html.md"""
 # %% auto #0
 __all__ = ['size_kb', 'multiply_adds', 'activation_kb', 'resize_batch', 'latency']
 
-# %% ../../nbs/report/measure.ipynb #1f639a24
+# %% ../../nbs/report/measure.ipynb #ac9eeabc
 import io, time
-from collections.abc import Callable
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -56,7 +55,7 @@ def resize_batch(
     def take(x): return x[[i%len(x) for i in range(n)]] if isinstance(x, Tensor) and x.ndim else x
     return tree_map(take, tuple(xb))
 
-# %% ../../nbs/report/measure.ipynb #ca0efaf2
+# %% ../../nbs/report/measure.ipynb #f680a078
 def latency(
     models:dict,  # Name to a function or a module
     xb:tuple,     # Inputs of one batch
@@ -65,20 +64,13 @@ def latency(
     "Measure the time of a forward pass, in rounds in which the models take turns. Modules run in eval mode"
     sync = torch.cuda.synchronize if any(isinstance(x, Tensor) and x.is_cuda for x in xb) else (lambda: None)
     times,names = {n: [] for n in models},[*models]
-    modes = [(o, o.training) for m in models.values() if isinstance(m, nn.Module) for o in m.modules()]
-    for o,_ in modes: o.training = False
-    try:
-        with torch.no_grad():
-            for m in models.values(): m(*xb)
-            for i in range(rounds):
-                for n in names[i%len(names):]+names[:i%len(names)]:
-                    start = _now(sync)
-                    models[n](*xb)
-                    times[n].append(_now(sync)-start)
-    finally:
-        for o,training in modes: o.training = training
+    with eval_no_grad(*(m for m in models.values() if isinstance(m, nn.Module))):
+        for m in models.values(): m(*xb)
+        for i in range(rounds):
+            for n in names[i%len(names):]+names[:i%len(names)]:
+                sync()
+                start = time.perf_counter()
+                models[n](*xb)
+                sync()
+                times[n].append(time.perf_counter()-start)
     return {n: 1000*float(np.median(ts)) for n,ts in times.items()}
-
-def _now(sync:Callable)->float:
-    sync()
-    return time.perf_counter()

@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/card.html.md"""
 # %% auto #0
 __all__ = ['LIMITS', 'USE', 'recall_by_class', 'data_fingerprint', 'KDCard']
 
-# %% ../../nbs/ship/card.ipynb #1bb54c8a
+# %% ../../nbs/ship/card.ipynb #32d58e79
 import math, textwrap
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +18,7 @@ from fastcore.basics import patch, store_attr
 from fastprogress.fastprogress import progress_bar
 from fastai.basics import Learner, to_device
 from ..callback import KnowledgeDistillationCallback, kd_callbacks
+from ..fit.columns import recorder_table
 from ..hooks.inputs import n_samples
 from ..hooks.models import digest, isolated_rng, model_device, without_address
 from ..report.measure import latency, resize_batch, size_kb
@@ -95,7 +96,7 @@ def _as_markdown(part):
     rows = [[*map(str, table.columns)], ['---' for _ in table.columns], *cells]
     return '\n'.join(f"| {' | '.join(row)} |" for row in rows)
 
-# %% ../../nbs/ship/card.ipynb #497efc46
+# %% ../../nbs/ship/card.ipynb #00b52346
 def _figure(width, height, rows=1, cols=1):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width,height), layout='constrained')
@@ -119,14 +120,12 @@ def _history_figure(history):
     ax.legend()
     return fig
 
-def _is_image(x): return isinstance(x, Tensor) and x.ndim==4 and x.shape[1] in (1,3) and x.is_floating_point()
-
 def _lost_figure(dls, lost, n):
     "The pictures of the first samples, with the label and what the student says; None where inputs are not images"
     wanted,found,start = [*lost.index[:n]],{},0
     for b in dls.valid:
         x = split_xy(dls, b)[0][0]
-        if not _is_image(x): return None
+        if not (isinstance(x, Tensor) and x.ndim==4 and x.shape[1] in (1,3) and x.is_floating_point()): return None
         found |= {i: x[i-start].detach().cpu() for i in wanted if start<=i<start+len(x)}
         start += len(x)
     rows = math.ceil(len(wanted)/4)
@@ -175,7 +174,7 @@ def _architecture(model):
     "Models of one architecture have one latency, which is measured once"
     return without_address(model)+repr([(*p.shape,) for p in model.parameters()])
 
-# %% ../../nbs/ship/card.ipynb #b9058c13
+# %% ../../nbs/ship/card.ipynb #63741f20
 def _training(learn, kd, epochs):
     "How the student was trained, a list of Markdown"
     says = []
@@ -202,15 +201,7 @@ def _schedule(f):
     if hasattr(f, 'f') and hasattr(f, 'start'): return f'{f.f.__name__}({f.start:g}, {f.end:g})'
     return without_address(f)
 
-def _history(learn):
-    "Columns of the last fit, epoch by epoch; empty where the Learner has none"
-    recorder = getattr(learn, 'recorder', None)
-    values = [o for o in getattr(recorder, 'values', []) if len(o)]
-    names = [*getattr(recorder, 'metric_names', [])][1:][:max(map(len, values), default=0)]
-    return pd.DataFrame(values, columns=names) if values and len(names)==len(values[0]) else pd.DataFrame()
-
-
-# %% ../../nbs/ship/card.ipynb #4bcb2ec8
+# %% ../../nbs/ship/card.ipynb #d832d277
 LIMITS = [
     'All scores are of one validation set and of one trained student. Another seed gives others (see `kd_compare`).',
     'A setting that was chosen on this validation set makes the scores better than they will be on new data.',
@@ -232,11 +223,6 @@ def _front_matter(title, scores, task, metadata):
 
 _TASKS = dict(image='image-classification', table='tabular-classification', tokens='text-classification')
 
-def _card_task(dls, recall):
-    "The Hub's name of the task; None if it is not a classification of pictures, rows or texts"
-    return None if recall is None else _TASKS.get(input_kind(dls))
-
-# %% ../../nbs/ship/card.ipynb #66562777
 USE = 'The file has the preprocessing and the class names. This script needs onnxruntime, Pillow and NumPy:'
 
 @patch
@@ -258,7 +244,7 @@ def kd_card(self:Learner,
     Call it before `validate` or `get_preds`, which clear the recorder, or give `history`."""
     kd = next(iter(kd_callbacks(self)), None) if kd is None else kd
     epochs = getattr(self, 'epoch', -1)+1 if history is None else len(history)
-    history = _history(self) if history is None else history
+    history = recorder_table(self) if history is None else history
     models = dict(teacher=teacher) | ({} if baseline is None else dict(baseline=baseline))
     with isolated_rng(loaders=self.dls.loaders):
         models = model_readers(self, models, kd=kd)
@@ -272,9 +258,10 @@ def kd_card(self:Learner,
         code = runner_code(OnnxModel(file).info, Path(file).name)
         parts += ['## Use', USE, f'```python\n{code}\n```']
     parts += ['## Training', '\n'.join(f'- {o}' for o in training)]
-    if len(history): parts += [('history', _history_figure(history))]
+    if history is not None: parts += [('history', _history_figure(history))]
     parts += ['## Limits', '\n'.join(f'- {o}' for o in [*LIMITS, *limits])]
-    front = _front_matter(title, scores, _card_task(self.dls, recall), metadata)
+    task = None if recall is None else _TASKS.get(input_kind(self.dls))  # the Hub's name
+    front = _front_matter(title, scores, task, metadata)
     return KDCard(title, parts, front, scores, recall, lost)
 
 

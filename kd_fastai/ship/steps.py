@@ -60,11 +60,7 @@ class OnnxType(IntEnum):
     STRING = 8
     DOUBLE = 11
 
-# %% ../../nbs/ship/steps.ipynb #750017d9
-def _shape(op, x):
-    "Height and width of pictures `(N, C, H, W)`, as int64 of shape (2,)"
-    return op.Shape(x, start=2)
-
+# %% ../../nbs/ship/steps.ipynb #615ac5c9
 def _ints(op, x): return op.Cast(x, to=OnnxType.INT64)   # cuts off the fraction, as Python's `int`
 def _double(op, x): return op.Cast(x, to=OnnxType.DOUBLE)
 
@@ -81,7 +77,7 @@ def _mirror(op, i, n):
 
 def _crop_pad(op, x, start, size, pad):
     "Cut `size` pixels from `start`, both (2,); pixels outside are black ('zeros'), of the edge or mirrored"
-    shape = _shape(op, x)
+    shape = op.Shape(x, start=2)  # height and width
     for axis in (0,1):
         i,n,k = (op.Gather(o, np.int64(axis)) for o in (start, size, shape))
         places = op.Range(i, op.Add(i, n), np.int64(1))
@@ -106,7 +102,7 @@ def _bilinear(tfm):
 
 def _hw(size): return np.array([size[1], size[0]], np.int64)  # fastai keeps width, height
 
-# %% ../../nbs/ship/steps.ipynb #6102d76a
+# %% ../../nbs/ship/steps.ipynb #baf6054d
 def _resize_window(op, shape, tfm):
     "Start and size, both (2,), of the largest crop (or smallest padded rectangle) that has the final shape"
     final = _hw(tfm.size).astype(float)
@@ -117,13 +113,13 @@ def _resize_window(op, shape, tfm):
 def _add_resize(op, x, tfm):
     "fastai's `Resize`: crop, pad or nothing, and then Pillow's resize"
     _bilinear(tfm)
-    if tfm.method!='squish': x = _crop_pad(op, x, *_resize_window(op, _shape(op, x), tfm), tfm.pad_mode)
+    if tfm.method!='squish': x = _crop_pad(op, x, *_resize_window(op, op.Shape(x, start=2), tfm), tfm.pad_mode)
     return _resize(op, x, _hw(tfm.size))
 
 def _add_center_crop(op, x, tfm):
     "fastai's `CropPad` and `RandomCrop`"
     size = _hw(tfm.size)
-    return _crop_pad(op, x, _center(op, _shape(op, x), size), size, getattr(tfm, 'pad_mode', 'zeros'))
+    return _crop_pad(op, x, _center(op, op.Shape(x, start=2), size), size, getattr(tfm, 'pad_mode', 'zeros'))
 
 def _add_random_resized_crop(op, x, tfm):
     "fastai's `RandomResizedCrop`: for validation, a slightly larger resize and a center crop"
@@ -131,7 +127,7 @@ def _add_random_resized_crop(op, x, tfm):
     size = _hw(tfm.size)
     extra = math.ceil(max(size)*tfm.val_xtra/8)*8
     x = _resize(op, x, size+extra)
-    return _crop_pad(op, x, _center(op, _shape(op, x), size), size, 'zeros')
+    return _crop_pad(op, x, _center(op, op.Shape(x, start=2), size), size, 'zeros')
 
 ITEM_TRANSFORMS = dict(Resize=_add_resize, CropPad=_add_center_crop, RandomCrop=_add_center_crop,
                        RandomResizedCrop=_add_random_resized_crop)
@@ -274,7 +270,7 @@ def mask_ops(
         mask = op.Sub(mask, np.int32(1))
     return op.Squeeze(mask, np.array([1]))
 
-# %% ../../nbs/ship/steps.ipynb #78019c4a
+# %% ../../nbs/ship/steps.ipynb #daee2040
 TABLE_PROCS = ('Categorify','FillMissing','Normalize')
 _TARGET_PROCS = ('Categorize','MultiCategorize','EncodedMultiCategorize','RegressionSetup','OneHotEncode')
 
@@ -293,11 +289,6 @@ def _proc(dls, kind): return next((f for f in dls.procs.fs if type(f).__name__==
 
 def _fill_values(dls): return getattr(_proc(dls, 'FillMissing'), 'na_dict', {})
 
-def _category_codes(op, column, items):
-    "Codes of strings `(N, 1)`; others are 0, which is `#na#`"
-    return op.LabelEncoder(column, domain='ai.onnx.ml', keys_strings=[str(o) for o in items[1:]],
-                           values_int64s=[*range(1, len(items))], default_int64=0)
-
 def table_ops(
     op:Ops, # Where the nodes are added
     dls     # `TabularDataLoaders`
@@ -309,7 +300,9 @@ def table_ops(
     for n in dls.train_ds.cat_names:
         if n in names['categories']:
             column = op.Gather('categories', np.array([names['categories'].index(n)]), axis=1)
-            codes.append(_category_codes(op, column, dls.classes[n]))
+            names_of_codes = [str(o) for o in dls.classes[n][1:]]  # others are 0, which is `#na#`
+            codes.append(op.LabelEncoder(column, domain='ai.onnx.ml', keys_strings=names_of_codes,
+                                         values_int64s=[*range(1, len(names_of_codes)+1)], default_int64=0))
         else:
             of = op.Gather(missing, np.array([names['numbers'].index(n.removesuffix('_na'))]), axis=1)
             order = [str(o) for o in dls.classes[n]]

@@ -170,7 +170,7 @@ def _warn_without_units(form, device):
         f"This {device.type} has no units for {form}: the teacher can take several times as long as in float32. "
         f"FastTeacher(teacher, half={form}) takes the fastest form", KDWarning)
 
-# %% ../../nbs/teacher/fast.ipynb #da00bb0f
+# %% ../../nbs/teacher/fast.ipynb #d986f97a
 class FastTeacher(BaseTeacher):
     """A `Teacher` that runs the fastest of several forms of its model, found on the first batch.
 

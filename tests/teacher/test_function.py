@@ -72,12 +72,18 @@ class Sleeps(nn.Module):
     def __init__(self, model): super().__init__(); self.model = model
     def forward(self, x): time.sleep(0.02); return self.model(x)
 
+def other(model):
+    "A copy of other outputs"
+    res = deepcopy(model)
+    for p in res.parameters(): p.data += 0.1
+    return res
+
 @pytest.mark.parametrize('dropout,choice', [(0.,'quick'), (0.5,'as it is')])
 def test_the_fastest_form_that_agrees_goes_on(dropout, choice, capsys):
     "A form of other outputs, or of random ones, is not taken"
     t,x = nn.Sequential(net(8), Draws(dropout)),loaders().train.dataset.x
-    fast = FastTeacher(Sleeps(t))
-    fast.makers |= {'quick': lambda device: t, 'wrong': lambda device: net(8)}
+    fast,wrong = FastTeacher(Sleeps(t)),other(t)
+    fast.makers |= {'quick': lambda device: t, 'wrong': lambda device: wrong}
     state = torch.get_rng_state()
     with fast.ready(): pred,_ = fast(x)
     assert fast.choice==choice and f'The teacher runs {choice} (as it is ' in capsys.readouterr().out
@@ -91,7 +97,7 @@ def test_a_form_that_no_longer_agrees_is_left():
     fast = FastTeacher(Sleeps(t))
     fast.makers['quick'] = lambda device: t
     with fast.ready(): fast(x)
-    fast.makers['quick'] = lambda device: net(8)
+    fast.makers['quick'] = lambda device: other(t)
     fast.prepare(loaders().train)
     with fast.ready(): assert torch.equal(fast(x)[0], t.eval()(x))
     assert fast.choice=='as it is'
@@ -99,7 +105,7 @@ def test_a_form_that_no_longer_agrees_is_left():
 class Draws(nn.Module):
     "Dropout that is also active in eval mode"
     def __init__(self, p): super().__init__(); self.p = p
-    def forward(self, x): return F.dropout(x, self.p, training=self.p>0)
+    def forward(self, x): return nn.functional.dropout(x, self.p, training=self.p>0)
 
 # ---- teacher_dtype
 
