@@ -99,6 +99,7 @@ def body_learner(
                   train_bn=learn.train_bn, moms=learn.moms)
     if not hasattr(learn, 'progress'): res.remove_cb(ProgressCallback)  # inside `learn.no_bar()`
     res.logger = learn.logger
+    res.recorder.train_metrics,res.recorder.valid_metrics = True,False  # columns of what is computed
     return res
 
 def inputs_of(

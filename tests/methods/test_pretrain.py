@@ -96,3 +96,13 @@ def test_token_outputs_and_layers_that_are_not_the_last(teacher):
     assert not has_classifier(nn.Sequential(nn.Flatten(), nn.Linear(64,8), nn.ReLU()), torch.randn(2,1,8,8))
     learn = learner(width=4)
     with pytest.raises(ValueError, match='no layer|No layer'): learn.kd_pretrain(teacher, 1, layers=[('>','pooling')])
+
+class Table(Callback):
+    def after_fit(self): self.names,self.values = self.recorder.metric_names,self.recorder.log
+
+def test_the_table_has_a_value_for_each_name(teacher):
+    "Validation is left out, so its columns are too"
+    table = Table()
+    learner(width=4).kd_pretrain(teacher, 1, cbs=table)
+    assert table.names==['epoch','train_loss','task_loss','features','time']
+    assert len(table.values)==len(table.names) and table.values[3]>0

@@ -102,7 +102,7 @@ def test_named_paths_exist(file):
 
 # ---- sizes
 
-def exported(nb): return [c for c in code(nb) if re.match(r'#\| *exports?\b', c)]
+def exported(nb): return [c for c in code(nb) if re.match(r'#\| *export[is]?\b', c)]
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_exported_cells_fit_on_a_screen(name):

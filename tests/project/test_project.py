@@ -115,8 +115,8 @@ def test_no_paths_of_one_machine():
 def test_paths_of_one_machine_are_found(folder): assert paths_of_one_machine(f"f = '/{folder}/name'")
 
 def test_promises_have_tests():
-    "Each test that the callback's table of promises names exists"
-    text = (root/'nbs/callback.ipynb').read_text(encoding='utf-8')
+    "Each test that the table of promises names exists"
+    text = (root/'nbs/tutorials/guarantees.ipynb').read_text(encoding='utf-8')
     table = text.partition('Each promise has tests')[2].partition('"cell_type"')[0]
     named = [re.findall(r'`(\w+)`', row) for row in re.findall(r'"\|.*\| (`.*`) \|', table)]
     defined = '\n'.join(p.read_text(encoding='utf-8') for p in (root/'tests').rglob('test_*.py'))
