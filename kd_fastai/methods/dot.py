@@ -17,7 +17,7 @@ from ..callback import kd_callbacks
 from ..fit.internals import is_distributed
 from .mutual import MutualLearning
 
-# %% ../../nbs/methods/dot.ipynb #24108991
+# %% ../../nbs/methods/dot.ipynb #1eed777a
 def has_momentum(
     opt # A fastai optimizer
 )->bool:
@@ -41,7 +41,7 @@ def optimizer_state(
     "What the optimizer keeps for a parameter"
     return opt.opt.state[p] if isinstance(opt, OptimWrapper) else opt.state[p]
 
-# %% ../../nbs/methods/dot.ipynb #d580d378
+# %% ../../nbs/methods/dot.ipynb #c3d6bbc9
 class DOT(Callback):
     """Give the gradient of distillation a larger momentum than that of the task (Zhao et al., 2023).
 

@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/measure.html.md"""
 # %% auto #0
 __all__ = ['size_kb', 'multiply_adds', 'activation_kb', 'resize_batch', 'latency']
 
-# %% ../../nbs/report/measure.ipynb #ac9eeabc
+# %% ../../nbs/report/measure.ipynb #ba9132e2
 import io, time
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def resize_batch(
     def take(x): return x[[i%len(x) for i in range(n)]] if isinstance(x, Tensor) and x.ndim else x
     return tree_map(take, tuple(xb))
 
-# %% ../../nbs/report/measure.ipynb #f680a078
+# %% ../../nbs/report/measure.ipynb #d2e46c5e
 def latency(
     models:dict,  # Name to a function or a module
     xb:tuple,     # Inputs of one batch

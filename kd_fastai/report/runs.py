@@ -8,8 +8,8 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/runs.html.md"""
 __all__ = ['OWN_COLUMNS', 'LOWER', 'HIGHER', 'is_loss', 'distill_args', 'apply_method', 'digest', 'StudentInputs', 'ShowEpoch',
            'make_student', 'TrainRun', 'RunTable', 'check_settings', 'run_all', 'lower_is_better']
 
-# %% ../../nbs/report/runs.ipynb #1ed19878
-import hashlib, inspect, os, re, sys, tempfile, time, types
+# %% ../../nbs/report/runs.ipynb #90b2a2fd
+import hashlib, inspect, os, re, shutil, sys, tempfile, time, types
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -277,18 +277,14 @@ def _run_scores(learn, teacher):
         row['calibration_error'] = summary.calibration_error.student
     return row | dict(parameters=sum(p.numel() for p in learn.model.parameters()), kb=round(size_kb(learn.model), 1))
 
-# %% ../../nbs/report/runs.ipynb #be267148
+# %% ../../nbs/report/runs.ipynb #7fa31135
 class RunTable:
     "Finished runs, in a csv that several processes may share"
     def __init__(self,
         csv:str|Path|None=None # The file; a temporary one, if not given
     ):
         self.is_temporary = csv is None
-        if csv is None:
-            fd,csv = tempfile.mkstemp(prefix='kd_runs_', suffix='.csv')
-            os.close(fd)
-            os.unlink(csv)
-        self.csv = Path(csv)
+        self.csv = Path(tempfile.mkdtemp(prefix='kd_runs_'))/'runs.csv' if csv is None else Path(csv)
         self.lock = FileLock(self.csv.with_name(f'.{self.csv.name}.lock'))
 
     def read(self)->pd.DataFrame:
@@ -329,10 +325,7 @@ class RunTable:
                 print(says)
                 if hasattr(e, 'add_note'): e.add_note(says)
             raise
-        else:
-            if self.is_temporary: self.csv.unlink(missing_ok=True)
-        finally:
-            if self.is_temporary: Path(self.lock.lock_file).unlink(missing_ok=True)
+        if self.is_temporary: shutil.rmtree(self.csv.parent)
 
 def _check_run(runs, row, csv):
     "Raise `ValueError` for a run with other columns, or from other weights than those of its seed"

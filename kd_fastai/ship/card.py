@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/card.html.md"""
 # %% auto #0
 __all__ = ['LIMITS', 'USE', 'recall_by_class', 'data_fingerprint', 'KDCard']
 
-# %% ../../nbs/ship/card.ipynb #32d58e79
+# %% ../../nbs/ship/card.ipynb #016f6248
 import math, textwrap
 from contextlib import ExitStack
 from pathlib import Path
@@ -96,7 +96,7 @@ def _as_markdown(part):
     rows = [[*map(str, table.columns)], ['---' for _ in table.columns], *cells]
     return '\n'.join(f"| {' | '.join(row)} |" for row in rows)
 
-# %% ../../nbs/ship/card.ipynb #00b52346
+# %% ../../nbs/ship/card.ipynb #91c57ec9
 def _figure(width, height, rows=1, cols=1):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width,height), layout='constrained')
@@ -174,7 +174,7 @@ def _architecture(model):
     "Models of one architecture have one latency, which is measured once"
     return without_address(model)+repr([(*p.shape,) for p in model.parameters()])
 
-# %% ../../nbs/ship/card.ipynb #63741f20
+# %% ../../nbs/ship/card.ipynb #26fbc66b
 def _training(learn, kd, epochs):
     "How the student was trained, a list of Markdown"
     says = []
@@ -201,7 +201,7 @@ def _schedule(f):
     if hasattr(f, 'f') and hasattr(f, 'start'): return f'{f.f.__name__}({f.start:g}, {f.end:g})'
     return without_address(f)
 
-# %% ../../nbs/ship/card.ipynb #d832d277
+# %% ../../nbs/ship/card.ipynb #4688ddeb
 LIMITS = [
     'All scores are of one validation set and of one trained student. Another seed gives others (see `kd_compare`).',
     'A setting that was chosen on this validation set makes the scores better than they will be on new data.',

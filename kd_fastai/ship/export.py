@@ -178,7 +178,7 @@ def _input_of(learn):
     kinds = dict(image=ImageInput, table=TableInput, tokens=TokensInput, tensors=TensorInput)
     return (kind or kinds[input_kind(learn.dls)])(learn)
 
-# %% ../../nbs/ship/export.ipynb #fbab67ab
+# %% ../../nbs/ship/export.ipynb #a3e337a0
 def _assemble(learn, source):
     "ONNX model of the operators before the network, the network with its activation, and the operators after it"
     from onnx import helper
@@ -216,12 +216,16 @@ def kd_export(self:Learner,
     if n_samples(self.dls.valid)==0: raise ValueError(
         "kd_export needs a sample of the validation set, and this Learner has none (load_learner drops the data): "
         "export from the Learner that was trained")
+    from onnx import helper
     source = _input_of(self)
     with isolated_rng(): model,task = _assemble(self, source)
     scores = score_models(self).metrics.loc['student'] if scores is None else scores
-    _write_metadata(model, dict(task=task, input=source.kind, classes=class_names(self.dls), license=license,
+    values = dict(task=task, input=source.kind, classes=class_names(self.dls), license=license,
         threshold=getattr(self.loss_func, 'thresh', None), versions=run_versions(),
-        scores={k: float(v) for k,v in dict(scores).items()}) | source.metadata() | metadata)
+        scores={k: float(v) for k,v in dict(scores).items()}) | source.metadata() | metadata
+    # metadata of an ONNX file are strings: text as it is, all else as JSON
+    texts = {k: v if isinstance(v, str) else json.dumps(_no_nan(v)) for k,v in values.items() if v not in (None,'')}
+    helper.set_model_props(model, texts)
     Path(file).write_bytes(model.SerializeToString())
     return Path(file)
 
@@ -229,12 +233,6 @@ def _no_nan(v):
     "JSON has no NaN"
     if isinstance(v, dict): return {k: _no_nan(o) for k,o in v.items()}
     return None if isinstance(v, float) and not math.isfinite(v) else v
-
-def _write_metadata(model, values):
-    "Metadata of an ONNX file are strings: text as it is, all else as JSON"
-    from onnx import helper
-    texts = {k: v if isinstance(v, str) else json.dumps(_no_nan(v)) for k,v in values.items() if v not in (None,'')}
-    helper.set_model_props(model, texts)
 
 # %% ../../nbs/ship/export.ipynb #cd310b92
 class OnnxModel(nn.Module):

@@ -60,7 +60,7 @@ class OnnxType(IntEnum):
     STRING = 8
     DOUBLE = 11
 
-# %% ../../nbs/ship/steps.ipynb #615ac5c9
+# %% ../../nbs/ship/steps.ipynb #fe4a8062
 def _ints(op, x): return op.Cast(x, to=OnnxType.INT64)   # cuts off the fraction, as Python's `int`
 def _double(op, x): return op.Cast(x, to=OnnxType.DOUBLE)
 
@@ -102,7 +102,7 @@ def _bilinear(tfm):
 
 def _hw(size): return np.array([size[1], size[0]], np.int64)  # fastai keeps width, height
 
-# %% ../../nbs/ship/steps.ipynb #baf6054d
+# %% ../../nbs/ship/steps.ipynb #d5a38a98
 def _resize_window(op, shape, tfm):
     "Start and size, both (2,), of the largest crop (or smallest padded rectangle) that has the final shape"
     final = _hw(tfm.size).astype(float)
@@ -270,7 +270,7 @@ def mask_ops(
         mask = op.Sub(mask, np.int32(1))
     return op.Squeeze(mask, np.array([1]))
 
-# %% ../../nbs/ship/steps.ipynb #daee2040
+# %% ../../nbs/ship/steps.ipynb #27df2ec7
 TABLE_PROCS = ('Categorify','FillMissing','Normalize')
 _TARGET_PROCS = ('Categorize','MultiCategorize','EncodedMultiCategorize','RegressionSetup','OneHotEncode')
 

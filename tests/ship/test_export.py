@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 from fastai.vision.all import *
 from kd_fastai.all import *
 from kd_fastai.ship.export import read_image, runner_code
-from support import quiet
+from support import quiet, text_learner
 
 for o in [*globals()]:
     if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
@@ -165,13 +165,7 @@ def test_a_table_by_names_and_raw_numbers(cats, conts, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('max_len', [None,12])
 def test_a_text_of_any_length(max_len, tmp_path):
-    from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
-    df = pd.DataFrame(dict(text=['a good film','a bad film indeed','not a good one','bad']*4, label=list('pnnn')*4,
-                           is_valid=[False]*8+[True]*8))
-    dls = TextDataLoaders.from_df(df, text_col='text', label_col='label', valid_col='is_valid', bs=4, num_workers=0)
-    config = {**awd_lstm_clas_config, 'emb_sz':8, 'n_hid':8, 'n_layers':2}
-    learn = quiet(text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=config, seq_len=6, max_len=max_len,
-                                          metrics=accuracy))
+    learn = quiet(text_learner(6, n_layers=2, max_len=max_len))
     model = OnnxModel(learn.kd_export(tmp_path/'m.onnx', scores={}))
     for text in ('a good film', 'bad indeed film not good '*5):
         ids = learn.dls.test_dl([text]).one_batch()[0][0]
