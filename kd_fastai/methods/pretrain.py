@@ -85,7 +85,7 @@ def as_before(
     finally:
         for p,requires_grad,grad in params: p.requires_grad_(requires_grad).grad = grad
 
-# %% ../../nbs/methods/pretrain.ipynb #03c5abc6
+# %% ../../nbs/methods/pretrain.ipynb #6f750f50
 def body_learner(
     learn:Learner, # The Learner of the student
     dls=None       # Other samples: `DataLoaders` or a `DataLoader`

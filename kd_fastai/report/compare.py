@@ -19,7 +19,7 @@ from .runs import RunTable, TrainRun, lower_is_better, make_student, run_all
 from .scores import first_batch, split_xy
 from ..hooks.inputs import split_inputs
 
-# %% ../../nbs/report/compare.ipynb #ac7922c8
+# %% ../../nbs/report/compare.ipynb #68bcc9b4
 def paired_interval(
     differences:pd.Series, # One for each seed; missing ones are left out
     level:float=0.95,      # Probability that all intervals hold at once
@@ -41,15 +41,14 @@ def paired_interval(
 def seeds_for_verdict(
     differences:pd.Series, # One for each seed
     level:float=0.95,      # As in `paired_interval`
-    n_methods:int=1,       # As in `paired_interval`
-    most:int=100           # Largest number to try
-)->int|None: # None for more than `most`, and where the spread is unknown
+    n_methods:int=1        # As in `paired_interval`
+)->int|None: # None for more than 100, and where the spread is unknown
     "Return the number of seeds with which the interval would exclude 0, if mean and spread stay as they are"
     from scipy.stats import t
     d = differences.dropna()
     if len(d)<2 or not np.isfinite(d).all() or not d.std(): return None
     q = 1-(1-level)/2/n_methods
-    return next((n for n in range(2, most+1) if t.ppf(q, n-1)*d.std()/n**0.5<abs(d.mean())), None)
+    return next((n for n in range(2, 101) if t.ppf(q, n-1)*d.std()/n**0.5<abs(d.mean())), None)
 
 def comparison_table(
     runs:pd.DataFrame,  # A row for each run, with columns `seed`, `method` and the metric

@@ -6,7 +6,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/report.html.md"""
 
 # %% auto #0
 __all__ = ['MeasureTerms', 'accuracy_and_confidence', 'is_overfit', 'overfit_warning', 'score_teacher', 'score_table', 'KDReport',
-           'report_warnings', 'is_kl_at_T1', 'expectations_of']
+           'report_warnings', 'is_kl_at_T1']
 
 # %% ../../nbs/report/report.ipynb #b198de0b
 from copy import copy, deepcopy
@@ -176,7 +176,7 @@ def is_kl_at_T1(
     info,params = get_loss_info(term.loss),unwrap_loss(term.loss_at(0.5))[1]
     return info is Mutual.info or info is SoftTarget.info and params.get('T')==1
 
-# %% ../../nbs/report/report.ipynb #bb58a7d3
+# %% ../../nbs/report/report.ipynb #fa74d9ce
 @patch
 def kd_report(self:Learner,
     teacher=None, # A teacher to report on, as in `Learner.distill`; default: that of the distillation callback
@@ -208,19 +208,11 @@ def kd_report(self:Learner,
         expect = []
         if measure.on_training and agreement is not None and kd.compares_with_labels:
             warnings += L(overfit_warning(measure.on_training, scores.accuracy.teacher))
-            expect = expectations_of(self.dls.train, scores.accuracy, measure.on_training)
+            accuracy,n = scores.accuracy,getattr(self.dls.train, 'n', None)
+            same = is_overfit(measure.on_training[0], accuracy.teacher)
+            if n: expect = expectations(
+                n, len(self.dls.train), accuracy.teacher, accuracy.student, measure.on_training, same)
         return KDReport(scores, agreement, measure.terms, measure.layers, warnings, expect)
-
-def expectations_of(
-    dl,                   # Training samples
-    accuracy:pd.Series,   # Of teacher and student on the validation set
-    on_training:tuple     # Accuracy and confidence of the teacher on training samples
-)->list: # Sentences; none for samples without a number
-    "Describe what a training run with this teacher can gain"
-    n = getattr(dl, 'n', None)
-    if not n: return []
-    same = is_overfit(on_training[0], accuracy.teacher)
-    return expectations(n, len(dl), accuracy.teacher, accuracy.student, on_training, same)
 
 def _copies(learn, kd):
     "Copies of the distillation callbacks of a Learner, which share its models"

@@ -8,7 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/runs.html.md"""
 __all__ = ['OWN_COLUMNS', 'LOWER', 'HIGHER', 'is_loss', 'distill_args', 'apply_method', 'digest', 'StudentInputs', 'ShowEpoch',
            'make_student', 'TrainRun', 'RunTable', 'check_settings', 'run_all', 'lower_is_better']
 
-# %% ../../nbs/report/runs.ipynb #90b2a2fd
+# %% ../../nbs/report/runs.ipynb #992df5dc
 import hashlib, inspect, os, re, shutil, sys, tempfile, time, types
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -277,7 +277,7 @@ def _run_scores(learn, teacher):
         row['calibration_error'] = summary.calibration_error.student
     return row | dict(parameters=sum(p.numel() for p in learn.model.parameters()), kb=round(size_kb(learn.model), 1))
 
-# %% ../../nbs/report/runs.ipynb #7fa31135
+# %% ../../nbs/report/runs.ipynb #a8bca72c
 class RunTable:
     "Finished runs, in a csv that several processes may share"
     def __init__(self,

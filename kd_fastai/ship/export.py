@@ -178,7 +178,7 @@ def _input_of(learn):
     kinds = dict(image=ImageInput, table=TableInput, tokens=TokensInput, tensors=TensorInput)
     return (kind or kinds[input_kind(learn.dls)])(learn)
 
-# %% ../../nbs/ship/export.ipynb #a3e337a0
+# %% ../../nbs/ship/export.ipynb #efeeece2
 def _assemble(learn, source):
     "ONNX model of the operators before the network, the network with its activation, and the operators after it"
     from onnx import helper
@@ -234,7 +234,7 @@ def _no_nan(v):
     if isinstance(v, dict): return {k: _no_nan(o) for k,o in v.items()}
     return None if isinstance(v, float) and not math.isfinite(v) else v
 
-# %% ../../nbs/ship/export.ipynb #cd310b92
+# %% ../../nbs/ship/export.ipynb #953dde58
 class OnnxModel(nn.Module):
     "An ONNX file as a module, run by ONNX Runtime on the CPU"
     def __init__(self,
@@ -264,26 +264,26 @@ class OnnxModel(nn.Module):
         if kind=='image': return self.run(image=read_image(item)[None])
         if kind=='table': return self.run(**table_inputs(pd.DataFrame([dict(item)]), self.info['columns']))
         if kind=='tokens': return self.run(tokens=np.asarray(item, np.int64).reshape(1, -1))
+        return self._run_tensors(item)
+
+    def _run_tensors(self, xb):
         names = [o.name for o in self.session.get_inputs()]
-        return self.run(**{n: as_plain_tensor(x).cpu().numpy() for n,x in zip(names, _leaves(item))})
+        return self.run(**{n: as_plain_tensor(x).cpu().numpy() for n,x in zip(names, _leaves(xb))})
 
     def forward(self,
         *xb # Inputs of a batch, or a list of items, or one item, such as a path
     )->Tensor: # A row an item
         "Return the first output, on the inputs' device"
         kind,first = self.info.get('input', 'tensors'),xb[0]
-        if kind=='table' and isinstance(first, pd.DataFrame):
-            return torch.from_numpy(next(iter(self.run(**table_inputs(first, self.info['columns'])).values())))
         if kind in ('image','table') and isinstance(first, Tensor): raise TypeError(
             f"{self.file.name} takes {kind}s before the preprocessing, got a tensor of shape {(*first.shape,)}: give "
             f"{'files' if kind=='image' else 'a DataFrame'}, compare by learn.kd_parity(files, ...), "
             "or write only the network with export_onnx")
-        if kind in ('image','table'):
-            items = first if isinstance(first, (list,tuple)) else [first]
-            return torch.cat([torch.from_numpy(next(iter(self.outputs(o).values()))) for o in items])
-        inputs = zip([o.name for o in self.session.get_inputs()], _leaves(xb))
-        res = self.run(**{n: as_plain_tensor(x).cpu().numpy() for n,x in inputs})
-        return torch.from_numpy(next(iter(res.values()))).to(_leaves(xb)[0].device)
+        if kind=='table' and isinstance(first, pd.DataFrame): found = [self.run(**table_inputs(first, self.info['columns']))]
+        elif kind in ('image','table'): found = map(self.outputs, first if isinstance(first, (list,tuple)) else [first])
+        else: found = [self._run_tensors(xb)]
+        res = torch.cat([torch.from_numpy(next(iter(o.values()))) for o in found])
+        return res.to(next((o.device for o in _leaves(xb)), 'cpu'))
 
     def predict(self,
         item # As in `outputs`

@@ -23,11 +23,11 @@ from ..hooks.layers import layer_name
 from ..hooks.models import KDWarning, isolated_rng, unwrap_model
 from .live import BaseTeacher, Teacher
 
-# %% ../../nbs/teacher/fast.ipynb #a83233fd
-def _convert_inputs(dtype, memory_format, module, xb):
+# %% ../../nbs/teacher/fast.ipynb #57276b33
+def _convert_inputs(dtype, module, xb):
     def convert(o):
         if not isinstance(o, Tensor) or not o.is_floating_point(): return o
-        return o.to(dtype, memory_format=memory_format) if o.ndim==4 else o.to(dtype)
+        return o.to(dtype, memory_format=torch.channels_last) if o.ndim==4 else o.to(dtype)
     return tree_map(convert, xb)
 
 def _convert_outputs(module, xb, out):
@@ -54,24 +54,23 @@ def check_convertible(
 def converted_copy(
     model:nn.Module,          # A teacher
     dtype:torch.dtype|None=None, # Of the copy's weights; default: that of the model
-    channels_last:bool=True,  # Order images by channels last?
     device:torch.device=None  # Of the copy; default: that of the model
 )->nn.Module:
-    "Return a copy of a model in eval mode, which converts inputs and outputs. The Learner of an `Ensemble` is shared"
+    """Return a copy of a model in eval mode, with images in channels-last order, which converts inputs and outputs.
+
+    The Learner of an `Ensemble` is shared."""
     model = unwrap_model(model)
     learner = getattr(model, 'learner', None)
     res = deepcopy(model, {id(learner): learner}).eval().requires_grad_(False)
     dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
-    memory_format = torch.channels_last if channels_last else torch.preserve_format
     if device is not None and len({p.device for p in res.parameters()})==1: res.to(device)
-    if channels_last: res.to(dtype, memory_format=memory_format)
-    else: res.to(dtype)
-    res.register_forward_pre_hook(partial(_convert_inputs, dtype, memory_format))
+    res.to(dtype, memory_format=torch.channels_last)
+    res.register_forward_pre_hook(partial(_convert_inputs, dtype))
     res.register_forward_hook(_convert_outputs)
     return res
 
 
-# %% ../../nbs/teacher/fast.ipynb #0a1a7300
+# %% ../../nbs/teacher/fast.ipynb #0b668a81
 def _named(pred, features):
     "Predictions and features by name"
     named = {layer_name(k): v for k,v in features.items()}
@@ -100,7 +99,6 @@ def fast_copy(
     *xb:Tensor,              # An example batch of inputs
     dtype:torch.dtype=torch.float32, # Of the copy: bfloat16 where the processor has it, float16 on a GPU
     layers:list=(),          # Names of the layers that are compared, too
-    channels_last:bool=True, # Order images by channels last?
     tolerance:float=0.02     # Largest difference of an output, relative to the largest value
 )->nn.Module:
     """Return a copy of a model in another form, on the device of the inputs.
@@ -112,7 +110,7 @@ def fast_copy(
         teacher = Teacher(m, layers, early_exit=False)
         with teacher.ready(device): return teacher(*xb, need_pred=False)
     expected = outputs(model)  # before the copy: fastai's WeightDropout cannot be copied after a training batch
-    res = converted_copy(model, dtype, channels_last, device)
+    res = converted_copy(model, dtype, device)
     _check_differences(differences(expected, outputs(res)), tolerance, dtype)
     return res
 
@@ -130,20 +128,16 @@ def has_units(
     kind = {torch.float16: 'fp16', torch.bfloat16: 'bf16'}[dtype]
     return bool(found.get(f'avx512_{kind}') or found.get(f'amx_{kind}'))
 
-# %% ../../nbs/teacher/fast.ipynb #036b00bd
+# %% ../../nbs/teacher/fast.ipynb #41cc11ad
 def teacher_forms(
     model:nn.Module,        # A teacher
-    dtypes:list=(),         # Types of copies
-    compile:bool=False      # Also a compiled copy?
+    dtypes:list=()          # Types of copies
 )->dict: # A function of the device that makes each form, by name
     "Return the forms in which a teacher can run"
     res = {'as it is': lambda device: model}
     if any(p.is_floating_point() for p in model.parameters()):
         res['channels last'] = lambda device: converted_copy(model, device=device)
-    def in_type(dtype, device): return converted_copy(model, dtype, device=device)
-    res.update({o: partial(in_type, o) for o in dtypes})
-    if compile: res['compiled'] = lambda device: torch.compile(converted_copy(model, device=device))
-    return res
+    return res | {o: partial(converted_copy, model, o) for o in dtypes}
 
 def timed(
     device:torch.device, # Where `f` runs
@@ -170,7 +164,7 @@ def _warn_without_units(form, device):
         f"This {device.type} has no units for {form}: the teacher can take several times as long as in float32. "
         f"FastTeacher(teacher, half={form}) takes the fastest form", KDWarning)
 
-# %% ../../nbs/teacher/fast.ipynb #d986f97a
+# %% ../../nbs/teacher/fast.ipynb #201edea9
 class FastTeacher(BaseTeacher):
     """A `Teacher` that runs the fastest of several forms of its model, found on the first batch.
 
@@ -181,14 +175,13 @@ class FastTeacher(BaseTeacher):
         source:nn.Module|Learner|str|Path|Teacher, # As in `Teacher`, or a `Teacher`
         form:str|torch.dtype|None=None, # Form that is fixed by hand; default: the fastest is found
         half:torch.dtype|None=None, # Also try a copy in `torch.bfloat16` or `torch.float16`
-        compile:bool=False,         # Also try `torch.compile`? It takes a minute or more to start
         tolerance:float=0.02        # Largest relative difference of a form in half precision
     ):
         self.live = copy(source) if isinstance(source, Teacher) else Teacher(source)
         self.model,self.learner,self.tolerance = self.live.model,self.live.learner,tolerance
         dtypes = [o for o in dict.fromkeys([half, form]) if o is not None and not isinstance(o, str)]
         for o in dtypes: check_convertible(self.model, o)
-        self.makers = teacher_forms(self.model, dtypes, compile or form=='compiled')
+        self.makers = teacher_forms(self.model, dtypes)
         if form is not None and form not in self.makers: raise ValueError(
             f"Expected the form of a teacher, {', '.join(map(repr, self.makers))}, got {form!r}")
         self.choice,self.is_fixed,self.times = form,form is not None,{}
