@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from fastai.callback.hook import Hooks
 from ..hooks.models import eval_no_grad, get_logits
 
-# %% ../../nbs/report/candidates.ipynb #d31acb73
+# %% ../../nbs/report/candidates.ipynb #361167b2
 def _layer_order(model, xb):
     "Convolutions and linear layers in the order in which they run"
     order,layers = [],[m for m in model.modules() if isinstance(m, (_ConvNd,nn.Linear))]
@@ -46,20 +46,17 @@ def _thin_layer(m, width, is_first, is_last):
         i = _kept(m.num_features, width)
         for n in ('weight','bias','running_mean','running_var'): _slice(m, n, i)
         m.num_features = len(i)
-    elif isinstance(m, nn.Linear):
-        i,o = (None if is_first else _kept(m.in_features, width)),(None if is_last else _kept(m.out_features, width))
-        _slice(m, 'weight', o, i)
-        _slice(m, 'bias', o)
-        m.out_features,m.in_features = m.weight.shape
-    else:
-        depthwise = m.groups>1
-        if depthwise and m.groups!=m.in_channels: raise ValueError("Grouped convolutions cannot be made thinner")
-        i,o = (None if is_first else _kept(m.in_channels, width)),(None if is_last else _kept(m.out_channels, width))
-        _slice(m, 'weight', o, None if depthwise else i)
-        _slice(m, 'bias', o)
-        m.out_channels = m.weight.shape[0]
-        if i is not None: m.in_channels = len(i)
-        if depthwise: m.groups = m.in_channels
+        return
+    inputs,outputs = ('in_features','out_features') if isinstance(m, nn.Linear) else ('in_channels','out_channels')
+    depthwise = getattr(m, 'groups', 1)>1
+    if depthwise and m.groups!=m.in_channels: raise ValueError("Grouped convolutions cannot be made thinner")
+    i = None if is_first else _kept(getattr(m, inputs), width)
+    o = None if is_last else _kept(getattr(m, outputs), width)
+    _slice(m, 'weight', o, None if depthwise else i)
+    _slice(m, 'bias', o)
+    for n,kept in ((inputs, i), (outputs, o)):
+        if kept is not None: setattr(m, n, len(kept))
+    if depthwise: m.groups = m.in_channels
 
 def thinner(
     model:nn.Module, # A convolutional network

@@ -19,7 +19,7 @@ from .runs import RunTable, TrainRun, lower_is_better, make_student, run_all
 from .scores import first_batch, split_xy
 from ..hooks.inputs import split_inputs
 
-# %% ../../nbs/report/compare.ipynb #68bcc9b4
+# %% ../../nbs/report/compare.ipynb #88129358
 def paired_interval(
     differences:pd.Series, # One for each seed; missing ones are left out
     level:float=0.95,      # Probability that all intervals hold at once

@@ -55,7 +55,7 @@ class KDFind(KDComparison):
         found = 'none: no method is better by more than the noise' if self.suggestion is None else self.suggestion
         return f"{super().note} Suggestion: {found}."
 
-# %% ../../nbs/report/find.ipynb #16df7ec2
+# %% ../../nbs/report/find.ipynb #a719e27a
 @patch
 def kd_find(self:Learner,
     teacher=None,          # As in `Learner.distill`; default: that of the distillation callback
@@ -93,8 +93,8 @@ def kd_find(self:Learner,
     if budget<runs: raise ValueError(
         f"A budget of {budget} epochs is too small for {runs} runs: give at least {runs}, or fewer methods or seeds")
     with isolated_rng(loaders=self.dls.loaders):
-        found = kd_compare(lambda seed: trial_learner(self), arms, seeds, budget//runs, metric, fit=fit, level=level, csv=csv,
-                           lower=lower, rounds=0, progress=progress, teacher_inputs=n_inputs)
+        found = kd_compare(lambda seed: trial_learner(self), arms, seeds, budget//runs, metric, fit=fit,
+                           level=level, csv=csv, lower=lower, rounds=0, progress=progress, teacher_inputs=n_inputs)
     res = KDFind(found.runs, found.table, found.metric, found.baseline, found.level, found.best, arguments=arguments)
     if show_plot: res.plot()
     return res

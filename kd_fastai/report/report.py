@@ -119,7 +119,7 @@ def score_table(
     agreement = scores.agreement('student', 'teacher') if has_teacher else None
     return table.reindex(['teacher','student']),agreement
 
-# %% ../../nbs/report/report.ipynb #56b91d80
+# %% ../../nbs/report/report.ipynb #447e6d67
 class KDReport:
     "What `Learner.kd_report` found. `repr` prints it, and a notebook shows its tables"
     def __init__(self,
@@ -138,13 +138,11 @@ class KDReport:
         return [o for o in (self.scores, agreement, expect, self.terms, self.layers, *warnings) if len(o)]
 
     def __repr__(self):
-        number = '{:.4g}'.format
-        return '\n\n'.join(o if isinstance(o, str) else o.to_string(float_format=number) for o in self._parts())
+        return '\n\n'.join(o if isinstance(o, str) else o.to_string(float_format='{:.4g}'.format) for o in self._parts())
 
     def _repr_html_(self):
-        number = '{:.4g}'.format
-        return '\n'.join(
-            f'<p>{o}</p>' if isinstance(o, str) else o.to_html(float_format=number) for o in self._parts())
+        return '\n'.join(f'<p>{o}</p>' if isinstance(o, str) else o.to_html(float_format='{:.4g}'.format)
+                         for o in self._parts())
 
 def report_warnings(
     kd:KnowledgeDistillationCallback, # The callback
@@ -176,7 +174,7 @@ def is_kl_at_T1(
     info,params = get_loss_info(term.loss),unwrap_loss(term.loss_at(0.5))[1]
     return info is Mutual.info or info is SoftTarget.info and params.get('T')==1
 
-# %% ../../nbs/report/report.ipynb #fa74d9ce
+# %% ../../nbs/report/report.ipynb #4af27f49
 @patch
 def kd_report(self:Learner,
     teacher=None, # A teacher to report on, as in `Learner.distill`; default: that of the distillation callback

@@ -201,7 +201,7 @@ def _schedule(f):
     if hasattr(f, 'f') and hasattr(f, 'start'): return f'{f.f.__name__}({f.start:g}, {f.end:g})'
     return without_address(f)
 
-# %% ../../nbs/ship/card.ipynb #4688ddeb
+# %% ../../nbs/ship/card.ipynb #6cd5a810
 LIMITS = [
     'All scores are of one validation set and of one trained student. Another seed gives others (see `kd_compare`).',
     'A setting that was chosen on this validation set makes the scores better than they will be on new data.',
@@ -248,7 +248,8 @@ def kd_card(self:Learner,
     models = dict(teacher=teacher) | ({} if baseline is None else dict(baseline=baseline))
     with isolated_rng(loaders=self.dls.loaders):
         models = model_readers(self, models, kd=kd)
-        bar = progress_bar(self.dls.valid, leave=False, display=progress, comment=f"scores of {', '.join(models)}")
+        bar = progress_bar(self.dls.valid, leave=False, display=progress)
+        bar.comment = f"scores of {', '.join(models)}"
         found = score_models(self, models, bar)
         scores = _score_table(self, found, models)
         training = _training(self, kd, epochs)
@@ -265,18 +266,13 @@ def kd_card(self:Learner,
     return KDCard(title, parts, front, scores, recall, lost)
 
 
-# %% ../../nbs/ship/card.ipynb #65660801
+# %% ../../nbs/ship/card.ipynb #d57227e1
 def _class_parts(dls, classes, names, n):
     "Recall, lost samples, and their sections; nothing where labels are not classes"
     if classes is None: return None,None,[]
     vocab = class_names(dls)
     recall,lost = recall_by_class(classes, names, vocab),_lost_samples(classes, vocab, _files(dls))
-    figure = 'recall',_recall_figure(recall, names)
-    return recall,lost,['## Recall by class', recall, figure, *_lost_parts(dls, lost, n)]
-
-def _lost_parts(dls, lost, n):
-    "The section on samples that only the teacher gets right"
     says = f'The teacher is right and the student wrong on {len(lost)} samples. The student is surest of these:'
-    parts = ['## Wrong now', says, lost[:n]]
+    parts = ['## Recall by class', recall, ('recall', _recall_figure(recall, names)), '## Wrong now', says, lost[:n]]
     figure = _lost_figure(dls, lost, n) if len(lost) else None
-    return parts+[('wrong_now', figure)] if figure is not None else parts
+    return recall,lost,parts if figure is None else [*parts, ('wrong_now', figure)]

@@ -9,7 +9,7 @@ __all__ = ['ITEM_TRANSFORMS', 'BATCH_TRANSFORMS', 'TABLE_PROCS', 'Ops', 'OnnxTyp
            'item_transforms', 'Standardize', 'Resample', 'batch_module', 'mask_ops', 'table_columns', 'table_ops',
            'reads_in_chunks', 'text_ops', 'class_names', 'run_versions']
 
-# %% ../../nbs/ship/steps.ipynb #d70a5914
+# %% ../../nbs/ship/steps.ipynb #a585ec8d
 import math, platform
 from enum import IntEnum
 from functools import partial
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..hooks.models import as_plain_tensor, isolated_rng, library_versions
+from ..teacher.classes import plain_vocab
 
 # %% ../../nbs/ship/steps.ipynb #0e927b05
 class Ops:
@@ -360,16 +361,14 @@ def text_ops(
     largest,mean = (f(x, np.array([0]), keepdims=0) for f in (op.ReduceMax, op.ReduceMean))
     return op.Concat(last, largest, mean, axis=1)
 
-# %% ../../nbs/ship/steps.ipynb #0c639558
+# %% ../../nbs/ship/steps.ipynb #62d35d6a
 def class_names(
     dls # `DataLoaders`
 )->list|None: # None without names
     "Return the names of the classes; a text's vocabulary comes before them"
-    names = getattr(dls, 'vocab', None)
-    if names is None: return None
-    names = [*names]
-    if names and not isinstance(names[-1], str) and hasattr(names[-1], '__iter__'): names = [*names[-1]]
-    return [str(o) for o in names]
+    names = plain_vocab(dls)
+    if names and isinstance(names[-1], list): names = names[-1]
+    return None if names is None else [str(o) for o in names]
 
 def run_versions()->dict:
     "Return the versions of what a training run and its file depend on"

@@ -23,7 +23,7 @@ from ..hooks.layers import layer_name
 from ..hooks.models import KDWarning, isolated_rng, unwrap_model
 from .live import BaseTeacher, Teacher
 
-# %% ../../nbs/teacher/fast.ipynb #57276b33
+# %% ../../nbs/teacher/fast.ipynb #b7846312
 def _convert_inputs(dtype, module, xb):
     def convert(o):
         if not isinstance(o, Tensor) or not o.is_floating_point(): return o
@@ -70,7 +70,7 @@ def converted_copy(
     return res
 
 
-# %% ../../nbs/teacher/fast.ipynb #0b668a81
+# %% ../../nbs/teacher/fast.ipynb #2595e0c3
 def _named(pred, features):
     "Predictions and features by name"
     named = {layer_name(k): v for k,v in features.items()}
@@ -128,7 +128,7 @@ def has_units(
     kind = {torch.float16: 'fp16', torch.bfloat16: 'bf16'}[dtype]
     return bool(found.get(f'avx512_{kind}') or found.get(f'amx_{kind}'))
 
-# %% ../../nbs/teacher/fast.ipynb #41cc11ad
+# %% ../../nbs/teacher/fast.ipynb #20d783e1
 def teacher_forms(
     model:nn.Module,        # A teacher
     dtypes:list=()          # Types of copies
@@ -159,12 +159,24 @@ def _fastest(seconds):
 def _times_in_words(times):
     return '; '.join(f"{k} {1e3*s:.3g} ms, difference {max(d.values()):.1g}" for k,(s,d) in times.items())
 
-def _warn_without_units(form, device):
-    if isinstance(form, torch.dtype) and has_units(form, device) is False: warnings.warn(
-        f"This {device.type} has no units for {form}: the teacher can take several times as long as in float32. "
-        f"FastTeacher(teacher, half={form}) takes the fastest form", KDWarning)
+def _warn_without_units(dtype, device):
+    if has_units(dtype, device) is False: warnings.warn(
+        f"This {device.type} has no units for {dtype}: the teacher can take several times as long as in float32. "
+        f"FastTeacher(teacher, half={dtype}) takes the fastest form", KDWarning)
 
-# %% ../../nbs/teacher/fast.ipynb #201edea9
+def _run_in_turns(teachers, device, rounds, xb, need_pred):
+    "First outputs and seconds of teachers, by name. Hidden and random states stay"
+    outs,seconds,names = {},{k: [] for k in teachers},[*teachers]
+    with isolated_rng(), ExitStack() as stack:
+        for o in teachers.values(): stack.enter_context(o.ready(device))
+        for i in range(rounds):
+            for k in names[i%len(names):]+names[:i%len(names)]:
+                out,s = timed(device, partial(teachers[k], *xb, need_pred=need_pred))
+                seconds[k].append(s)
+                outs.setdefault(k, out)
+    return outs,seconds
+
+# %% ../../nbs/teacher/fast.ipynb #6c8ad19c
 class FastTeacher(BaseTeacher):
     """A `Teacher` that runs the fastest of several forms of its model, found on the first batch.
 
@@ -215,12 +227,16 @@ class FastTeacher(BaseTeacher):
         "Return the fastest form whose outputs on this batch agree, or the one that was chosen before, if it agrees"
         if self.choice=='as it is': return self.live
         device = torch.device(self.device or next((o.device for o in tree_leaves(xb) if isinstance(o, Tensor)), 'cpu'))
+        names,rounds = [self.choice],1
         if self.choice is None:
+            rounds = self.rounds
             names = [k for k in self.makers if not isinstance(k, torch.dtype) or has_units(k, device) is not False]
-            forms,seconds,found = self._run_in_turns(names, device, xb, need_pred, self.rounds)
-        else:
-            _warn_without_units(self.choice, device)
-            forms,seconds,found = self._run_in_turns([self.choice], device, xb, need_pred, 1)
+        elif isinstance(self.choice, torch.dtype): _warn_without_units(self.choice, device)
+        # before the copies are made: fastai's WeightDropout cannot be copied after a training batch
+        expected,_ = _run_in_turns({'as it is': self.live}, device, 1, xb, need_pred)
+        forms = {k: self._make(k, device) for k in names}
+        outs,seconds = _run_in_turns(forms, device, rounds, xb, need_pred)
+        found = {k: differences(expected['as it is'], o) for k,o in outs.items()}
         limits = {k: self.tolerance if isinstance(k, torch.dtype) else self.exact for k in forms}
         if self.is_fixed: _check_differences(found[self.choice], limits[self.choice], self.choice)
         agree = [k for k in forms if k=='as it is' or _within(found[k], limits[k])]
@@ -230,20 +246,6 @@ class FastTeacher(BaseTeacher):
             if not rank_distrib(): print(f"The teacher runs {self.choice} ({_times_in_words(self.times)})")
         elif not agree: self.choice = 'as it is'
         return forms.get(self.choice, self.live)
-
-    def _run_in_turns(self, names, device, xb, need_pred, rounds):
-        "Forms by name, their seconds, and their differences from the model. Hidden and random states stay"
-        with isolated_rng(), self.live.ready(self.device): expected = self.live(*xb, need_pred=need_pred)
-        forms = {k: self._make(k, device) for k in names}  # now: WeightDropout cannot be copied after a training batch
-        seconds,found = {k: [] for k in names},{}
-        with isolated_rng(), ExitStack() as stack:
-            for o in forms.values(): stack.enter_context(o.ready(self.device))
-            for i in range(rounds):
-                for k in names[i%len(names):]+names[:i%len(names)]:
-                    out,s = timed(device, partial(forms[k], *xb, need_pred=need_pred))
-                    seconds[k].append(s)
-                    found.setdefault(k, differences(expected, out))
-        return forms,seconds,found
 
     def _make(self, name, device):
         if name=='as it is': return self.live
