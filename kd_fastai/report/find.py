@@ -55,7 +55,7 @@ class KDFind(KDComparison):
         found = 'none: no method is better by more than the noise' if self.suggestion is None else self.suggestion
         return f"{super().note} Suggestion: {found}."
 
-# %% ../../nbs/report/find.ipynb #a719e27a
+# %% ../../nbs/report/find.ipynb #6b4942d1
 @patch
 def kd_find(self:Learner,
     teacher=None,          # As in `Learner.distill`; default: that of the distillation callback

@@ -174,7 +174,7 @@ def _architecture(model):
     "Models of one architecture have one latency, which is measured once"
     return without_address(model)+repr([(*p.shape,) for p in model.parameters()])
 
-# %% ../../nbs/ship/card.ipynb #26fbc66b
+# %% ../../nbs/ship/card.ipynb #c4ae7c58
 def _training(learn, kd, epochs):
     "How the student was trained, a list of Markdown"
     says = []
@@ -187,21 +187,18 @@ def _training(learn, kd, epochs):
     if learn.opt is not None: says += [f"optimizer: {getattr(learn.opt_func, '__name__', repr(learn.opt_func))}"]
     says += [f'loss function: {without_address(learn.loss_func)}']
     train,valid = learn.dls.train,learn.dls.valid
+    n_train,n_valid = (n_samples(o) or 'unknown' for o in (train, valid))
     size = getattr(train, 'bs', getattr(train, 'batch_size', None))
-    says += [f'training samples: {_count(train)}'+(f', batches of {size}' if size else '')]
-    says += [f'validation samples: {_count(valid)}, checksum {data_fingerprint(valid)}']
+    says += [f'training samples: {n_train}'+(f', batches of {size}' if size else '')]
+    says += [f'validation samples: {n_valid}, checksum {data_fingerprint(valid)}']
     return says + ['versions: '+', '.join(f'{n} {v}' for n,v in run_versions().items())]
-
-def _count(dl):
-    n = n_samples(dl)
-    return 'unknown' if n is None else n
 
 def _schedule(f):
     "A schedule as text; fastai's have no readable representation"
     if hasattr(f, 'f') and hasattr(f, 'start'): return f'{f.f.__name__}({f.start:g}, {f.end:g})'
     return without_address(f)
 
-# %% ../../nbs/ship/card.ipynb #6cd5a810
+# %% ../../nbs/ship/card.ipynb #6f27e5ce
 LIMITS = [
     'All scores are of one validation set and of one trained student. Another seed gives others (see `kd_compare`).',
     'A setting that was chosen on this validation set makes the scores better than they will be on new data.',

@@ -21,7 +21,7 @@ from .export import OnnxModel, loss_activation
 from ..hooks.models import as_plain_tensor
 from ..teacher.live import Teacher
 
-# %% ../../nbs/ship/cascade.ipynb #6f5512d4
+# %% ../../nbs/ship/cascade.ipynb #c9511cdf
 def lower_bound(
     k:int,             # Successes
     n:int,             # Trials
@@ -35,8 +35,7 @@ def first_failure(
     passes # Whether each test of a fixed sequence passes
 )->int: # Number of tests that pass before the first that does not
     "Count the tests that pass before one fails"
-    failed = np.flatnonzero(~np.asarray(passes, bool))
-    return int(failed[0]) if len(failed) else len(passes)
+    return int(np.argmin([*passes, False]))
 
 _GRID = np.concatenate([np.arange(0, 0.9, 0.01), np.arange(0.9, 0.99, 0.001), np.arange(0.99, 1.00005, 0.0001)])
 

@@ -9,14 +9,14 @@ __all__ = ['ITEM_TRANSFORMS', 'BATCH_TRANSFORMS', 'TABLE_PROCS', 'Ops', 'OnnxTyp
            'item_transforms', 'Standardize', 'Resample', 'batch_module', 'mask_ops', 'table_columns', 'table_ops',
            'reads_in_chunks', 'text_ops', 'class_names', 'run_versions']
 
-# %% ../../nbs/ship/steps.ipynb #a585ec8d
+# %% ../../nbs/ship/steps.ipynb #c7b1be08
 import math, platform
 from enum import IntEnum
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import torch
 import torch.nn.functional as F
+import kd_fastai
 from torch import nn
 from ..hooks.models import as_plain_tensor, isolated_rng, library_versions
 from ..teacher.classes import plain_vocab
@@ -361,7 +361,7 @@ def text_ops(
     largest,mean = (f(x, np.array([0]), keepdims=0) for f in (op.ReduceMax, op.ReduceMean))
     return op.Concat(last, largest, mean, axis=1)
 
-# %% ../../nbs/ship/steps.ipynb #62d35d6a
+# %% ../../nbs/ship/steps.ipynb #3bbe89fb
 def class_names(
     dls # `DataLoaders`
 )->list|None: # None without names
@@ -372,6 +372,4 @@ def class_names(
 
 def run_versions()->dict:
     "Return the versions of what a training run and its file depend on"
-    try: own = version('kd_fastai')
-    except PackageNotFoundError: own = 'unknown'
-    return dict(python=platform.python_version(), kd_fastai=own)|library_versions()
+    return dict(python=platform.python_version(), kd_fastai=kd_fastai.__version__)|library_versions()

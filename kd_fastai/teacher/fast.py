@@ -128,7 +128,7 @@ def has_units(
     kind = {torch.float16: 'fp16', torch.bfloat16: 'bf16'}[dtype]
     return bool(found.get(f'avx512_{kind}') or found.get(f'amx_{kind}'))
 
-# %% ../../nbs/teacher/fast.ipynb #20d783e1
+# %% ../../nbs/teacher/fast.ipynb #41618d4d
 def teacher_forms(
     model:nn.Module,        # A teacher
     dtypes:list=()          # Types of copies
@@ -176,7 +176,7 @@ def _run_in_turns(teachers, device, rounds, xb, need_pred):
                 outs.setdefault(k, out)
     return outs,seconds
 
-# %% ../../nbs/teacher/fast.ipynb #6c8ad19c
+# %% ../../nbs/teacher/fast.ipynb #4f4bdd9c
 class FastTeacher(BaseTeacher):
     """A `Teacher` that runs the fastest of several forms of its model, found on the first batch.
 
