@@ -24,7 +24,7 @@ from .scores import Scores, score_models
 from .trial import attached, preserving_buffers, trial_learner
 from ..teacher.classes import TeacherConfusion
 
-# %% ../../nbs/report/report.ipynb #b6baa4bf
+# %% ../../nbs/report/report.ipynb #763aaa4f
 class MeasureTerms(Callback):
     """Measure the terms of a distillation callback on the first batch of a fit, and end the fit.
 
@@ -167,7 +167,7 @@ def is_kl_at_T1(
     info,params = get_loss_info(term.loss),unwrap_loss(term.loss_at(0.5))[1]
     return info is Mutual.info or info is SoftTarget.info and params.get('T')==1
 
-# %% ../../nbs/report/report.ipynb #d6adfec3
+# %% ../../nbs/report/report.ipynb #4affae0e
 @patch
 def kd_report(self:Learner,
     teacher=None, # A teacher to report on, as in `Learner.distill`; default: that of the distillation callback

@@ -198,7 +198,7 @@ class ShowEpoch(Callback):
         name = self.learn.metrics[0].name if len(self.learn.metrics) else 'valid_loss'
         self.show(f"epoch {self.epoch+1}/{self.n_epoch}: {name} {row.get(name, float('nan')):.4g}")
 
-# %% ../../nbs/report/runs.ipynb #35eeacaf
+# %% ../../nbs/report/runs.ipynb #ca0d171b
 def make_student(
     make_learner:Callable, # `make_learner(seed)`
     method,    # As above
@@ -215,10 +215,6 @@ def make_student(
     start,settings = weights_digest(learn.model)[:10],digest(learn)
     cbs = apply_method(method, learn, teacher)
     return learn,cbs,start,dict(learner=settings, method=digest(learn, cbs))
-
-def _own_message(e):
-    "First line of an exception's message, without the callback and event that fastai puts before it"
-    return re.sub(r'^Exception occured in .*\n\t', '', str(e)).split('\n')[0]
 
 class TrainRun:
     "Train and score one student for each call"
@@ -259,7 +255,9 @@ class TrainRun:
                 row['seconds'] = round(time.process_time()-began, 3)
                 with learn.added_cbs(cbs): row |= _run_scores(learn, self.teacher)
                 return row,{k: v.cpu() if isinstance(v, Tensor) else v for k,v in learn.model.state_dict().items()}
-            except self.catch as e: return row | dict(error=f'{type(e).__name__}: {_own_message(e)}'[:200]),None
+            except self.catch as e:
+                message = re.sub(r'^Exception occured in .*\n\t', '', str(e)).split('\n')[0]  # fastai names the event
+                return row | dict(error=f'{type(e).__name__}: {message}'[:200]),None
 
 def _join(digests): return ' '.join(f'{k}:{v}' for k,v in digests.items())
 

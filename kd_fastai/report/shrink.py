@@ -162,7 +162,7 @@ class Pilots:
 # %% ../../nbs/report/shrink.ipynb #03def469
 DECIDE,FINAL = 500,1000  # the first seeds of full runs between ties, and of those that are reported
 
-# %% ../../nbs/report/shrink.ipynb #c63bb9aa
+# %% ../../nbs/report/shrink.ipynb #34b8f657
 class KDShrink:
     "What `kd_shrink` returns: the chosen student, trained, and how it was found. A notebook shows sentence and table"
     def __init__(self,
@@ -207,8 +207,10 @@ class KDShrink:
     @property
     def sentence(self)->str:
         "The result in words"
-        t = self.costs.ms['teacher']
-        if self.best is None: return _none_fits(self.costs)
+        t,costs = self.costs.ms['teacher'],self.costs.drop(index='teacher')
+        if self.best is None: return (
+            f"No candidate is within the budget: the fastest, {costs.ms.idxmin()}, takes {costs.ms.min():.3g} ms, "
+            f"and the smallest, {costs.kb.idxmin()}, {costs.kb.min():.0f} kB.")
         d,unit,k = self.below(self.final('distilled')),'',1
         if self.teacher_score<=1 and not self.lower: unit,k = ' points',100
         res = (f"{self.best}: {t/self.costs.ms[self.best]:.1f} times faster, {k*d['gain']:.2g}{unit} below the teacher "
@@ -221,13 +223,7 @@ class KDShrink:
     def __repr__(self): return f"{self.sentence}\n\n{self.table.to_string(float_format='{:.4g}'.format, na_rep='')}"
     def _repr_html_(self): return f"<p>{self.sentence}</p>{self.table.to_html(float_format='{:.4g}'.format, na_rep='')}"
 
-# %% ../../nbs/report/shrink.ipynb #7e3cba60
-def _none_fits(costs):
-    "The sentence where no candidate is within the budget"
-    ms,kb = costs.ms.drop('teacher'),costs.kb.drop('teacher')
-    return (f"No candidate is within the budget: the fastest, {ms.idxmin()}, takes {ms.min():.3g} ms, "
-            f"and the smallest, {kb.idxmin()}, {kb.min():.0f} kB.")
-
+# %% ../../nbs/report/shrink.ipynb #b8f81580
 def _next_faster(found, k, unit):
     "What the last round with a faster candidate says about the next faster one"
     ms,best = found.costs.ms,found.best

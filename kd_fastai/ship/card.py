@@ -174,7 +174,7 @@ def _architecture(model):
     "Models of one architecture have one latency, which is measured once"
     return without_address(model)+repr([(*p.shape,) for p in model.parameters()])
 
-# %% ../../nbs/ship/card.ipynb #c4ae7c58
+# %% ../../nbs/ship/card.ipynb #808b0e35
 def _training(learn, kd, epochs):
     "How the student was trained, a list of Markdown"
     says = []

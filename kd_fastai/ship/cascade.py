@@ -21,7 +21,7 @@ from .export import OnnxModel, loss_activation
 from ..hooks.models import as_plain_tensor
 from ..teacher.live import Teacher
 
-# %% ../../nbs/ship/cascade.ipynb #c9511cdf
+# %% ../../nbs/ship/cascade.ipynb #32473a3f
 def lower_bound(
     k:int,             # Successes
     n:int,             # Trials

@@ -9,7 +9,7 @@ __all__ = ['ITEM_TRANSFORMS', 'BATCH_TRANSFORMS', 'TABLE_PROCS', 'Ops', 'OnnxTyp
            'item_transforms', 'Standardize', 'Resample', 'batch_module', 'mask_ops', 'table_columns', 'table_ops',
            'reads_in_chunks', 'text_ops', 'class_names', 'run_versions']
 
-# %% ../../nbs/ship/steps.ipynb #c7b1be08
+# %% ../../nbs/ship/steps.ipynb #c7c72c24
 import math, platform
 from enum import IntEnum
 from functools import partial
@@ -361,7 +361,7 @@ def text_ops(
     largest,mean = (f(x, np.array([0]), keepdims=0) for f in (op.ReduceMax, op.ReduceMean))
     return op.Concat(last, largest, mean, axis=1)
 
-# %% ../../nbs/ship/steps.ipynb #3bbe89fb
+# %% ../../nbs/ship/steps.ipynb #cf69bd27
 def class_names(
     dls # `DataLoaders`
 )->list|None: # None without names
