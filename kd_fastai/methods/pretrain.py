@@ -85,7 +85,7 @@ def as_before(
     finally:
         for p,requires_grad,grad in params: p.requires_grad_(requires_grad).grad = grad
 
-# %% ../../nbs/methods/pretrain.ipynb #d76e2648
+# %% ../../nbs/methods/pretrain.ipynb #aa64ddd8
 def body_learner(
     learn:Learner, # The Learner of the student
     dls=None       # Other samples: `DataLoaders` or a `DataLoader`
@@ -117,7 +117,8 @@ def _features_of(teacher, layers, trainer, tfm, epochs):
     probe.prepare(trainer.dls.train)
     xb = to_device(sample_inputs(trainer.dls), device)
     with eval_no_grad(trainer.model.to(device)), probe.ready(device):
-        times = [timed(torch.device(device or 'cpu'), f)[1] for f in (partial(probe, *xb, need_pred=False), partial(trainer.model, *xb))]
+        passes = partial(probe, *xb, need_pred=False),partial(trainer.model, *xb)
+        times = [timed(torch.device(device or 'cpu'), f)[1] for f in passes]
         has_head = layers is not None or has_classifier(probe.model, *probe.convert(xb))
     _say(trainer, epochs, *times)
     if layers is not None: return teacher,layers

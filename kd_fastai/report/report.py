@@ -112,7 +112,7 @@ def score_table(
     agreement = scores.agreement('student', 'teacher') if has_teacher else None
     return table.reindex(['teacher','student']),agreement
 
-# %% ../../nbs/report/report.ipynb #447e6d67
+# %% ../../nbs/report/report.ipynb #2a9573b2
 class KDReport:
     "What `Learner.kd_report` found. `repr` prints it, and a notebook shows its tables"
     def __init__(self,
@@ -131,7 +131,8 @@ class KDReport:
         return [o for o in (self.scores, agreement, expect, self.terms, self.layers, *warnings) if len(o)]
 
     def __repr__(self):
-        return '\n\n'.join(o if isinstance(o, str) else o.to_string(float_format='{:.4g}'.format) for o in self._parts())
+        return '\n\n'.join(o if isinstance(o, str) else o.to_string(float_format='{:.4g}'.format)
+                           for o in self._parts())
 
     def _repr_html_(self):
         return '\n'.join(f'<p>{o}</p>' if isinstance(o, str) else o.to_html(float_format='{:.4g}'.format)

@@ -198,7 +198,7 @@ class ShowEpoch(Callback):
         name = self.learn.metrics[0].name if len(self.learn.metrics) else 'valid_loss'
         self.show(f"epoch {self.epoch+1}/{self.n_epoch}: {name} {row.get(name, float('nan')):.4g}")
 
-# %% ../../nbs/report/runs.ipynb #ca0d171b
+# %% ../../nbs/report/runs.ipynb #93f45fd3
 def make_student(
     make_learner:Callable, # `make_learner(seed)`
     method,    # As above

@@ -162,7 +162,7 @@ class Pilots:
 # %% ../../nbs/report/shrink.ipynb #03def469
 DECIDE,FINAL = 500,1000  # the first seeds of full runs between ties, and of those that are reported
 
-# %% ../../nbs/report/shrink.ipynb #34b8f657
+# %% ../../nbs/report/shrink.ipynb #bd310a6c
 class KDShrink:
     "What `kd_shrink` returns: the chosen student, trained, and how it was found. A notebook shows sentence and table"
     def __init__(self,
@@ -223,7 +223,7 @@ class KDShrink:
     def __repr__(self): return f"{self.sentence}\n\n{self.table.to_string(float_format='{:.4g}'.format, na_rep='')}"
     def _repr_html_(self): return f"<p>{self.sentence}</p>{self.table.to_html(float_format='{:.4g}'.format, na_rep='')}"
 
-# %% ../../nbs/report/shrink.ipynb #b8f81580
+# %% ../../nbs/report/shrink.ipynb #9e9aacc3
 def _next_faster(found, k, unit):
     "What the last round with a faster candidate says about the next faster one"
     ms,best = found.costs.ms,found.best

@@ -234,7 +234,7 @@ def _no_nan(v):
     if isinstance(v, dict): return {k: _no_nan(o) for k,o in v.items()}
     return None if isinstance(v, float) and not math.isfinite(v) else v
 
-# %% ../../nbs/ship/export.ipynb #a990bce6
+# %% ../../nbs/ship/export.ipynb #c4db66ed
 class OnnxModel(nn.Module):
     "An ONNX file as a module, run by ONNX Runtime on the CPU"
     def __init__(self,
@@ -279,7 +279,8 @@ class OnnxModel(nn.Module):
             f"{self.file.name} takes {kind}s before the preprocessing, got a tensor of shape {(*first.shape,)}: give "
             f"{'files' if kind=='image' else 'a DataFrame'}, compare by learn.kd_parity(files, ...), "
             "or write only the network with export_onnx")
-        if kind=='table' and isinstance(first, pd.DataFrame): found = [self.run(**table_inputs(first, self.info['columns']))]
+        if kind=='table' and isinstance(first, pd.DataFrame):
+            found = [self.run(**table_inputs(first, self.info['columns']))]
         elif kind in ('image','table'): found = map(self.outputs, first if isinstance(first, (list,tuple)) else [first])
         else: found = [self._run_tensors(xb)]
         res = torch.cat([torch.from_numpy(next(iter(o.values()))) for o in found])
