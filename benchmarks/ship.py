@@ -95,10 +95,10 @@ def cascade(student, teacher, folder, vocab, wanted=0.2):
 def gains(rows):
     "Paired differences over seeds"
     scores = rows[rows.model!='teacher'].pivot(index='seed', columns=['model','file'], values='accuracy')
-    pairs = {'int8, alone': (('alone','int8'), ('alone','float')),
+    pairs = {'int8, baseline': (('baseline','int8'), ('baseline','float')),
              'int8, distilled': (('distilled','int8'), ('distilled','float')),
-             'teacher, float': (('distilled','float'), ('alone','float')),
-             'teacher, int8': (('distilled','int8'), ('alone','int8'))}
+             'teacher, float': (('distilled','float'), ('baseline','float')),
+             'teacher, int8': (('distilled','int8'), ('baseline','int8'))}
     rows = {n: dict(runs=len(scores), **paired_interval(scores[a]-scores[b])) for n,(a,b) in pairs.items()}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('difference')
 
@@ -112,7 +112,7 @@ def main():
     source = pictures_teacher()
     remembers,rows = Remembers(source.model),[]
     for seed in range(FINAL, FINAL+a.seeds):
-        for name,teacher in dict(distilled=remembers, alone=None).items():
+        for name,teacher in dict(distilled=remembers, baseline=None).items():
             learn = of_files(folder, trained_student(source, seed, teacher))
             rows.append(quantized(learn, f'{name}_{seed}', folder).assign(model=name, seed=seed))
             print(rows[-1].to_string(), flush=True)

@@ -8,6 +8,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/demo/data.html.md"""
 __all__ = ['ImageSet', 'WholeBatchLoader', 'digits', 'small_net', 'train', 'score']
 
 # %% ../../nbs/demo/data.ipynb #f7c38816
+from functools import cache
 from torch import nn, tensor
 from torch.utils.data import TensorDataset
 from sklearn.datasets import load_digits
@@ -29,6 +30,12 @@ class WholeBatchLoader(DataLoader):
         for b in self.chunkify(samps): yield self.dataset[[*b]]
 
 # %% ../../nbs/demo/data.ipynb #d8c5ee8c
+@cache
+def _scans():
+    "The images and classes of scikit-learn, read once"
+    x,y = load_digits(return_X_y=True)
+    return tensor(x).float().div(8).sub(1).view(-1,1,8,8),tensor(y)
+
 def digits(
     labels:int|None=None, # Number of labeled training digits, of 1000; defaults to all
     seed:int=0,           # Which of them
@@ -37,8 +44,7 @@ def digits(
     """Load scikit-learn's digits: up to 1000 to train on, always the same 797 to test on.
 
     Raises `ValueError` for fewer than 10 or more than 990 labels."""
-    x,y = load_digits(return_X_y=True)
-    x,y = tensor(x).float().div(8).sub(1).view(-1,1,8,8),tensor(y)
+    x,y = _scans()
     train,test = train_test_split(range(len(y)), train_size=1000, stratify=y, random_state=0)
     if labels is not None:
         if not 10<=labels<=990: raise ValueError(

@@ -85,7 +85,7 @@ def as_before(
     finally:
         for p,requires_grad,grad in params: p.requires_grad_(requires_grad).grad = grad
 
-# %% ../../nbs/methods/pretrain.ipynb #aa64ddd8
+# %% ../../nbs/methods/pretrain.ipynb #0e46c5de
 def body_learner(
     learn:Learner, # The Learner of the student
     dls=None       # Other samples: `DataLoaders` or a `DataLoader`

@@ -112,7 +112,7 @@ def score_table(
     agreement = scores.agreement('student', 'teacher') if has_teacher else None
     return table.reindex(['teacher','student']),agreement
 
-# %% ../../nbs/report/report.ipynb #2a9573b2
+# %% ../../nbs/report/report.ipynb #fc93c537
 class KDReport:
     "What `Learner.kd_report` found. `repr` prints it, and a notebook shows its tables"
     def __init__(self,

@@ -234,7 +234,7 @@ def _no_nan(v):
     if isinstance(v, dict): return {k: _no_nan(o) for k,o in v.items()}
     return None if isinstance(v, float) and not math.isfinite(v) else v
 
-# %% ../../nbs/ship/export.ipynb #c4db66ed
+# %% ../../nbs/ship/export.ipynb #feb7cc97
 class OnnxModel(nn.Module):
     "An ONNX file as a module, run by ONNX Runtime on the CPU"
     def __init__(self,

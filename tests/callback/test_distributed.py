@@ -1,19 +1,18 @@
 """Two processes train together, and equal one process that has the joined batches.
 
-Each of the two runs this file as a script and saves what it saw; the tests compare the files."""
-import os, socket, subprocess, sys
+Each of the two saves what it saw; the tests compare the files."""
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 import pytest, torch
 from torch import nn
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, LongTensor, SGD, rank_distrib, set_seed
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, LongTensor, SGD, set_seed
 from fastai.callback.all import GradientAccumulation, GradientClip
 from kd_fastai.all import *
 from kd_fastai.objective import rising
 from kd_fastai.demo import ImageSet, WholeBatchLoader, digits, small_net
 from support import KD, hooks, quiet
+from support.processes import free_port, join_group, run_processes
 
 pytestmark = pytest.mark.slow
 
@@ -108,12 +107,12 @@ def found(ctx):
     with ctx(learn): learn.fit(1, 0.1, cbs=kd)
     return {'weights': kd.weights, 'student': deepcopy(learn.model.state_dict())}
 
-def worker(path):
+def worker(rank, port, path):
     "The training runs of one process"
+    join_group(rank, RANKS, port)
     # imported later, torch.distributed.nn would keep the process group: see the tutorial on several processes
     import torch.distributed.nn
     from fastai.distributed import DistributedDL
-    rank = rank_distrib()
     mine = partial(seeded, rank, False)  # a loss's weights must not depend on a process's random state
     def broadcast(self, t, rank):
         t = LongTensor(t)
@@ -138,22 +137,11 @@ def worker(path):
     torch.save(res, path/f'{rank}.pt')
     torch.distributed.destroy_process_group()
 
-if __name__=='__main__': worker(Path(sys.argv[1]))
-
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
     path = tmp_path_factory.mktemp('ranks')
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = {**os.environ, 'WORLD_SIZE': str(RANKS), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port),
-        'PYTHONPATH': os.pathsep.join(map(str, [*Path(__file__).parents[1:3]]))}
-    def start(r):
-        return subprocess.Popen([sys.executable, '-W', 'ignore', __file__, path], text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)})
-    procs = [start(r) for r in range(RANKS)]
-    try: out = [p.communicate(timeout=300)[0] for p in procs]
-    finally:
-        for p in procs: p.kill()
-    assert not any(p.returncode for p in procs), '\n'.join(out)
+    port = free_port()
+    assert run_processes(worker, *((rank, port, path) for rank in range(RANKS)))==[0]*RANKS
     return [torch.load(path/f'{r}.pt') for r in range(RANKS)]
 
 COLUMNS = ['task_loss','soft_target','adapted']

@@ -673,18 +673,25 @@ def test_simkd_student(layer, teachers, tmp_path):
         close(final.model.eval()(x), simkd.classifier(simkd.transfer(s).mean((2,3))), 1e-5)
     assert final.validate()[1]>learn.validate()[1]+0.2
     assert {type(m).__module__.split('.')[0] for m in final.model.modules()}=={'torch'}
-    torch.save(final.model, tmp_path/'m.pt')
-    code = ("import sys, torch; m = torch.load(sys.argv[1], weights_only=False); "
-            "print(sum(p.numel() for p in m.parameters()), "
-            "[k for k in sys.modules if k.split('.')[0] in ('fastai','fastcore','kd_fastai')])")
-    r = subprocess.run([sys.executable, '-c', code, str(tmp_path/'m.pt')], text=True, capture_output=True, cwd=tmp_path)
-    assert r.stdout.strip()==f"{sum(p.numel() for p in final.model.parameters())} []", r.stderr
     final.export('m.pkl')
     assert same(state(load_learner(tmp_path/'m.pkl').model), state(final.model))
     head,kept = final.model[-1].weight.clone(),state(simkd)
     fit(final)                                                     # it trains on; the teacher's classifier stays
     assert same(kept, state(simkd)) and not torch.equal(before['0.0.weight'], state(final.model)['0.0.weight'])
     assert torch.equal(head, final.model[-1].weight) and torch.equal(head, teachers[6][5].weight)
+
+@pytest.mark.slow
+def test_simkd_student_is_read_by_torch_alone(teachers, tmp_path):
+    "A file of the whole model is read where neither fastai nor kd_fastai is imported"
+    kd = KnowledgeDistillationCallback(teachers[6], simkd := SimKD(), [('1','2')], weight=1., task_weight=0)
+    student = nn.Sequential(*small_net(4)[:2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10))
+    student = simkd.student(fit(learner(kd, model=student)).model)
+    torch.save(student, tmp_path/'m.pt')
+    code = ("import sys, torch; m = torch.load(sys.argv[1], weights_only=False); "
+            "print(sum(p.numel() for p in m.parameters()), "
+            "[k for k in sys.modules if k.split('.')[0] in ('fastai','fastcore','kd_fastai')])")
+    r = subprocess.run([sys.executable, '-c', code, str(tmp_path/'m.pt')], text=True, capture_output=True, cwd=tmp_path)
+    assert r.stdout.strip()==f"{sum(p.numel() for p in student.parameters())} []", r.stderr
 
 def test_simkd_student_refuses():
     with pytest.raises(RuntimeError, match='no projector yet'): SimKD().student(small_net(4))

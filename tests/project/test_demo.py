@@ -3,7 +3,7 @@ import os, runpy, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from kd_fastai.demo import kd_demo
+from kd_fastai.demo import digits, kd_demo
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +47,12 @@ def test_module_runs_too(args, says, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['kd-demo', *args])
     with pytest.raises(SystemExit) as e: runpy.run_module('kd_fastai.demo', run_name='__main__')
     assert says in str(e.value)+capsys.readouterr().err
+
+def test_data_sets_share_no_images():
+    "The scans are read once, so a change of one data set must not reach the next one"
+    a,b = digits(),digits()
+    for ds in (a.train.dataset, a.valid.dataset): ds.tensors[0].fill_(7.)
+    for ds in (*b.loaders, *digits().loaders): assert ds.dataset.tensors[0].max()<=1
 
 def test_fashion_runs_too(tmp_path, fashion_folder, monkeypatch):
     "With images of noise in place of the real ones"

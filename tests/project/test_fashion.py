@@ -1,5 +1,5 @@
 "The benchmark on Fashion-MNIST, on a folder of noise: the real images need not be there."
-import runpy, subprocess, sys
+import runpy, sys
 from pathlib import Path
 import pandas as pd
 import pytest
@@ -9,15 +9,18 @@ pytestmark = pytest.mark.slow
 script = Path(__file__).parents[2]/'benchmarks/accuracy.py'
 
 def run(cwd, *args):
-    command = [sys.executable, str(script), 'fashion', *map(str, args)]
-    return subprocess.run(command, cwd=cwd, text=True, capture_output=True)
+    "Run the benchmark in a folder, in this process"
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(cwd)
+        m.syspath_prepend(str(script.parent))
+        m.setattr(sys, 'argv', [str(script), 'fashion', '--quick', *map(str, args)])
+        runpy.run_path(str(script), run_name='__main__')
 
 @pytest.fixture(scope='module')
 def done(tmp_path_factory, fashion_folder):
     "A folder in which the benchmark has run"
     folder = tmp_path_factory.mktemp('run')
-    r = run(folder, '--quick', '--folder', fashion_folder, '--students', 'thin')
-    assert r.returncode==0, r.stderr[-2000:]
+    run(folder, '--folder', fashion_folder, '--students', 'thin')
     return folder
 
 def results(folder): return [pd.read_csv(folder/'fashion_quick'/f'{n}.csv') for n in ('fashion_runs','fashion')]
@@ -42,8 +45,7 @@ def test_table_names_its_machine(done):
 
 def test_another_method_is_added_to_the_finished_ones(done, fashion_folder):
     before = results(done)[0]
-    r = run(done, '--quick', '--folder', fashion_folder, '--students', 'thin', '--only', 'Similarity, paper')
-    assert r.returncode==0, r.stderr[-2000:]
+    run(done, '--folder', fashion_folder, '--students', 'thin', '--only', 'Similarity, paper')
     after = results(done)[0]
     assert {*after.method}-{*before.method}=={'Similarity, paper'}
     def in_order(runs): return runs.sort_values(['seed','method']).reset_index(drop=True)
@@ -52,9 +54,6 @@ def test_another_method_is_added_to_the_finished_ones(done, fashion_folder):
 
 @pytest.mark.parametrize('args,says', [(['--folder','.'],"Install Debian's package dataset-fashion-mnist"),
                                        (['--only','Nonsense'],'No such method: Nonsense')])
-def test_what_is_missing_is_named(args, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(script.parent))
-    monkeypatch.setattr(sys, 'argv', [str(script), 'fashion', '--quick', *args])
-    with pytest.raises((SystemExit,FileNotFoundError)) as e: runpy.run_path(str(script), run_name='__main__')
+def test_what_is_missing_is_named(args, says, tmp_path, capsys):
+    with pytest.raises((SystemExit,FileNotFoundError)) as e: run(tmp_path, *args)
     assert says in str(e.value)+capsys.readouterr().err

@@ -24,6 +24,12 @@ class Page(HTMLParser):
 
 parse = cache(Page)
 
+@cache
+def site_url():
+    "The address of the site, without a slash at its end"
+    from nbdev.config import get_config
+    return get_config(root).doc_url.rstrip('/')
+
 def exists(base, link):
     "Whether `link`, on a page in the folder `base`, points to a file of the site and to an anchor in it"
     file,anchor = map(unquote, urldefrag(link))
@@ -131,8 +137,7 @@ def test_redirects(site):
 @pytest.mark.slow
 def test_not_found(site):
     "All links of the page for errors begin at the root: it is shown at any address"
-    from nbdev.config import get_config
-    base = posixpath.join('/', get_config(root).doc_url.partition('://')[2].partition('/')[2])
+    base = posixpath.join('/', site_url().partition('://')[2].partition('/')[2])
     inner = [l for l in parse(site/'404.html').links if not re.match(r'[a-z]+:|//|#', l)]
     assert len(inner)>20 and all(l.startswith(base) for l in inner)
     assert all(exists(site, l.removeprefix(base).lstrip('/')) for l in inner)
@@ -143,8 +148,7 @@ def test_links(site, page): assert not broken(site/page)
 @pytest.mark.slow
 def test_own_links(site, page):
     "Links to pages of the site are relative, so that `test_links` tests them"
-    from nbdev.config import get_config
-    assert not [l for l in parse(site/page).links if l.startswith(get_config(root).doc_url)]
+    assert not [l for l in parse(site/page).links if l.startswith(site_url())]
 
 @pytest.mark.slow
 def test_search_index(site):
@@ -281,20 +285,18 @@ def test_alt_texts(site, pages):
 @pytest.mark.slow
 def test_llms(site, pages):
     "llms.txt lists a Markdown copy of each page by part, internals last"
-    from nbdev.config import get_config
     text = (site/'llms.txt').read_text(encoding='utf-8')
     links = re.findall(r'\]\((\S+?)\)', text)
     assert len(links)==len(pages)
     assert '## Start' in text and text.rpartition('\n## ')[2].startswith('Optional')
     for l in links:
-        copy = site/l.removeprefix(get_config(root).doc_url).lstrip('/')
+        copy = site/l.removeprefix(site_url()).lstrip('/')
         assert len(copy.read_text(encoding='utf-8'))>300
 
 @pytest.mark.slow
 def test_addresses_in_docstrings(site):
     "The docstring of each module leads to the Markdown copy of its page"
-    from nbdev.config import get_config
-    url = get_config(root).doc_url.rstrip('/')+'/'
+    url = site_url()+'/'
     trees = [ast.parse(p.read_text(encoding='utf-8')) for p in (root/'kd_fastai').rglob('*.py')]
     links = re.findall(r'Docs: (\S+)', '\n'.join(ast.get_docstring(t) or '' for t in trees))
     assert len(links)>50 and not [l for l in links if not (site/l.removeprefix(url)).exists()]
@@ -302,8 +304,7 @@ def test_addresses_in_docstrings(site):
 @pytest.mark.slow
 def test_social_card(site, pages):
     "Each page has the picture of the front page, by an address that exists"
-    from nbdev.config import get_config
-    url = get_config(root).doc_url.rstrip('/')+'/'
+    url = site_url()+'/'
     for page in pages:
         pictures = re.findall(r'property="og:image" content="([^"]*)"', (site/page).read_text(encoding='utf-8'))
         assert len(pictures)==1 and (site/pictures[0].removeprefix(url)).is_file(), page
@@ -323,11 +324,15 @@ def shown_code(source):
     cells = [''.join(c['source']) for c in json.loads(source)['cells'] if c['cell_type']=='code']
     return [ast.parse(re.sub(r'^[%!].*', '', c, flags=re.M)) for c in cells if not hidden.search(c)]
 
+@cache
+def imported(statement):
+    "The names that an import statement defines"
+    exec(statement, names := {})
+    return set(names)
+
 def defined(node):
     "The names that a node of a syntax tree defines; an import is executed"
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        exec(compile(ast.Module([node], []), 'import', 'exec'), names := {})
-        return set(names)
+    if isinstance(node, (ast.Import, ast.ImportFrom)): return imported(ast.unparse(node))
     if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)): return {node.name}
     if isinstance(node, ast.arg): return {node.arg}
     return {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()

@@ -2,6 +2,7 @@
 import json, multiprocessing, re, sys
 from pathlib import Path
 import pytest
+from support.processes import run_processes
 
 pytestmark = pytest.mark.slow
 
@@ -21,10 +22,6 @@ def runs(cell):
             and not any(f'#| {o}' in src for o in ('eval: false', 'slow', 'notest')))
 
 def is_slow(cell): return '#| slow' in ''.join(cell['source'])
-
-# Processes are forked from one that has imported what notebooks import: that takes longer than most notebooks
-fresh = multiprocessing.get_context('forkserver')
-fresh.set_forkserver_preload(['fastai.vision.all', 'nbdev.test', 'nbdev.showdoc', 'sklearn.datasets'])
 
 def execute(nb, log):
     "Run a notebook as `nbdev-test` does, and write its errors to `log`. Exits with 1 after an error"
@@ -49,12 +46,8 @@ def test_notebook(nb, tmp_path):
                                                             for c in cells if c['cell_type']=='code')
         return
     assert run>=min(3, code) and run>=0.75*code, f'only {run} of {code} code cells are executed'
-    process = fresh.Process(target=execute, args=(nb, tmp_path/'log'))
-    process.start()
-    process.join(600)
-    process.kill()
-    process.join()
-    if process.exitcode: pytest.fail((tmp_path/'log').read_text(), pytrace=False)
+    code, = run_processes(execute, (nb, tmp_path/'log'), seconds=600)
+    if code: pytest.fail((tmp_path/'log').read_text(), pytrace=False)
 
 @pytest.mark.filterwarnings('ignore')
 def test_quickstart_runs_on_noise(monkeypatch):

@@ -1,5 +1,5 @@
 "The cache changes no number: it predicts as the live teacher does, or refuses."
-import os, re, signal, subprocess, sys, threading, time
+import errno, os, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from copy import deepcopy
 import numpy as np, pytest, torch
@@ -13,6 +13,7 @@ from kd_fastai.demo import small_net
 from kd_fastai.hooks.models import as_plain_tensor
 from kd_fastai.teacher.indices import BatchTracker, batch_indices
 from support import KD, fit, learner, weights
+from support.processes import free_port, join_group, run_processes
 from support.teachers import Images, asked, cached_fit, loaders, net, values
 
 for o in [*globals()]:
@@ -145,26 +146,18 @@ def test_where_there_are_no_indices():
     with pytest.raises(ValueError, match='Expected a fastai DataLoader'):
         cached_fit(CachedTeacher(net(8)), DataLoaders(dl, dl))
 
-CRASH = '''
-import sys, os, signal, warnings; warnings.filterwarnings('ignore')
-sys.path.insert(0, {tests!r})
-from fastai.basics import *
-from kd_fastai.all import *
-from support import KD, fit, learner, weights
-from support.teachers import asked, loaders, net
-t = net(8)
-seen = []
-def die(m, x, out):
-    seen.append(1)
-    if len(seen)==4: os.kill(os.getpid(), signal.SIGKILL)
-t.register_forward_hook(die)
-CachedTeacher(t, {path!r}, layers=['1']).fill(loaders(), bar=False)
-'''
+def crash(path):
+    "Fill a cache, and die in the fourth batch"
+    t,seen = net(8),[]
+    def die(m, x, out):
+        seen.append(1)
+        if len(seen)==4: os.kill(os.getpid(), signal.SIGKILL)
+    t.register_forward_hook(die)
+    CachedTeacher(t, path, layers=['1']).fill(loaders(), bar=False)
 
 def test_a_crash_while_filling_loses_nothing(tmp_path):
     "killed in the fourth batch: three are stored, and the rest is predicted"
-    code = CRASH.format(tests=str(Path(__file__).parents[1]), path=str(tmp_path/'c'))
-    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True).returncode==-signal.SIGKILL
+    assert run_processes(crash, (tmp_path/'c',))==[-signal.SIGKILL]
     assert (records(tmp_path/'c')['check']!=0).sum()==48
     t = net(8); seen = asked(t)
     CachedTeacher(t, tmp_path/'c', layers=['1']).fill(loaders(), bar=False)
@@ -208,45 +201,32 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
         with pytest.raises(ValueError, match='exists and is not a cache'): cached_fit(CachedTeacher(net(8), path))
     assert [o.name for o in tmp_path.iterdir()]==['notes.txt']
 
-DISTRIBUTED = """
-import sys, warnings; warnings.filterwarnings('ignore')
-sys.path.insert(0, {tests!r})
-# imported while there is no process group, which it would keep: see the tutorial on several processes
-import torch.distributed.nn
-from fastai.basics import *
-from kd_fastai.all import *
-from support import KD, fit, learner, weights
-from support.teachers import asked, loaders, net
-from fastai.distributed import DistributedDL
-def broadcast(self, t, rank): t = LongTensor(t); torch.distributed.broadcast(t, rank); return t.tolist()
-DistributedDL._broadcast = broadcast  # fastai's own calls .cuda()
-def train(teacher):
-    learn = learner(dls=loaders(), cbs=KD(teacher, [Term(SoftTarget), Term(Attention, 10.)], '1'))
-    with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, 3)
-    return weights(learn)
-t = net(8)
-plain = train(t); seen = asked(t)
-torch.testing.assert_close(train(CachedTeacher(t, {path!r})), plain, rtol=1e-4, atol=1e-5)
-print('asked', sum(seen))
-torch.distributed.destroy_process_group()
-"""
+def fill_together(rank, port, path):
+    "Train in one of two processes without a cache and with one, and save how many samples the teacher predicted"
+    join_group(rank, 2, port)
+    # imported while there is no process group, which it would keep: see the tutorial on several processes
+    import torch.distributed.nn
+    from fastai.distributed import DistributedDL
+    def broadcast(self, t, rank):
+        t = LongTensor(t)
+        torch.distributed.broadcast(t, rank)
+        return t.tolist()
+    DistributedDL._broadcast = broadcast  # fastai's own calls .cuda()
+    def train(teacher):
+        learn = learner(dls=loaders(), cbs=KD(teacher, [Term(SoftTarget), Term(Attention, 10.)], '1'))
+        with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, 3)
+        return weights(learn)
+    t = net(8)
+    plain,seen = train(t),asked(t)
+    torch.testing.assert_close(train(CachedTeacher(t, path/'c')), plain, rtol=1e-4, atol=1e-5)
+    (path/f'{rank}').write_text(str(sum(seen)))
+    torch.distributed.destroy_process_group()
 
 def test_processes_that_train_together_share_a_cache(tmp_path):
     "each predicts its own samples, which are others in the next epoch, and reads what any has written"
-    import socket
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    code = DISTRIBUTED.format(tests=str(Path(__file__).parents[1]), path=str(tmp_path/'c'))
-    def start(r):
-        return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT,
-                                env={**os.environ, 'RANK':str(r), 'LOCAL_RANK':str(r), 'WORLD_SIZE':'2',
-                                     'MASTER_ADDR':'127.0.0.1', 'MASTER_PORT':str(port)})
-    procs = [start(r) for r in (0,1)]
-    try: outs = [p.communicate(timeout=200)[0] for p in procs]
-    finally:
-        for p in procs: p.kill()
-    assert not any(p.returncode for p in procs), '\n'.join(outs)
-    assert sum(int(re.search(r'asked (\d+)', o)[1]) for o in outs)<=100  # each once
+    port = free_port()
+    assert run_processes(fill_together, *((rank, port, tmp_path) for rank in (0,1)))==[0,0]
+    assert sum(int((tmp_path/f'{rank}').read_text()) for rank in (0,1))<=100  # each once
     assert records(tmp_path/'c')['check'].all()
     x = torch.stack([o for o,_ in Images()])
     with torch.no_grad():
@@ -255,25 +235,15 @@ def test_processes_that_train_together_share_a_cache(tmp_path):
 
 # ---- disks
 
-SMALL = """
-import sys, warnings; warnings.filterwarnings('ignore')
-sys.path.insert(0, {tests!r})
-from fastai.basics import *
-from kd_fastai.all import *
-from support import KD, fit, learner, weights
-from support.teachers import asked, loaders, net
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-CachedTeacher(net(8), {path!r}, layers=['1']).fill(loaders(), bar=False)
-"""
-
-def run(code, **kwargs):
-    code = code.format(tests=str(Path(__file__).parents[1]), **kwargs)
-    return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+def fill_up_to_a_file_limit(path):
+    "Exit with the number of the error that a limit on the size of files causes"
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    try: CachedTeacher(net(8), path, layers=['1']).fill(loaders(), bar=False)
+    except OSError as e: sys.exit(e.errno)
 
 def test_a_file_limit_is_an_oserror(tmp_path):
-    r = run(SMALL, path=str(tmp_path/'c'))
-    assert r.returncode==1 and 'OSError: [Errno 27] File too large' in r.stderr, r.stderr
+    assert run_processes(fill_up_to_a_file_limit, (tmp_path/'c',))==[errno.EFBIG]
 
 @pytest.fixture
 def mounted(tmp_path):
