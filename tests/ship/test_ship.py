@@ -94,7 +94,7 @@ def of_timm():
     timm = pytest.importorskip('timm', reason='timm is not installed')
     data = [*zip(torch.randn(8,3,32,32), torch.arange(8)%3)]
     dls = DataLoaders(DataLoader(data, bs=4), DataLoader(data, bs=4))
-    model = timm.create_model('mobilenetv3_small_050', num_classes=3)
+    model = timm.create_model('test_efficientnet', num_classes=3)
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
 def tabular():
