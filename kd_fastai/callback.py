@@ -9,7 +9,7 @@ __all__ = ['KnowledgeDistillationCallback', 'kd_callbacks']
 
 # %% ../nbs/callback.ipynb #02d0f0e8
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -28,7 +28,7 @@ from .fit.checks import (AgreementCheck, advice_for, check_channels, check_count
 from .fit.columns import Columns, TermColumn, recorder_table
 from kd_fastai.fit.internals import (in_validation_context, is_distributed, without_extra_parameters,
     without_last_inputs)
-from .fit.owned import OwnedWeights, OwningCallback
+from .fit.owned import OwnedParameters, OwningCallback
 from .fit.state import FitState
 from .hooks.inputs import n_samples, split_inputs
 from .hooks.layers import parse_layer_pairs, unique_names
@@ -72,7 +72,7 @@ class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
     the start of a fit for layers of the student and for models, vocabularies and normalizations that do not go
     together; and with the first batch, before any optimizer step, for shapes that do not fit."""
     order,run_valid = GradientAccumulation.order-1,False  # before the loss is divided for accumulation
-    contexts = {**OwningCallback.contexts, 'one_batch': 'around_one_batch', '_do_one_batch': 'around_do_one_batch'}
+    contexts = {**OwningCallback.contexts, 'one_batch': 'before_one_batch', '_do_one_batch': 'before_forward'}
     _copy_by_reference,_not_copied = ('teacher',),('fit_state',)
     has_trained_teacher = True # False for a teacher that learns together with the student
     fit_state = None # a `FitState` during a fit
@@ -106,7 +106,7 @@ class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
         terms,teacher = make_terms(losses, weight, pairs, schedule, adapt, mask),as_teacher(teacher, teacher_dtype)
         check_teacher_names(terms, teacher)
         self.objective = Objective(terms, task_weight, class_map=class_map, balance=balance)
-        self.terms,self.owned = self.objective.terms,OwnedWeights(self.objective)
+        self.terms,self.owned = self.objective.terms,OwnedParameters(self.objective)
         layers = {k: [n for o in terms if o.teacher==k for n in o.layers[1]] for k in self.objective.needs_pred}
         self.teacher = teacher.configure(layers.get(None, layers), teacher_tfm, early_exit)
         self.teacher_inputs = check_count(teacher_inputs, 'teacher_inputs')
@@ -233,6 +233,10 @@ def check_second(
     if cb.objective.task_weight!=1: raise ValueError(
         "Another distillation callback of this Learner already weights the task loss: "
         f"leave task_weight at 1 here, got {cb.objective.task_weight:g}")
+    found = [o.name for o in cb.terms if o.weight=='auto']
+    if found and not first.objective.task_weight: raise ValueError(
+        "Another distillation callback of this Learner leaves the task loss out (task_weight=0), and weight='auto' "
+        f"goes by it: give weights of {', '.join(found)}, or put all terms into one callback")
     if first.teacher_inputs!=cb.teacher_inputs: raise ValueError(
         f"Expected one teacher_inputs in all distillation callbacks of a Learner, got {first.teacher_inputs} "
         f"and {cb.teacher_inputs}: a function as teacher_tfm chooses among them")
@@ -279,26 +283,24 @@ def after_epoch(self:KnowledgeDistillationCallback):
 @patch(as_prop=True)
 def is_capturing(self:KnowledgeDistillationCallback)->bool:
     "Whether a training batch is computed, with hooks on the models"
-    return self.run and self.fit_state is not None and self.fit_state.is_capturing and self.learn.training
+    return self.run and self.fit_state is not None and self.fit_state.has_hooks and self.learn.training
 
 @patch
-def around_one_batch(self:KnowledgeDistillationCallback, i, b):
+def before_one_batch(self:KnowledgeDistillationCallback, i, b):
     "Keep the indices of this batch, before another one is drawn"
     if self.is_capturing and self.fit_state.uses_idx:
         self.fit_state.idx = read_indices(self.learn, self.objective, self.teacher)
-    return nullcontext()
 
 @patch
-def around_do_one_batch(self:KnowledgeDistillationCallback):
+def before_forward(self:KnowledgeDistillationCallback):
     "Read the inputs, and run the teacher on them"
     learn,state,own = self.learn,self.fit_state,None
     if self.teacher_inputs and self is first_running(learn):
         learn.xb,own = split_inputs(learn.xb, self.teacher_inputs)  # also in validation
-    if not self.is_capturing: return nullcontext()
+    if not self.is_capturing: return
     first = next(cb for cb in kd_callbacks(learn) if cb.is_capturing)
-    state.read_inputs(first, own)
+    state.start_batch(first, own)
     state.outputs = self.run_teacher(*(first.fit_state.teacher_xb if self.teacher_inputs else learn.xb))
-    return nullcontext()
 
 @patch
 def run_teacher(self:KnowledgeDistillationCallback, *xb)->tuple:
@@ -356,7 +358,7 @@ def loss_parts(self:KnowledgeDistillationCallback)->tuple: # Two scalar tensors
 @patch
 def after_batch(self:KnowledgeDistillationCallback):
     "Release the losses and their graphs"
-    if self.fit_state is not None: self.fit_state.next_batch()
+    if self.fit_state is not None: self.fit_state.end_batch()
 
 
 # %% ../nbs/callback.ipynb #2091d77b

@@ -126,7 +126,7 @@ def load_loss_states(
 
 # %% ../nbs/objective.ipynb #9b3e2133
 class TrainedTerms:
-    "Terms, and what they keep between batches: weights that losses own, and weights of terms that were found"
+    "Terms, and what they keep between batches: parameters that losses own, and weights of terms that were found"
     def __init__(self,
         terms:list,          # `Term`s with layers, see `with_defaults`
         task_weight:float=1. # Weight of the task loss
@@ -175,7 +175,7 @@ class TrainedTerms:
         teacher:nn.Module|dict|None=None, # The teacher, or several by name
         **extra            # What else the `build` of a loss may read, such as `n_data`, the number of training samples
     ):
-        """Create the weights that losses own, once, from the shapes of a first batch. Random numbers stay as they are.
+        """Create what losses own, once, from the shapes of a first batch. Random numbers stay as they are.
 
         Parameters of the student and the teacher that a loss refers to are not its own: they are left out of
         `parameters`, and their modules keep their modes."""
@@ -195,7 +195,7 @@ class TrainedTerms:
         return self.params
 
     def state_dict(self)->dict:
-        "Return weights that losses own and weights that were found, by the names of the terms"
+        "Return parameters that losses own and weights that were found, by the names of the terms"
         losses = {'losses': {o.name: o.module.state_dict() for o in self.terms if o.module is not None}}
         return losses | {k: dict(getattr(self, k)) for k in KEPT}
 

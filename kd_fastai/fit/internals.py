@@ -21,7 +21,7 @@ from ..hooks.models import KDWarning
 
 # %% ../../nbs/fit/internals.ipynb #2e61a856
 class _WrappedMethod:
-    """A method of a Learner that runs inside the contexts which its `ScopedCallback`s name for it.
+    """A method of a Learner that first calls the methods which its `ScopedCallback`s name for it.
 
     It is an attribute of the Learner, because fastai has no event there. It calls what it replaced: the method of the
     class, or an attribute of the user's. A pickle of it is the plain method; a copy belongs to the copied Learner."""
@@ -39,7 +39,8 @@ class _WrappedMethod:
                 if cb.learn is not self.learn: raise RuntimeError(
                     f"{type(cb).__name__} was moved to another Learner: "
                     "remove it from this one (remove_cb), or give each its own")
-                stack.enter_context(getattr(cb, cb.contexts[self.name])(*args, **kwargs))
+                context = getattr(cb, cb.contexts[self.name])(*args, **kwargs)
+                if context is not None: stack.enter_context(context)
             return inner(*args, **kwargs)
 
     def __reduce__(self): return getattr, (self.learn, self.name)
@@ -76,7 +77,7 @@ class LeftOut(Callback):
 # %% ../../nbs/fit/internals.ipynb #19a37c24
 class ScopedCallback(Callback):
     "A callback whose `scope` is closed when a fit ends for any reason, and when it is removed from its Learner"
-    # methods of the Learner, and the method here that returns the context in which each of them runs
+    # methods of the Learner, and the method here that is called before each; it may return a context for the call
     contexts = {'fit': 'around_fit', 'export': 'around_export'}
     _copy_by_reference,_not_copied = (),()   # attributes that a copy shares, and that a copy starts without
 

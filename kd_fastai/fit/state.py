@@ -51,15 +51,16 @@ class FitState:
         self.agreement = AgreementCheck([]) if agreement is None else agreement
         self.capture = Capture(learn.model, objective.layers[0], who='student')
         self.epoch = ExitStack()    # closed at the end of the epoch's training
-        self.is_capturing = False   # whether hooks are on the models
+        self.has_hooks = False   # whether hooks are on the models
         self.is_checked = False     # whether the first batch has been checked
         self.unchecked = objective.terms # those that had a weight of 0 in all batches
         self.is_first_epoch = True  # of this fit
         self.is_trial = any(isinstance(cb, LRFinder) for cb in learn.cbs)
         self.uses_idx = teacher.needs_idx or any(o.uses_idx for o in objective.terms)
-        self.reads_pred = any(o.reads_output for o in objective.terms)
+        self.reads_output = any(o.reads_output for o in objective.terms)
+        self.needs_labels = any(o.needs_labels for o in objective.terms)
         self.teacher_random = RandomStream() # for teachers that draw random numbers
-        self.next_batch()
+        self.end_batch()
 
     @property
     def progress(self)->float:
@@ -73,15 +74,15 @@ class FitState:
         self.columns.reset()
         for o in (tracking(learn.dl, self.uses_idx), self.teacher.ready(model_device(learn.model), learn.epoch),
                   self.capture, capture_one_forward(learn.model, self.capture)): self.epoch.enter_context(o)
-        self.epoch.callback(setattr, self, 'is_capturing', False)
-        self.is_capturing = True
+        self.epoch.callback(setattr, self, 'has_hooks', False)
+        self.has_hooks = True
 
-    def next_batch(self):
+    def end_batch(self):
         "Release what belongs to a batch: its inputs, the teacher's predictions, and the losses with their graphs"
         self.idx = self.mixer = self.teacher_xb = self.outputs = self.pred = self.given = None
         self.first = self.batch = self.values = self.weights = None
 
-    def read_inputs(self,
+    def start_batch(self,
         first,          # The first distillation callback that computes this batch
         teacher_xb:tuple# Inputs of the teacher
     ):
@@ -98,7 +99,7 @@ class FitState:
     )->Batch:
         "Return the batch as losses expect it"
         out = self.learn.pred if self.pred is None else self.pred
-        pred = get_logits(out) if self.reads_pred else first_tensors(out)[0]
+        pred = get_logits(out) if self.reads_output else first_tensors(out)[0]
         self.given.update(read_labels(self.learn, self.mixer))
         if self.idx is not None: self.given['idx'] = self.idx.to(pred.device)
         if task is None: task = read_task(self.learn, self.given['target'], self.objective.ignore_index)
@@ -114,8 +115,7 @@ class FitState:
         must_be_finite = [k for k,w in weights.items() if isinstance(w, Tensor) or w]
         where = f"epoch {self.learn.epoch}, batch {self.learn.iter}"
         self.columns.add(where, find_bs(self.learn.yb), columns, must_be_finite)
-        has_labels = True if batch.label_mask is None else batch.label_mask.any()
-        self.columns.has_labels = self.columns.has_labels | has_labels
+        if self.needs_labels: self.columns.has_labels |= True if batch.label_mask is None else batch.label_mask.any()
 
 
 # %% ../../nbs/fit/state.ipynb #9fdea1e4

@@ -53,6 +53,7 @@ class Batch(NamedTuple):
         layers:tuple # Names of the student's layers and of the teacher's
     )->'Batch':
         "Return the batch with the features of these layers only"
+        if not self.fm_s and not self.fm_t: return self
         fm_s,fm_t = ({n: fm[n] for n in names} for names,fm in zip(layers, (self.fm_s, self.fm_t)))
         return self._replace(fm_s=fm_s, fm_t=fm_t)
 
@@ -183,7 +184,7 @@ def find_label_mask(
     for y in targets:
         if not isinstance(y, Tensor) or y.is_floating_point() or y.ndim!=pred.ndim-1 or len(y)!=len(pred): return None
         is_class = (y>=0) & (y<n) if n>1 else y>=0
-        if ignore_index is not None: is_class &= y!=ignore_index
+        if ignore_index is not None and ignore_index>=0: is_class &= y!=ignore_index
         mask = is_class if mask is None else mask & is_class
     if mask is None or mask.ndim==1: return mask
     if mask.all(): return None

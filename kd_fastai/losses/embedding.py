@@ -282,7 +282,7 @@ class CRDBank(StochasticLoss):
     def forward(self,
         fm_s:dict[str, torch.Tensor], # Student's embeddings by layer, `(B, D)`, or maps
         fm_t:dict[str, torch.Tensor], # Teacher's embeddings by layer, of the same samples
-        idx:torch.Tensor,             # Positions of the samples in the training data, `(B,)`
+        idx:torch.Tensor,             # Indices of the samples in the training data, `(B,)`
         **kwargs
     )->torch.Tensor: # Scalar
         "Raises `ValueError` for unequal batch sizes, and for positions that are not in the bank"

@@ -132,17 +132,17 @@ def NormalizedKD(
     return -label - gamma*T**2*others.sum(1)
 
 # %% ../../nbs/losses/output.ipynb #9a974e3d
-def _centered(x):
-    "Deviations from the mean of each row; rows that vary by rounding errors only become 0, without a gradient"
-    mean = x.mean(-1, keepdim=True)
+def _centered(x, dim):
+    "Deviations from the mean along a dimension, their norms, and whether they are more than rounding errors"
+    mean = x.mean(dim, keepdim=True)
     z = x-mean
-    varies = z.detach().abs().amax(-1, keepdim=True)>1e-6*mean.abs()
-    return torch.where(varies, z, 0)
+    norm = torch.linalg.vector_norm(z, dim=dim, keepdim=True)
+    return z,norm,norm>1e-6*x.shape[dim]**0.5*mean.abs()
 
-def _pearson(a, b):
-    "Pearson correlation along the last dimension; 0 for constants"
-    a,b = _centered(a),_centered(b)
-    return (a*b).sum(-1)/(torch.linalg.vector_norm(a, dim=-1)*torch.linalg.vector_norm(b, dim=-1)+1e-8)
+def _pearson(a, b, dim):
+    "Pearson correlation along a dimension; 0, without a gradient, for constants"
+    (a,norm_a,a_varies),(b,norm_b,b_varies) = _centered(a, dim),_centered(b, dim)
+    return torch.where(a_varies & b_varies, (a*b).sum(dim, keepdim=True)/(norm_a*norm_b+1e-8), 0)
 
 @loss_info('Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022',
            'https://arxiv.org/abs/2205.10536',
@@ -159,7 +159,7 @@ def DIST(
 
     Raises `ValueError` for unequal shapes or fewer than two classes."""
     p,q = (x.softmax(1) for x in _logit_rows(pred, teacher_pred, T))
-    return T**2 * (beta*(1-_pearson(p, q).mean()) + gamma*(1-_pearson(p.T, q.T).mean()))
+    return T**2 * (beta*(1-_pearson(p, q, 1).mean()) + gamma*(1-_pearson(p, q, 0).mean()))
 
 # %% ../../nbs/losses/output.ipynb #64e1208a
 def _standard_logits(x, eps=1e-7):

@@ -16,7 +16,7 @@ from fastai.basics import Learner
 from ..callback import KnowledgeDistillationCallback
 from ..fit.columns import TermColumn
 from ..fit.internals import in_validation_context
-from ..fit.owned import OwnedWeights
+from ..fit.owned import OwnedParameters
 from ..hooks.models import as_plain_tensor, get_logits
 from ..losses import Mutual
 from ..losses.shapes import at_least_float32
@@ -43,7 +43,7 @@ class PeerTeacher(Teacher):
 
 # %% ../../nbs/methods/mutual.ipynb #1efd79cb
 class Peers:
-    "Networks as the source of `OwnedWeights`: they exist from the start"
+    "Networks as the source of `OwnedParameters`: they exist from the start"
     built = True
     def __init__(self,
         networks:nn.ModuleList # The networks
@@ -89,7 +89,7 @@ class MutualLearning(KnowledgeDistillationCallback):
         if len({id(m) for m in networks})<len(networks): raise ValueError(
             "Expected different networks, got one of them twice")
         self.peers = [o for o in peers if isinstance(o, Learner)]
-        self.owned = OwnedWeights(Peers(self.teacher.model))
+        self.owned = OwnedParameters(Peers(self.teacher.model))
 
     def run_teacher(self, *xb)->tuple:
         "The peers draw random numbers like any network that trains"

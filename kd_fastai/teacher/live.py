@@ -30,7 +30,7 @@ class BaseTeacher:
     "The interface of all teachers"
     model = nn.Module() # The model that predicts; an empty one for a teacher that has predictions only
     learner = None      # Its Learner, if it has one
-    needs_idx = False   # Does the teacher need the positions of the samples?
+    needs_idx = False   # Does the teacher need the indices of the samples?
     own_inputs = 0      # Number of inputs, at the end of a batch, for the teacher only; 0: it gets the student's
     tfm = None          # Conversion of the inputs
     early_exit = True   # Stop the forward pass after the last layer if no prediction is needed?
@@ -78,7 +78,7 @@ class BaseTeacher:
     def __call__(self,
         *xb:Tensor,          # The student's inputs, or the teacher's own; they do not change
         need_pred:bool=True, # Is the prediction needed? If not, it may be None
-        idx:Tensor=None      # Positions of the samples, for a teacher that needs them
+        idx:Tensor=None      # Indices of the samples, for a teacher that needs them
     )->tuple: # Predictions, and `{layer: feature}`
         "Return predictions and features of one batch, without gradients"
         raise NotImplementedError
@@ -121,6 +121,7 @@ class Teacher(BaseTeacher):
         "Set the layers to capture, and what the user has not set; returns `self`"
         self.capture = Capture(self.model, layers, who='teacher')
         self._orders,self._auto_tfm,self._looked = {},None,False
+        self._dtype = float_dtype(self.model)
         return super().configure(layers, tfm, early_exit)
 
     def prepare(self, dl):
@@ -134,6 +135,7 @@ class Teacher(BaseTeacher):
         self._orders = {}
         with shared_eval_mode(self.model), on_device(self.model, device):
             reset_hidden_state(self.model, self.learner)
+            self._dtype = float_dtype(self.model)
             with self.capture: yield self
 
     def __call__(self, *xb, need_pred=True, idx=None):
@@ -143,7 +145,7 @@ class Teacher(BaseTeacher):
         with torch.no_grad():
             pred = self._run(self.convert(own_copy(xb)), need_pred)
             features = self.capture.pop()
-        dtype = _result_dtype(xb, float_dtype(self.model))
+        dtype = _result_dtype(xb, self._dtype)
         if dtype is not None: pred,features = _cast(pred, dtype),{k: _cast(f, dtype) for k,f in features.items()}
         if pred is not None and self.probabilities: pred = to_logits(pred)
         elif pred is not None and not self._looked:
@@ -163,8 +165,7 @@ class Teacher(BaseTeacher):
         if self.tfm=='auto' and self._auto_tfm is None: raise RuntimeError(
             "teacher_tfm='auto' needs the training data: call prepare(dls.train) first")
         if self.conversion is not None: xb = tuple(map(as_plain_tensor, tuplify(self.conversion(*xb))))
-        dtype = float_dtype(self.model)
-        return xb if dtype is None else tuple(_cast(o, dtype) for o in xb)
+        return xb if self._dtype is None else tuple(_cast(o, self._dtype) for o in xb)
 
     def _run(self, xb, need_pred):
         """Return the prediction; None if the forward stopped after the last layer or returned none.

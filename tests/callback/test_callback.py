@@ -534,6 +534,11 @@ def test_a_second_callback_must_not_weight_the_task(teacher):
     kd1,kd2 = KD(teacher, SoftTarget),KD(deepcopy(teacher), Logits, task_weight=0.1)
     with pytest.raises(ValueError, match='leave task_weight at 1'): fit(learner([kd1, kd2]))
 
+def test_auto_of_a_second_callback_needs_the_task_loss(teacher):
+    kd1,kd2 = KD(teacher, SoftTarget, weight=1., task_weight=0),KD(deepcopy(teacher), Logits, weight='auto')
+    with pytest.raises(ValueError, match='give weights of logits'): fit(learner([kd1, kd2]))
+    fit(learner([KD(teacher, SoftTarget, weight=1., task_weight=0), KD(deepcopy(teacher), Logits, weight=0.1)]))
+
 # ---- errors
 
 T = small_net(4)
