@@ -395,7 +395,7 @@ f(net, loss=partial(SoftTarget, T=4), out='a.b=c', tfm=None, lr, *args) -> list
 | returns | `list` | The losses |'''
 
 def test_signature_of_a_callback():
-    "The events that any fastai callback takes are left out, a bare star too; a first paragraph is emphasized as a whole"
+    "Events of fastai callbacks and a bare star are left out; a first paragraph is emphasized as a whole"
     sys.path.insert(0, str(root/'.github'/'scripts'))
     try: from signatures import tidy
     finally: sys.path.pop(0)
