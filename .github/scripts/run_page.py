@@ -15,6 +15,8 @@ def as_shown(text):
     if '\r' not in text: return text
     # an error can be printed in the line of a bar
     lines = [re.sub(r'.*\|[█-]+\| *[\d.]+%( \[[^\]]*\])?', '', last_frame(l)) for l in text.split('\n')]
+    # fastai writes six decimals, and no space after a number that fills its column
+    lines = [re.sub(r'(\.\d{6})(?=\d)', r'\1  ', l) for l in lines]
     return '\n'.join(filter(None, lines)).rstrip() + '\n'
 
 def tidy(output):
