@@ -143,16 +143,20 @@ class TrainedTerms:
     def __repr__(self): return ' + '.join([f"{self.task_weight:g}·task_loss", *map(repr, self.terms)])
 
     @property
+    def known_weights(self)->dict:
+        "Weights that 'auto' found or assumed, by name"
+        return {**self.assumed_weights, **self.found_weights}
+
+    @property
     def unknown_weights(self)->list:
         "Terms whose weight is 'auto' and has not been found yet"
-        known = {**self.found_weights, **self.assumed_weights}
+        known = self.known_weights
         return [o for o in self.terms if o.weight=='auto' and o.name not in known]
 
     def base_weight(self, term:Term)->float:
         "Return the weight before schedule and balance. Raises `RuntimeError` if it has not been found yet"
         if term.weight!='auto': return term.weight
-        known = {**self.assumed_weights, **self.found_weights}
-        if term.name in known: return known[term.name]
+        if term.name in (known := self.known_weights): return known[term.name]
         raise RuntimeError(f"The weight of {term.name} has not been found yet: "
             "call find_weights(gradient_norms(batch.task, values, params)) with a first batch")
 
@@ -238,6 +242,9 @@ def class_maps_by_teacher(
     if from_layers: raise ValueError(
         f"class_map is for the models' own predictions, and {', '.join(from_layers)} compares those of layers: "
         "leave one of the two out")
+    if unknown := by_name.keys()-{o.teacher for o in terms}: raise ValueError(
+        f"Expected a class_map by the names of teachers, {[*dict.fromkeys(o.teacher for o in terms)]}, "
+        f"got {[*unknown]}; for a single teacher give the list alone")
     def needing_labels(teacher): return [o.name for o in terms if o.teacher==teacher and o.needs_labels]
     return {k: check_class_map(o, needing_labels(k)) for k,o in by_name.items() if o is not None}
 
@@ -349,7 +356,7 @@ def growth(
     name:str,         # Of a term
     task:Tensor|None  # The task loss
 )->Tensor|float: # From 1 to `MAX_GROWTH`
-    """Return the first task loss divided by its running mean, which goes back about 50 batches.
+    """Return the first task loss divided by its running mean, which goes back about 50 batches, over several fits.
 
     Batches without labels, whose task loss is 0, and losses that are not finite do not count."""
     if task is None: return 1.
