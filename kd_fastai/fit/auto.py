@@ -49,7 +49,9 @@ def find_weights(
         f"The gradients of {', '.join(assumed)} and of the task loss could not be compared on the first batch (are its "
         f"layers frozen, labels missing, or values not finite?): {format_weights(assumed)}, the default of the loss")
     is_silent = rank_distrib() or learn.logger is noop  # noop: inside `learn.no_logging()`
-    if found and not is_silent: print(f"Weights found on the first batch: {format_weights(found)}")
+    if is_silent: return
+    if found: print(f"Weights found on the first batch: {format_weights(found)}")
+    elif not objective.task_weight: print(f"Without a task loss, weights are the defaults: {format_weights(assumed)}")
 
 
 # %% ../../nbs/fit/auto.ipynb #cd07c0e7
