@@ -313,7 +313,7 @@ def test_nan_in_a_term_of_weight_0_does_not_stop_the_training(teacher):
 def test_a_nan_teacher_is_named():
     broken = small_net(4)
     with torch.no_grad(): broken[0][0].weight.fill_(float('nan'))
-    with pytest.raises(FloatingPointError, match='check that the outputs of the teacher are finite'):
+    with pytest.raises(FloatingPointError, match='check that the outputs of student and teacher are finite'):
         fit(learner(KD(broken, SoftTarget)))
 
 def test_balance_is_bounded_where_a_term_passes_zero():

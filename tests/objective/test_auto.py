@@ -249,6 +249,8 @@ def test_weights_that_are_the_default_are_not_shown_as_found(teacher, capsys):
     assert 'Weights found' not in capsys.readouterr().out
 
 def test_a_full_memory_is_no_reason_for_a_default_weight(teacher, monkeypatch):
-    def full(*args): raise torch.OutOfMemoryError('no memory')
-    monkeypatch.setattr('kd_fastai.fit.auto.gradient_norms', full)
+    def full_once(*args):
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError('no memory')
+    monkeypatch.setattr('kd_fastai.fit.auto.gradient_norms', full_once)
     with pytest.raises(torch.OutOfMemoryError): fit(learner(KD(teacher, SoftTarget, weight='auto')))
