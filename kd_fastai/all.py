@@ -17,7 +17,7 @@ from .ship.export import OnnxModel, deployable, export_onnx
 from .methods import pretrain as _pretrain                     # these give Learner its other methods kd_...
 from .report import find as _find, report as _report, shrink as _shrink
 from .ship import card as _card, hub as _hub, parity as _parity, quantize as _quantize
-from .report.plots import plot_attention, plot_class_agreement, plot_similarity, plot_softened, plot_tradeoff
+from .report.plots import plot_attention, plot_similarity, plot_softened
 from .report.runs import StudentInputs
 from .methods.ensemble import Ensemble
 from .methods.generations import train_generations
@@ -25,7 +25,7 @@ from .methods.mean_teacher import MeanTeacher
 from .methods.mutual import MutualLearning
 from .methods.self_distillation import SelfDistillation
 from .methods.token import DistillationToken
-from .teacher.fast import FastTeacher, fast_copy
+from .teacher.fast import FastTeacher
 from .teacher.function import FunctionTeacher, onnx_teacher
 from .teacher.live import Teacher
 from .methods.two_views import TwoViews

@@ -1,7 +1,7 @@
 """Losses on Fashion-MNIST: small students with few labels, without and with a teacher, over paired seeds.
 
     python benchmarks/accuracy.py fashion [--students thin mixer] [--labels 100 1000 10000] [--steps 2400] [--seeds 8]
-        [--only METHOD ...] [--folder FOLDER] [--download] [--cache FOLDER] [--hours 1] [--picture FILE] [--quick]
+        [--only METHOD ...] [--folder FOLDER] [--cache FOLDER] [--hours 1] [--picture FILE] [--quick]
 
 Every method of a seed has the same initial weights, labeled images, batches, shifts and flips; methods with 10,000
 images have other batches, of the same number. The score is the accuracy on the 10,000 test images at the end.
@@ -269,7 +269,6 @@ def main():
     p.add_argument('--seeds', type=int, default=8)
     p.add_argument('--only', nargs='*', help='names of methods; the first ten, if not given')
     p.add_argument('--folder', type=Path)
-    p.add_argument('--download', action='store_true')
     p.add_argument('--cache', type=Path, default=Path.home()/'.cache/kd_fastai/fashion')
     p.add_argument('--out', type=Path, default=TABLES)
     p.add_argument('--hours', type=float, default=24.)
@@ -285,7 +284,7 @@ def main():
     steps = {n: a.steps or default_steps(n) for n in a.labels}
     a.cache.mkdir(parents=True, exist_ok=True)
     a.out.mkdir(exist_ok=True)
-    data = dict(folder=a.folder, download=a.download)
+    data = dict(folder=a.folder)
     if a.choose: return choose(a.students, steps, data)
     every = [BASELINE, *ours([]), *peers([]), *more(None, {}, 0)]
     names = [BASELINE, *a.only] if a.only else FIRST

@@ -19,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from fastai.basics import DataLoaders
 from .data import ImageSet, WholeBatchLoader
 
-# %% ../../nbs/demo/fashion_mnist.ipynb #10736fce
+# %% ../../nbs/demo/fashion_mnist.ipynb #f5c7cf6f
 FASHION_CLASSES = ['T-shirt','trouser','pullover','dress','coat','sandal','shirt','sneaker','bag','ankle boot']
 FASHION_FILES = {'train': ('train-images-idx3-ubyte','train-labels-idx1-ubyte'),
                  'test': ('t10k-images-idx3-ubyte','t10k-labels-idx1-ubyte')}
@@ -42,26 +42,19 @@ def read_idx(
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 def find_fashion(
-    folder:str|Path|None=None, # Folder of the four files; Debian's or torchvision's, if not given
-    download:bool=False        # Let torchvision download them if they are in neither?
+    folder:str|Path|None=None # Folder of the four files; Debian's, if not given
 )->dict: # Name of each file to its path
     """Find the files of Fashion-MNIST.
 
     Raises `FileNotFoundError` if a file is missing, and says where it can be had."""
-    own = Path.home()/'.cache/kd_fastai'
-    if download and folder is None and not DEBIAN_FOLDER.exists(): _download_fashion(own)
-    places = [DEBIAN_FOLDER, own/'FashionMNIST/raw'] if folder is None else [Path(folder)]
+    place = Path(DEBIAN_FOLDER if folder is None else folder)
     names = [n for o in FASHION_FILES.values() for n in o]
-    for place in places:
-        found = {n: next((f for f in (place/n, place/f'{n}.gz') if f.exists()), None) for n in names}
-        if all(found.values()): return found
+    found = {n: next((f for f in (place/n, place/f'{n}.gz') if f.exists()), None) for n in names}
+    if all(found.values()): return found
     raise FileNotFoundError(
-        f"Fashion-MNIST is not in {' or '.join(map(str, places))}: expected {', '.join(names)}, also with .gz. "
-        "Install Debian's package dataset-fashion-mnist, give folder=, or give download=True (needs torchvision)")
-
-def _download_fashion(folder):
-    from torchvision.datasets import FashionMNIST
-    FashionMNIST(folder, download=True)
+        f"Fashion-MNIST is not in {place}: expected {', '.join(names)}, also with .gz. Install Debian's package "
+        "dataset-fashion-mnist, or give folder=, such as 'data/FashionMNIST/raw' after "
+        "torchvision.datasets.FashionMNIST('data', download=True)")
 
 # %% ../../nbs/demo/fashion_mnist.ipynb #7cd5ae46
 def shift_and_flip(
@@ -80,7 +73,7 @@ def shift_and_flip(
 
 def _augment(b): return shift_and_flip(b[0]),*b[1:]
 
-# %% ../../nbs/demo/fashion_mnist.ipynb #8eb539de
+# %% ../../nbs/demo/fashion_mnist.ipynb #34e1edb1
 @cache
 def _read_fashion(files):
     def read(images, labels):
@@ -102,13 +95,12 @@ def fashion(
     holdout:int=0,        # Validate on so many training images, which are not trained on, instead of the test images
     test:int|None=None,   # Validate on the first so many test images; defaults to all
     size:int=28,          # Height and width; smaller ones are means of pixels
-    folder:str|Path|None=None, # Folder of the four files, see `find_fashion`
-    download:bool=False   # Let torchvision download them?
+    folder:str|Path|None=None # Folder of the four files, see `find_fashion`
 )->DataLoaders: # Images `(B, 1, size, size)` and classes 0 to 9, see `FASHION_CLASSES`
     """Load Fashion-MNIST: up to 60,000 images to train on, always the same 10,000 to test on.
 
     Raises `FileNotFoundError` if the files are missing, and `ValueError` for a number of labels that is not there."""
-    (x,y),of_test = _read_fashion(tuple(find_fashion(folder, download).values()))
+    (x,y),of_test = _read_fashion(tuple(find_fashion(folder).values()))
     n = len(y)-holdout
     valid = (x[n:], y[n:]) if holdout else [o[:test] for o in of_test]
     take = range(n)

@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/candidates.html.md"""
 # %% auto #0
 __all__ = ['thinner', 'shallower', 'family']
 
-# %% ../../nbs/report/candidates.ipynb #1c55f098
+# %% ../../nbs/report/candidates.ipynb #eeb5f104
 import math
 from copy import deepcopy
 from fractions import Fraction
@@ -16,19 +16,14 @@ import torch
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from fastai.callback.hook import Hooks
 from ..hooks.models import eval_no_grad, get_logits
 
-# %% ../../nbs/report/candidates.ipynb #2030e2b6
+# %% ../../nbs/report/candidates.ipynb #361167b2
 def _layer_order(model, xb):
     "Convolutions and linear layers in the order in which they run"
-    order,handles = [],[]
-    for m in model.modules():
-        if isinstance(m, (_ConvNd,nn.Linear)):
-            handles.append(m.register_forward_hook(lambda m, i, o: order.append(m)))
-    try:
-        with eval_no_grad(model): model(*xb)
-    finally:
-        for h in handles: h.remove()
+    order,layers = [],[m for m in model.modules() if isinstance(m, (_ConvNd,nn.Linear))]
+    with Hooks(layers, lambda m, i, o: order.append(m), detach=False), eval_no_grad(model): model(*xb)
     return order
 
 def _kept(n, width):
@@ -51,20 +46,17 @@ def _thin_layer(m, width, is_first, is_last):
         i = _kept(m.num_features, width)
         for n in ('weight','bias','running_mean','running_var'): _slice(m, n, i)
         m.num_features = len(i)
-    elif isinstance(m, nn.Linear):
-        i,o = (None if is_first else _kept(m.in_features, width)),(None if is_last else _kept(m.out_features, width))
-        _slice(m, 'weight', o, i)
-        _slice(m, 'bias', o)
-        m.out_features,m.in_features = m.weight.shape
-    else:
-        depthwise = m.groups>1
-        if depthwise and m.groups!=m.in_channels: raise ValueError("Grouped convolutions cannot be made thinner")
-        i,o = (None if is_first else _kept(m.in_channels, width)),(None if is_last else _kept(m.out_channels, width))
-        _slice(m, 'weight', o, None if depthwise else i)
-        _slice(m, 'bias', o)
-        m.out_channels = m.weight.shape[0]
-        if i is not None: m.in_channels = len(i)
-        if depthwise: m.groups = m.in_channels
+        return
+    inputs,outputs = ('in_features','out_features') if isinstance(m, nn.Linear) else ('in_channels','out_channels')
+    depthwise = getattr(m, 'groups', 1)>1
+    if depthwise and m.groups!=m.in_channels: raise ValueError("Grouped convolutions cannot be made thinner")
+    i = None if is_first else _kept(getattr(m, inputs), width)
+    o = None if is_last else _kept(getattr(m, outputs), width)
+    _slice(m, 'weight', o, None if depthwise else i)
+    _slice(m, 'bias', o)
+    for n,kept in ((inputs, i), (outputs, o)):
+        if kept is not None: setattr(m, n, len(kept))
+    if depthwise: m.groups = m.in_channels
 
 def thinner(
     model:nn.Module, # A convolutional network
@@ -92,20 +84,14 @@ def _checked(res, model, xb):
     if not same: raise ValueError("The copy predicts in another shape")
     return res.requires_grad_(True)
 
-# %% ../../nbs/report/candidates.ipynb #8e077a2d
-def _shapes(model, xb):
-    "Shapes of the first input and of the output of each module"
-    shapes,handles = {},[]
-    def note(name):
-        def hook(m, i, o):
-            if i and isinstance(i[0], Tensor) and isinstance(o, Tensor): shapes[name] = i[0].shape,o.shape
-        return hook
-    for n,m in model.named_modules(): handles.append(m.register_forward_hook(note(n)))
-    try:
-        with eval_no_grad(model): model(*xb)
-    finally:
-        for h in handles: h.remove()
-    return shapes
+# %% ../../nbs/report/candidates.ipynb #42ed9f4a
+def _keeping_shape(model, xb):
+    "Names of the modules whose output has the shape of their first input"
+    names,found = {m: n for n,m in model.named_modules()},set()
+    def note(m, i, o):
+        if i and isinstance(i[0], Tensor) and isinstance(o, Tensor) and i[0].shape==o.shape: found.add(names[m])
+    with Hooks(names, note, detach=False), eval_no_grad(model): model(*xb)
+    return found
 
 def _is_block(m): return sum(isinstance(o, (_ConvNd,nn.Linear)) for o in m.modules())>1
 
@@ -115,22 +101,20 @@ def shallower(
     xb:tuple         # Inputs of a batch, to find blocks that keep their input's shape
 )->nn.Module:
     "Return a copy with fewer blocks. Raises `ValueError` for a network without blocks to leave out"
-    res,shapes,n_out = deepcopy(model),_shapes(model, xb),0
+    res,keeping,n_out = deepcopy(model),_keeping_shape(model, xb),0
     for name,seq in [*res.named_modules()]:
         if not isinstance(seq, nn.Sequential): continue
         blocks = [(k, m) for k,m in seq.named_children() if _is_block(m)]
         blocks = [(k, m) for k,m in blocks if type(m) is type(blocks[-1][1]) and type(m) is not nn.Sequential]
-        same = [k for k,_ in blocks if _keeps_shape(shapes.get(f'{name}.{k}'.lstrip('.')))]
+        same = [k for k,_ in blocks[1:] if f'{name}.{k}'.lstrip('.') in keeping]
         n = len(blocks)-max(1, math.ceil(len(blocks)*depth))
-        for k in [o for o in same if o!=(blocks or [(None,)])[0][0]][::-1][:n]:
+        for k in same[::-1][:n]:
             delattr(seq, k)
             n_out += 1
     if not n_out: raise ValueError("There is no block to leave out: give candidates as functions")
     return _checked(res, model, xb)
 
-def _keeps_shape(shapes): return shapes is not None and shapes[0]==shapes[1]
-
-# %% ../../nbs/report/candidates.ipynb #abc90b40
+# %% ../../nbs/report/candidates.ipynb #7db91c69
 def family(
     model:nn.Module,  # The teacher
     xb:tuple,         # Inputs of a batch
@@ -144,14 +128,11 @@ def family(
         make = partial(_copy, model, w, d, xb, sliced)
         try: size = sum(p.numel() for p in make().parameters())
         except ValueError: continue
-        if size not in sizes: res[_name(w, d)] = make
+        parts = [f'{n} {Fraction(v).limit_denominator(64)}' for n,v in dict(width=w, depth=d).items() if v!=1]
+        if size not in sizes: res[', '.join(parts)] = make
         sizes.add(size)
     return res
 
 def _copy(model, width, depth, xb, sliced):
     res = model if depth==1 else shallower(model, depth, xb)
     return res if width==1 and sliced else thinner(res, width, xb, sliced)
-
-def _name(width, depth):
-    parts = [f'{n} {Fraction(v).limit_denominator(64)}' for n,v in (('width', width), ('depth', depth)) if v!=1]
-    return ', '.join(parts)

@@ -7,17 +7,17 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/measure.html.md"""
 # %% auto #0
 __all__ = ['size_kb', 'multiply_adds', 'activation_kb', 'resize_batch', 'latency']
 
-# %% ../../nbs/report/measure.ipynb #fe11dd8e
+# %% ../../nbs/report/measure.ipynb #ba9132e2
 import io, time
-from collections.abc import Callable
 import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
+from fastai.callback.hook import Hooks
 from ..hooks.models import eval_no_grad
 
-# %% ../../nbs/report/measure.ipynb #daec0021
+# %% ../../nbs/report/measure.ipynb #13115dd1
 def size_kb(
     model:nn.Module # A model
 )->float: # In kB (1,000 bytes)
@@ -39,16 +39,12 @@ def activation_kb(
     xb:tuple         # Inputs of one batch
 )->float: # In kB (1,000 bytes), for one sample
     "Return the size of input and output of the layer with the largest ones, without changing the model"
-    sizes,handles = [],[]
+    sizes = []
     def note(m, i, o):
         tensors = {t.data_ptr(): t.nbytes for t in tree_leaves((i, o)) if isinstance(t, Tensor)}  # one if in place
         sizes.append(sum(tensors.values()))
-    for m in model.modules():
-        if not [*m.children()]: handles.append(m.register_forward_hook(note))
-    try:
-        with eval_no_grad(model): model(*xb)
-    finally:
-        for h in handles: h.remove()
+    leaves = [m for m in model.modules() if not [*m.children()]]
+    with Hooks(leaves, note, detach=False), eval_no_grad(model): model(*xb)
     return max(sizes, default=0)/1000/len(xb[0])
 
 def resize_batch(
@@ -59,7 +55,7 @@ def resize_batch(
     def take(x): return x[[i%len(x) for i in range(n)]] if isinstance(x, Tensor) and x.ndim else x
     return tree_map(take, tuple(xb))
 
-# %% ../../nbs/report/measure.ipynb #ca0efaf2
+# %% ../../nbs/report/measure.ipynb #d2e46c5e
 def latency(
     models:dict,  # Name to a function or a module
     xb:tuple,     # Inputs of one batch
@@ -68,20 +64,13 @@ def latency(
     "Measure the time of a forward pass, in rounds in which the models take turns. Modules run in eval mode"
     sync = torch.cuda.synchronize if any(isinstance(x, Tensor) and x.is_cuda for x in xb) else (lambda: None)
     times,names = {n: [] for n in models},[*models]
-    modes = [(o, o.training) for m in models.values() if isinstance(m, nn.Module) for o in m.modules()]
-    for o,_ in modes: o.training = False
-    try:
-        with torch.no_grad():
-            for m in models.values(): m(*xb)
-            for i in range(rounds):
-                for n in names[i%len(names):]+names[:i%len(names)]:
-                    start = _now(sync)
-                    models[n](*xb)
-                    times[n].append(_now(sync)-start)
-    finally:
-        for o,training in modes: o.training = training
+    with eval_no_grad(*(m for m in models.values() if isinstance(m, nn.Module))):
+        for m in models.values(): m(*xb)
+        for i in range(rounds):
+            for n in names[i%len(names):]+names[:i%len(names)]:
+                sync()
+                start = time.perf_counter()
+                models[n](*xb)
+                sync()
+                times[n].append(time.perf_counter()-start)
     return {n: 1000*float(np.median(ts)) for n,ts in times.items()}
-
-def _now(sync:Callable)->float:
-    sync()
-    return time.perf_counter()

@@ -8,8 +8,8 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/runs.html.md"""
 __all__ = ['OWN_COLUMNS', 'LOWER', 'HIGHER', 'is_loss', 'distill_args', 'apply_method', 'digest', 'StudentInputs', 'ShowEpoch',
            'make_student', 'TrainRun', 'RunTable', 'check_settings', 'run_all', 'lower_is_better']
 
-# %% ../../nbs/report/runs.ipynb #1ed19878
-import hashlib, inspect, os, re, sys, tempfile, time, types
+# %% ../../nbs/report/runs.ipynb #992df5dc
+import hashlib, inspect, os, re, shutil, sys, tempfile, time, types
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -198,7 +198,7 @@ class ShowEpoch(Callback):
         name = self.learn.metrics[0].name if len(self.learn.metrics) else 'valid_loss'
         self.show(f"epoch {self.epoch+1}/{self.n_epoch}: {name} {row.get(name, float('nan')):.4g}")
 
-# %% ../../nbs/report/runs.ipynb #35eeacaf
+# %% ../../nbs/report/runs.ipynb #93f45fd3
 def make_student(
     make_learner:Callable, # `make_learner(seed)`
     method,    # As above
@@ -215,10 +215,6 @@ def make_student(
     start,settings = weights_digest(learn.model)[:10],digest(learn)
     cbs = apply_method(method, learn, teacher)
     return learn,cbs,start,dict(learner=settings, method=digest(learn, cbs))
-
-def _own_message(e):
-    "First line of an exception's message, without the callback and event that fastai puts before it"
-    return re.sub(r'^Exception occured in .*\n\t', '', str(e)).split('\n')[0]
 
 class TrainRun:
     "Train and score one student for each call"
@@ -259,7 +255,9 @@ class TrainRun:
                 row['seconds'] = round(time.process_time()-began, 3)
                 with learn.added_cbs(cbs): row |= _run_scores(learn, self.teacher)
                 return row,{k: v.cpu() if isinstance(v, Tensor) else v for k,v in learn.model.state_dict().items()}
-            except self.catch as e: return row | dict(error=f'{type(e).__name__}: {_own_message(e)}'[:200]),None
+            except self.catch as e:
+                message = re.sub(r'^Exception occured in .*\n\t', '', str(e)).split('\n')[0]  # fastai names the event
+                return row | dict(error=f'{type(e).__name__}: {message}'[:200]),None
 
 def _join(digests): return ' '.join(f'{k}:{v}' for k,v in digests.items())
 
@@ -277,18 +275,14 @@ def _run_scores(learn, teacher):
         row['calibration_error'] = summary.calibration_error.student
     return row | dict(parameters=sum(p.numel() for p in learn.model.parameters()), kb=round(size_kb(learn.model), 1))
 
-# %% ../../nbs/report/runs.ipynb #be267148
+# %% ../../nbs/report/runs.ipynb #a8bca72c
 class RunTable:
     "Finished runs, in a csv that several processes may share"
     def __init__(self,
         csv:str|Path|None=None # The file; a temporary one, if not given
     ):
         self.is_temporary = csv is None
-        if csv is None:
-            fd,csv = tempfile.mkstemp(prefix='kd_runs_', suffix='.csv')
-            os.close(fd)
-            os.unlink(csv)
-        self.csv = Path(csv)
+        self.csv = Path(tempfile.mkdtemp(prefix='kd_runs_'))/'runs.csv' if csv is None else Path(csv)
         self.lock = FileLock(self.csv.with_name(f'.{self.csv.name}.lock'))
 
     def read(self)->pd.DataFrame:
@@ -329,10 +323,7 @@ class RunTable:
                 print(says)
                 if hasattr(e, 'add_note'): e.add_note(says)
             raise
-        else:
-            if self.is_temporary: self.csv.unlink(missing_ok=True)
-        finally:
-            if self.is_temporary: Path(self.lock.lock_file).unlink(missing_ok=True)
+        if self.is_temporary: shutil.rmtree(self.csv.parent)
 
 def _check_run(runs, row, csv):
     "Raise `ValueError` for a run with other columns, or from other weights than those of its seed"

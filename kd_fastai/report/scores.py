@@ -6,9 +6,9 @@ Docs: https://kd-fastai.github.io/kd_fastai/report/scores.html.md"""
 
 # %% auto #0
 __all__ = ['ModelReader', 'model_readers', 'class_axis', 'known_classes', 'calibration_error', 'ScoredBatch', 'Scores',
-           'score_models', 'predicted_classes']
+           'score_models']
 
-# %% ../../nbs/report/scores.ipynb #7e337b59
+# %% ../../nbs/report/scores.ipynb #264e6450
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
@@ -18,16 +18,16 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from fastcore.basics import GetAttr, store_attr
-from fastai.basics import AvgLoss, Learner, find_bs, no_random, noop, to_device, tuplify
+from fastai.basics import AvgLoss, Learner, find_bs, noop, to_device, tuplify
 from ..callback import kd_callbacks
 from ..fit.batch import find_teacher_inputs, loss_layout
 from ..hooks.inputs import split_inputs
-from ..hooks.models import as_plain_tensor, model_device
+from ..hooks.models import as_plain_tensor, isolated_rng, model_device
 from ..losses.batch import find_class_axis
 from ..teacher.classes import in_student_order
 from ..teacher.live import BaseTeacher, Teacher
 
-# %% ../../nbs/report/scores.ipynb #dea1fafe
+# %% ../../nbs/report/scores.ipynb #213fd18b
 def split_xy(
     dls, # `DataLoaders`
     b    # One of their batches
@@ -37,24 +37,13 @@ def split_xy(
     n = getattr(dls, 'n_inp', max(len(b)-1, 1))
     return tuple(b[:n]),tuple(map(as_plain_tensor, b[n:]))
 
-@contextmanager
-def preserving_loader_rngs(
-    *loaders # `DataLoader`s
-):
-    "Restore the random generators of loaders after the context"
-    rngs = [(o, deepcopy(o.rng)) for o in loaders if getattr(o, 'rng', None) is not None]
-    try: yield
-    finally:
-        for o,r in rngs: o.rng = r
-
 def first_batch(
     dl # A `DataLoader`, fastai's or PyTorch's
 ):
     "Return the first batch of a loader, without a change of the random state or of the loader's order"
-    with no_random(), preserving_loader_rngs(dl):
-        return dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
+    with isolated_rng(42, [dl]): return dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
 
-# %% ../../nbs/report/scores.ipynb #6057c15a
+# %% ../../nbs/report/scores.ipynb #32b8a86a
 class ModelReader:
     "A model that takes its own inputs out of a batch, and predicts in the student's columns"
     def __init__(self,
@@ -88,17 +77,19 @@ class ModelReader:
 def model_readers(
     learn:Learner, # The student's Learner, perhaps with a distillation callback
     models:dict,   # Models by name; that of the teacher is 'teacher'
-    class_map:list|None=None # The teacher's column for each class of the student; default: that of the callback
+    class_map:list|None=None, # The teacher's column for each class of the student; default: that of the callback
+    kd=None        # Callback that trained the student; default: the Learner's
 )->dict: # `{name: ModelReader}`, the first one is 'student'
     "Return the student and other models as `ModelReader`s"
-    kd = next(iter(kd_callbacks(learn)), None)
+    teacher_inputs = find_teacher_inputs(learn) if kd is None else kd.teacher_inputs
+    kd = next(iter(kd_callbacks(learn)), None) if kd is None else kd
     if class_map is None and kd is not None: class_map = kd.objective.class_maps.get(None)
     def read(name, source):
         if isinstance(source, ModelReader): return source
         own = None if kd is None else kd.teacher
         if own is not None and any(source is o for o in (own.model, own.learner)): source = own
         is_teacher = name=='teacher'
-        return ModelReader(source, find_teacher_inputs(learn), is_teacher, class_map if is_teacher else None)
+        return ModelReader(source, teacher_inputs, is_teacher, class_map if is_teacher else None)
     return {n: read(n, m) for n,m in {'student': learn.model, **models}.items()}
 
 # %% ../../nbs/report/scores.ipynb #ffcc9c8f
@@ -197,7 +188,7 @@ class Scores:
         "Return the share of labels for which two models predict the same class"
         return None if self.classes is None else float((self.classes[a]==self.classes[b]).mean())
 
-# %% ../../nbs/report/scores.ipynb #a0745d70
+# %% ../../nbs/report/scores.ipynb #fd02d429
 class _ScoreSums:
     "What is added up over the batches"
     def __init__(self, learn, names):
@@ -244,7 +235,7 @@ def score_models(
     dl = learn.dls.valid if dl is None else dl
     models,device = model_readers(learn, models, class_map),model_device(learn.model)
     sums = _ScoreSums(learn, models)
-    with no_random(), preserving_loader_rngs(dl, *learn.dls.loaders), torch.no_grad(), ExitStack() as stack:
+    with isolated_rng(42, [dl, *learn.dls.loaders]), torch.no_grad(), ExitStack() as stack:
         for m in models.values(): stack.enter_context(m.ready(device, learn.dls.train))
         for b in dl:
             xb,yb = split_xy(learn.dls, b if device is None else to_device(b, device))
@@ -257,11 +248,3 @@ def score_models(
             each(batch)  # it may refuse predictions of another shape
             sums.add(batch)
     return sums.result()
-
-def predicted_classes(
-    learn:Learner, # As in `score_models`
-    dl=None,       # Another `DataLoader` with labels
-    **models       # More models by name
-)->pd.DataFrame|None: # Columns `sample`, `target`, and `NAME`, `NAME_confidence` for each model
-    "Return the predicted class of each model for each label, a row for each label; None where labels are not classes"
-    return score_models(learn, models, dl).classes

@@ -28,7 +28,7 @@ from ..fit.batch import find_teacher_inputs
 from .scores import first_batch, score_models, split_xy
 from .trial import trial_learner
 
-# %% ../../nbs/report/shrink.ipynb #ab4c35b1
+# %% ../../nbs/report/shrink.ipynb #bad8f946
 def read_candidates(
     learn:Learner, # The teacher's Learner
     candidates,    # None, a name of timm, a function, or a list or dict of these
@@ -48,13 +48,12 @@ def read_candidates(
     return {n: _maker(o, n_out, xb[0].shape[1]) for n,o in candidates.items()}
 
 def _maker(o, n_out, n_in):
-    if isinstance(o, str): return partial(_timm_model, o, n_out, n_in)
+    "A function that makes a candidate"
     if callable(o) and not isinstance(o, nn.Module): return o
-    raise TypeError(f"A candidate is the name of a timm model or a function that returns a network, got {o!r}")
-
-def _timm_model(name, n_out, n_in):
+    if not isinstance(o, str): raise TypeError(
+        f"A candidate is the name of a timm model or a function that returns a network, got {o!r}")
     import timm
-    return timm.create_model(name, num_classes=n_out, in_chans=n_in)
+    return partial(timm.create_model, o, num_classes=n_out, in_chans=n_in)
 
 def measure_candidates(
     teacher:nn.Module, # The teacher
@@ -163,12 +162,11 @@ class Pilots:
 # %% ../../nbs/report/shrink.ipynb #03def469
 DECIDE,FINAL = 500,1000  # the first seeds of full runs between ties, and of those that are reported
 
-# %% ../../nbs/report/shrink.ipynb #582adbe8
+# %% ../../nbs/report/shrink.ipynb #bd310a6c
 class KDShrink:
     "What `kd_shrink` returns: the chosen student, trained, and how it was found. A notebook shows sentence and table"
     def __init__(self,
         costs:pd.DataFrame,  # From `measure_candidates`
-        fits:list,           # Candidates within the budget
         runs:pd.DataFrame,   # All runs: pilots, and the final ones
         rounds:list,         # `(epochs, scores)` of each round that chose: a row for each seed, a column by candidate
         chosen:str|None,     # Name of the student; None if no candidate comes near
@@ -209,45 +207,23 @@ class KDShrink:
     @property
     def sentence(self)->str:
         "The result in words"
-        t = self.costs.ms['teacher']
-        if self.best is None: return _none_fits(self.costs)
+        t,costs = self.costs.ms['teacher'],self.costs.drop(index='teacher')
+        if self.best is None: return (
+            f"No candidate is within the budget: the fastest, {costs.ms.idxmin()}, takes {costs.ms.min():.3g} ms, "
+            f"and the smallest, {costs.kb.idxmin()}, {costs.kb.min():.0f} kB.")
         d,unit,k = self.below(self.final('distilled')),'',1
         if self.teacher_score<=1 and not self.lower: unit,k = ' points',100
         res = (f"{self.best}: {t/self.costs.ms[self.best]:.1f} times faster, {k*d['gain']:.2g}{unit} below the teacher "
                f"[{k*d['low']:.2g}, {k*d['high']:.2g}]{_next_faster(self, k, unit)}.")
         if self.chosen is None: res = f"No candidate comes near enough. The best one, {res}"
-        if self.ties: res += f" {_last_round(self)} cannot tell it from {' or '.join(self.ties)}."
-        return res
+        if not self.ties: return res
+        epochs,scores = self.rounds[-1]
+        return f"{res} {len(scores)} runs of {epochs} epochs cannot tell it from {' or '.join(self.ties)}."
 
     def __repr__(self): return f"{self.sentence}\n\n{self.table.to_string(float_format='{:.4g}'.format, na_rep='')}"
     def _repr_html_(self): return f"<p>{self.sentence}</p>{self.table.to_html(float_format='{:.4g}'.format, na_rep='')}"
 
-    def plot(self,
-        cost:str='ms', # Column of the costs
-        ax=None        # Axes to draw on
-    ):
-        "Draw score against cost: pilots as dots, the teacher, and the final runs with their intervals"
-        import matplotlib.pyplot as plt
-        if ax is None: ax = plt.subplots(figsize=(6,3.2), layout='constrained')[1]
-        _draw_pilots(ax, self, cost)
-        _draw_final(ax, self, cost)
-        ax.set(xscale='log', xlabel=cost, ylabel=self.metric)
-        ax.margins(x=0.2)
-        ax.legend(fontsize=7)
-        return ax
-
-# %% ../../nbs/report/shrink.ipynb #b33224cd
-def _none_fits(costs):
-    "The sentence where no candidate is within the budget"
-    ms,kb = costs.ms.drop('teacher'),costs.kb.drop('teacher')
-    return (f"No candidate is within the budget: the fastest, {ms.idxmin()}, takes {ms.min():.3g} ms, "
-            f"and the smallest, {kb.idxmin()}, {kb.min():.0f} kB.")
-
-def _last_round(found):
-    "What the last round was"
-    epochs,scores = found.rounds[-1]
-    return f"{len(scores)} runs of {epochs} epochs"
-
+# %% ../../nbs/report/shrink.ipynb #9e9aacc3
 def _next_faster(found, k, unit):
     "What the last round with a faster candidate says about the next faster one"
     ms,best = found.costs.ms,found.best
@@ -259,28 +235,31 @@ def _next_faster(found, k, unit):
         return f"; the next faster, {n}, is {k*lower:.2g}{unit} lower after {epochs} epochs"
     return ''
 
-def _draw_pilots(ax, found, cost):
-    "A dot for the last round of each candidate"
-    sign = -1 if found.lower else 1
-    last = {n: (epochs, sign*v) for epochs,scores in found.rounds for n,v in scores.mean().items()}
+@patch
+def plot(self:KDShrink,
+    cost:str='ms', # Column of the costs
+    ax=None        # Axes to draw on
+):
+    "Draw score against cost: the last pilots of each candidate, the teacher, and the final runs with their intervals"
+    import matplotlib.pyplot as plt
+    if ax is None: ax = plt.subplots(figsize=(6,3.2), layout='constrained')[1]
+    table,sign = self.table,-1 if self.lower else 1
+    last = {n: (epochs, sign*v) for epochs,scores in self.rounds for n,v in scores.mean().items()}
     above = math.inf
     for n,(epochs,v) in sorted(last.items(), key=lambda o: -o[1][1]):
-        x,is_close = found.costs[cost][n],above-v<0.05*abs(v)
+        x,is_close = self.costs[cost][n],above-v<0.05*abs(v)
         ax.plot(x, v, 'o', color='C7')
         ax.annotate(f'{n} ({epochs} epochs)', (x, v), xytext=(6,0), textcoords='offset points', fontsize=7,
                     va='top' if is_close else 'bottom')
         above = v
+    ax.plot(table[cost]['teacher'], self.teacher_score, 'k*', ms=11, label='teacher')
+    for (n,row),color in zip(table.iloc[1:].iterrows(), ('C2','C3')):
+        ax.errorbar(row[cost], row.score, (row.high-row.low)/2, fmt='D', color=color, label=n)
+    ax.set(xscale='log', xlabel=cost, ylabel=self.metric)
+    ax.margins(x=0.2)
+    ax.legend(fontsize=7)
+    return ax
 
-def _draw_final(ax, found, cost):
-    "The teacher, and the final runs with their intervals"
-    table = found.table
-    ax.plot(table[cost]['teacher'], found.teacher_score, 'k*', ms=11, label='teacher')
-    if found.best is None: return
-    for m,color in (('distilled','C2'), ('baseline','C3')):
-        row = table.loc[f'{found.best}, {m}']
-        ax.errorbar(row[cost], row.score, (row.high-row.low)/2, fmt='D', color=color, label=row.name)
-
-# %% ../../nbs/report/shrink.ipynb #7daeb07e
 @patch
 def save(self:KDShrink,
     folder:str|Path # Folder for the files; made if it is missing
@@ -326,7 +305,7 @@ def _trained(learn, make, state, run, task):
     res.kd_teacher = deepcopy(learn.model)
     return res
 
-# %% ../../nbs/report/shrink.ipynb #d12cd600
+# %% ../../nbs/report/shrink.ipynb #a68089cd
 @patch
 def kd_shrink(self:Learner,
     ms:float|None=None,       # Largest latency of a forward pass, in milliseconds on this machine
@@ -368,7 +347,7 @@ def kd_shrink(self:Learner,
         metric = metrics[min(1, len(metrics)-1)] if metric is None else metric
         lower = lower_is_better(metric, lower)
         score = float(score_models(self).metrics.loc['student', metric])
-        if not fits: return KDShrink(costs, fits, pd.DataFrame(), [], None, None, score, metric, lower, None)
+        if not fits: return KDShrink(costs, pd.DataFrame(), [], None, None, score, metric, lower, None)
         table,run,sign = RunTable(csv),TrainRun(fit),-1 if lower else 1
         teacher = {'teacher': trial_learner(self, self.model), **(method or {})}
         def task(name, method=teacher, kind='distilled'):
@@ -389,7 +368,7 @@ def kd_shrink(self:Learner,
             run_all(run, tasks, table, progress=progress, finished=keep)
             runs = table.read().drop(columns='settings')
         runs = runs[(runs.seed<FINAL) | runs.seed.isin(final)]
-        res = KDShrink(costs, fits, runs, pilots.rounds, best, best, score, metric, lower, None)
+        res = KDShrink(costs, runs, pilots.rounds, best, best, score, metric, lower, None)
         if within is not None and not res.below(res.final('distilled'))['gain']<=within: res.chosen = None
         if res.chosen is not None:
             res.learner = _trained(self, makers[best], kept.get(f'{best}: distilled'), run, tasks[0])

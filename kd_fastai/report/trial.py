@@ -15,7 +15,7 @@ from fastcore.foundation import L
 from fastai.basics import Learner, Recorder, noop
 from ..callback import kd_callbacks
 
-# %% ../../nbs/report/trial.ipynb #ca670203
+# %% ../../nbs/report/trial.ipynb #9c37407e
 def trial_learner(
     learn:Learner,            # The Learner to copy
     model:nn.Module|None=None # Model of the copy; default: a copy of the model
@@ -27,11 +27,9 @@ def trial_learner(
     for n in [*learn.cbs.attrgot('name'), *replaced]: res.__dict__.pop(n, None)
     res.model,res.metrics = deepcopy(learn.model) if model is None else model,deepcopy(learn.metrics)
     res.opt,res.logger,res.cbs = None,noop,L()
-    return res.add_cbs([copy(cb) for cb in learn.cbs if _takes_part(cb)])
-
-def _takes_part(cb):
-    "Whether a callback is fastai's, and takes part in training: the order of the `Recorder` or a lower one"
-    return type(cb).__module__.startswith('fastai.') and cb.order<=Recorder.order
+    # fastai's own that take part in training have the order of the `Recorder` or a lower one
+    own = [cb for cb in learn.cbs if type(cb).__module__.startswith('fastai.') and cb.order<=Recorder.order]
+    return res.add_cbs(map(copy, own))
 
 # %% ../../nbs/report/trial.ipynb #69a30f1b
 @contextmanager

@@ -7,8 +7,8 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/card.html.md"""
 # %% auto #0
 __all__ = ['LIMITS', 'USE', 'recall_by_class', 'data_fingerprint', 'KDCard']
 
-# %% ../../nbs/ship/card.ipynb #601c69d3
-import base64, html, io, math, textwrap
+# %% ../../nbs/ship/card.ipynb #016f6248
+import math, textwrap
 from contextlib import ExitStack
 from pathlib import Path
 import pandas as pd
@@ -18,10 +18,11 @@ from fastcore.basics import patch, store_attr
 from fastprogress.fastprogress import progress_bar
 from fastai.basics import Learner, to_device
 from ..callback import KnowledgeDistillationCallback, kd_callbacks
+from ..fit.columns import recorder_table
 from ..hooks.inputs import n_samples
 from ..hooks.models import digest, isolated_rng, model_device, without_address
 from ..report.measure import latency, resize_batch, size_kb
-from ..report.scores import ModelReader, first_batch, model_readers, score_models, split_xy
+from ..report.scores import first_batch, model_readers, score_models, split_xy
 from .export import OnnxModel, runner_code
 from .steps import class_names, input_kind, run_versions
 
@@ -46,7 +47,7 @@ def data_fingerprint(
     "Return a checksum of all tensors that a loader gives, in their order"
     return digest(*(digest(b) for b in dl))[:12]
 
-# %% ../../nbs/ship/card.ipynb #1d2e3e76
+# %% ../../nbs/ship/card.ipynb #8016aa82
 class KDCard:
     "What `Learner.kd_card` returns. A notebook shows it; `save` writes it"
     def __init__(self,
@@ -64,24 +65,20 @@ class KDCard:
         front = yaml.safe_dump(self.metadata, sort_keys=False, allow_unicode=True)
         return '\n\n'.join([f'---\n{front}---', f'# {self.title}', *map(_as_markdown, self.parts)])+'\n'
 
-    @property
-    def html(self)->str:
-        "The card as one HTML page, with its figures inside"
-        style = 'body{font-family:sans-serif;max-width:60em;margin:2em auto} td,th{padding:.2em .6em}'
-        return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-                f'<style>{style}</style></head><body>{self._repr_html_()}</body></html>')
+    def _ipython_display_(self):
+        from IPython.display import Markdown, display
+        display(Markdown(f'# {self.title}'))
+        for o in self.parts: display(Markdown(o) if isinstance(o, str) else o[1] if isinstance(o, tuple) else o)
 
-    def _repr_html_(self): return '\n'.join([f'<h1>{html.escape(self.title)}</h1>', *map(_as_html, self.parts)])
     def __repr__(self): return self.markdown
 
     def save(self,
         folder:str|Path # Folder for the files; made if it is missing
     )->Path: # The Markdown file
-        "Write `README.md`, `card.html` and the figures"
+        "Write `README.md` and the figures"
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name,fig in (o for o in self.parts if isinstance(o, tuple)): fig.savefig(folder/f'{name}.png', dpi=120)
-        (folder/'card.html').write_text(self.html, encoding='utf-8')
         (folder/'README.md').write_text(self.markdown, encoding='utf-8')
         return folder/'README.md'
 
@@ -99,26 +96,7 @@ def _as_markdown(part):
     rows = [[*map(str, table.columns)], ['---' for _ in table.columns], *cells]
     return '\n'.join(f"| {' | '.join(row)} |" for row in rows)
 
-def _as_html(part):
-    "A part of a card as HTML"
-    if isinstance(part, pd.DataFrame):
-        table = part.reset_index()
-        return table.to_html(index=False, border=0, formatters=[_cell for _ in table.columns])
-    if isinstance(part, tuple):
-        return f'<img alt="{part[0]}" style="max-width:100%" src="data:image/png;base64,{_png(part[1])}">'
-    if part.startswith('## '): return f'<h2>{html.escape(part[3:])}</h2>'
-    if part.startswith('```'): return f'<pre>{html.escape(part[10:-4])}</pre>'
-    if not part.startswith('- '): return f'<p>{html.escape(part)}</p>'
-    items = ''.join(f'<li>{html.escape(o[2:])}</li>' for o in part.split('\n'))
-    return f'<ul>{items}</ul>'
-
-def _png(fig):
-    "A figure as base64"
-    file = io.BytesIO()
-    fig.savefig(file, format='png', dpi=90)
-    return base64.b64encode(file.getvalue()).decode()
-
-# %% ../../nbs/ship/card.ipynb #497efc46
+# %% ../../nbs/ship/card.ipynb #91c57ec9
 def _figure(width, height, rows=1, cols=1):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width,height), layout='constrained')
@@ -142,14 +120,12 @@ def _history_figure(history):
     ax.legend()
     return fig
 
-def _is_image(x): return isinstance(x, Tensor) and x.ndim==4 and x.shape[1] in (1,3) and x.is_floating_point()
-
 def _lost_figure(dls, lost, n):
     "The pictures of the first samples, with the label and what the student says; None where inputs are not images"
     wanted,found,start = [*lost.index[:n]],{},0
     for b in dls.valid:
         x = split_xy(dls, b)[0][0]
-        if not _is_image(x): return None
+        if not (isinstance(x, Tensor) and x.ndim==4 and x.shape[1] in (1,3) and x.is_floating_point()): return None
         found |= {i: x[i-start].detach().cpu() for i in wanted if start<=i<start+len(x)}
         start += len(x)
     rows = math.ceil(len(wanted)/4)
@@ -198,7 +174,7 @@ def _architecture(model):
     "Models of one architecture have one latency, which is measured once"
     return without_address(model)+repr([(*p.shape,) for p in model.parameters()])
 
-# %% ../../nbs/ship/card.ipynb #b9058c13
+# %% ../../nbs/ship/card.ipynb #808b0e35
 def _training(learn, kd, epochs):
     "How the student was trained, a list of Markdown"
     says = []
@@ -211,29 +187,18 @@ def _training(learn, kd, epochs):
     if learn.opt is not None: says += [f"optimizer: {getattr(learn.opt_func, '__name__', repr(learn.opt_func))}"]
     says += [f'loss function: {without_address(learn.loss_func)}']
     train,valid = learn.dls.train,learn.dls.valid
+    n_train,n_valid = (n_samples(o) or 'unknown' for o in (train, valid))
     size = getattr(train, 'bs', getattr(train, 'batch_size', None))
-    says += [f'training samples: {_count(train)}'+(f', batches of {size}' if size else '')]
-    says += [f'validation samples: {_count(valid)}, checksum {data_fingerprint(valid)}']
+    says += [f'training samples: {n_train}'+(f', batches of {size}' if size else '')]
+    says += [f'validation samples: {n_valid}, checksum {data_fingerprint(valid)}']
     return says + ['versions: '+', '.join(f'{n} {v}' for n,v in run_versions().items())]
-
-def _count(dl):
-    n = n_samples(dl)
-    return 'unknown' if n is None else n
 
 def _schedule(f):
     "A schedule as text; fastai's have no readable representation"
     if hasattr(f, 'f') and hasattr(f, 'start'): return f'{f.f.__name__}({f.start:g}, {f.end:g})'
     return without_address(f)
 
-def _history(learn):
-    "Columns of the last fit, epoch by epoch; empty where the Learner has none"
-    recorder = getattr(learn, 'recorder', None)
-    values = [o for o in getattr(recorder, 'values', []) if len(o)]
-    names = [*getattr(recorder, 'metric_names', [])][1:][:max(map(len, values), default=0)]
-    return pd.DataFrame(values, columns=names) if values and len(names)==len(values[0]) else pd.DataFrame()
-
-
-# %% ../../nbs/ship/card.ipynb #4bcb2ec8
+# %% ../../nbs/ship/card.ipynb #6f27e5ce
 LIMITS = [
     'All scores are of one validation set and of one trained student. Another seed gives others (see `kd_compare`).',
     'A setting that was chosen on this validation set makes the scores better than they will be on new data.',
@@ -255,11 +220,6 @@ def _front_matter(title, scores, task, metadata):
 
 _TASKS = dict(image='image-classification', table='tabular-classification', tokens='text-classification')
 
-def _card_task(dls, recall):
-    "The Hub's name of the task; None if it is not a classification of pictures, rows or texts"
-    return None if recall is None else _TASKS.get(input_kind(dls))
-
-# %% ../../nbs/ship/card.ipynb #12cc5733
 USE = 'The file has the preprocessing and the class names. This script needs onnxruntime, Pillow and NumPy:'
 
 @patch
@@ -281,11 +241,13 @@ def kd_card(self:Learner,
     Call it before `validate` or `get_preds`, which clear the recorder, or give `history`."""
     kd = next(iter(kd_callbacks(self)), None) if kd is None else kd
     epochs = getattr(self, 'epoch', -1)+1 if history is None else len(history)
-    history = _history(self) if history is None else history
+    history = recorder_table(self) if history is None else history
     models = dict(teacher=teacher) | ({} if baseline is None else dict(baseline=baseline))
     with isolated_rng(loaders=self.dls.loaders):
-        models = _readers(self, models, kd)
-        found = _scores(self, models, progress)
+        models = model_readers(self, models, kd=kd)
+        bar = progress_bar(self.dls.valid, leave=False, display=progress)
+        bar.comment = f"scores of {', '.join(models)}"
+        found = score_models(self, models, bar)
         scores = _score_table(self, found, models)
         training = _training(self, kd, epochs)
         recall,lost,parts = _class_parts(self.dls, found.classes, [*scores.index], samples)
@@ -294,42 +256,20 @@ def kd_card(self:Learner,
         code = runner_code(OnnxModel(file).info, Path(file).name)
         parts += ['## Use', USE, f'```python\n{code}\n```']
     parts += ['## Training', '\n'.join(f'- {o}' for o in training)]
-    if len(history): parts += [('history', _history_figure(history))]
+    if history is not None: parts += [('history', _history_figure(history))]
     parts += ['## Limits', '\n'.join(f'- {o}' for o in [*LIMITS, *limits])]
-    front = _front_matter(title, scores, _card_task(self.dls, recall), metadata)
+    task = None if recall is None else _TASKS.get(input_kind(self.dls))  # the Hub's name
+    front = _front_matter(title, scores, task, metadata)
     return KDCard(title, parts, front, scores, recall, lost)
 
 
-# %% ../../nbs/ship/card.ipynb #2ce958c0
-def _readers(learn, models, kd):
-    "The models with the inputs and classes that the callback gave them in the training run, also if it was taken off"
-    if kd is None: return model_readers(learn, models)
-    class_map = kd.objective.class_maps.get(None)
-    def read(name, source):
-        if name!='teacher': return ModelReader(source, kd.teacher_inputs)
-        known = any(source is o for o in (kd.teacher.model, kd.teacher.learner))
-        return ModelReader(kd.teacher if known else source, kd.teacher_inputs, True, class_map)
-    return {n: read(n, m) for n,m in {'student': learn.model, **models}.items()}
-
-def _scores(learn, models, progress):
-    "Scores of all models, with a progress bar over the batches"
-    bar = progress_bar(range(max(len(learn.dls.valid), 1)), leave=False, display=progress)
-    bar.comment = f"scores of {', '.join(models)}"
-    bar.update(0)
-    count = iter(range(1, len(learn.dls.valid)+1))
-    return score_models(learn, models, each=lambda b: bar.update(next(count)))
-
+# %% ../../nbs/ship/card.ipynb #d57227e1
 def _class_parts(dls, classes, names, n):
     "Recall, lost samples, and their sections; nothing where labels are not classes"
     if classes is None: return None,None,[]
     vocab = class_names(dls)
     recall,lost = recall_by_class(classes, names, vocab),_lost_samples(classes, vocab, _files(dls))
-    figure = 'recall',_recall_figure(recall, names)
-    return recall,lost,['## Recall by class', recall, figure, *_lost_parts(dls, lost, n)]
-
-def _lost_parts(dls, lost, n):
-    "The section on samples that only the teacher gets right"
     says = f'The teacher is right and the student wrong on {len(lost)} samples. The student is surest of these:'
-    parts = ['## Wrong now', says, lost[:n]]
+    parts = ['## Recall by class', recall, ('recall', _recall_figure(recall, names)), '## Wrong now', says, lost[:n]]
     figure = _lost_figure(dls, lost, n) if len(lost) else None
-    return parts+[('wrong_now', figure)] if figure is not None else parts
+    return recall,lost,parts if figure is None else [*parts, ('wrong_now', figure)]

@@ -21,7 +21,7 @@ from .export import OnnxModel, loss_activation
 from ..hooks.models import as_plain_tensor
 from ..teacher.live import Teacher
 
-# %% ../../nbs/ship/cascade.ipynb #6f5512d4
+# %% ../../nbs/ship/cascade.ipynb #32473a3f
 def lower_bound(
     k:int,             # Successes
     n:int,             # Trials
@@ -35,12 +35,11 @@ def first_failure(
     passes # Whether each test of a fixed sequence passes
 )->int: # Number of tests that pass before the first that does not
     "Count the tests that pass before one fails"
-    failed = np.flatnonzero(~np.asarray(passes, bool))
-    return int(failed[0]) if len(failed) else len(passes)
+    return int(np.argmin([*passes, False]))
 
 _GRID = np.concatenate([np.arange(0, 0.9, 0.01), np.arange(0.9, 0.99, 0.001), np.arange(0.99, 1.00005, 0.0001)])
 
-# %% ../../nbs/ship/cascade.ipynb #c6700f85
+# %% ../../nbs/ship/cascade.ipynb #09eb416a
 class Cascade(nn.Module):
     """Predicts by the student where its confidence is at least the threshold, and by the teacher elsewhere.
 
@@ -89,7 +88,8 @@ class Cascade(nn.Module):
         student,teacher,y,xb = _read(self.models, data)
         confidence,preds = student.amax(-1).nan_to_num(-1),(student.argmax(-1), teacher.argmax(-1))
         self.table = _curve(confidence.numpy(), *((p==y).numpy() for p in preds), level)
-        times = latency(self.models, _one(xb), rounds) if rounds else dict(student=np.nan, teacher=np.nan)
+        one = resize_batch(xb, 1) if isinstance(xb[0], Tensor) else (xb[0][:1],)
+        times = latency(self.models, one, rounds) if rounds else dict(student=np.nan, teacher=np.nan)
         self.table['ms'] = times['student']+self.table.share*times['teacher']
         row = _choose(self.table, accuracy, share, level)
         self.threshold = float(row.threshold)
@@ -113,7 +113,7 @@ class Cascade(nn.Module):
         ax.legend(handles=[*ax.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]])
         return fig
 
-# %% ../../nbs/ship/cascade.ipynb #e28b94d4
+# %% ../../nbs/ship/cascade.ipynb #57a6c1a6
 def _probabilities(source, activation):
     "A function from inputs to probabilities, without gradients"
     if isinstance(source, OnnxModel):
@@ -144,10 +144,6 @@ def _read(models, data):
         f"Expected two models with the same classes, got probabilities of shape {(*student.shape,)} of the student and "
         f"{(*teacher.shape,)} of the teacher")
     return student,teacher,y,xb
-
-def _one(xb):
-    "The first sample of a batch"
-    return resize_batch(xb, 1) if isinstance(xb[0], Tensor) else (xb[0][:1],)
 
 def _curve(confidence, student, teacher, level):
     "A row a threshold of the grid, from all calls to none: share, accuracy and their bounds"

@@ -178,7 +178,7 @@ def _input_of(learn):
     kinds = dict(image=ImageInput, table=TableInput, tokens=TokensInput, tensors=TensorInput)
     return (kind or kinds[input_kind(learn.dls)])(learn)
 
-# %% ../../nbs/ship/export.ipynb #fbab67ab
+# %% ../../nbs/ship/export.ipynb #efeeece2
 def _assemble(learn, source):
     "ONNX model of the operators before the network, the network with its activation, and the operators after it"
     from onnx import helper
@@ -216,12 +216,16 @@ def kd_export(self:Learner,
     if n_samples(self.dls.valid)==0: raise ValueError(
         "kd_export needs a sample of the validation set, and this Learner has none (load_learner drops the data): "
         "export from the Learner that was trained")
+    from onnx import helper
     source = _input_of(self)
     with isolated_rng(): model,task = _assemble(self, source)
     scores = score_models(self).metrics.loc['student'] if scores is None else scores
-    _write_metadata(model, dict(task=task, input=source.kind, classes=class_names(self.dls), license=license,
+    values = dict(task=task, input=source.kind, classes=class_names(self.dls), license=license,
         threshold=getattr(self.loss_func, 'thresh', None), versions=run_versions(),
-        scores={k: float(v) for k,v in dict(scores).items()}) | source.metadata() | metadata)
+        scores={k: float(v) for k,v in dict(scores).items()}) | source.metadata() | metadata
+    # metadata of an ONNX file are strings: text as it is, all else as JSON
+    texts = {k: v if isinstance(v, str) else json.dumps(_no_nan(v)) for k,v in values.items() if v not in (None,'')}
+    helper.set_model_props(model, texts)
     Path(file).write_bytes(model.SerializeToString())
     return Path(file)
 
@@ -230,13 +234,7 @@ def _no_nan(v):
     if isinstance(v, dict): return {k: _no_nan(o) for k,o in v.items()}
     return None if isinstance(v, float) and not math.isfinite(v) else v
 
-def _write_metadata(model, values):
-    "Metadata of an ONNX file are strings: text as it is, all else as JSON"
-    from onnx import helper
-    texts = {k: v if isinstance(v, str) else json.dumps(_no_nan(v)) for k,v in values.items() if v not in (None,'')}
-    helper.set_model_props(model, texts)
-
-# %% ../../nbs/ship/export.ipynb #cd310b92
+# %% ../../nbs/ship/export.ipynb #feb7cc97
 class OnnxModel(nn.Module):
     "An ONNX file as a module, run by ONNX Runtime on the CPU"
     def __init__(self,
@@ -266,26 +264,27 @@ class OnnxModel(nn.Module):
         if kind=='image': return self.run(image=read_image(item)[None])
         if kind=='table': return self.run(**table_inputs(pd.DataFrame([dict(item)]), self.info['columns']))
         if kind=='tokens': return self.run(tokens=np.asarray(item, np.int64).reshape(1, -1))
+        return self._run_tensors(item)
+
+    def _run_tensors(self, xb):
         names = [o.name for o in self.session.get_inputs()]
-        return self.run(**{n: as_plain_tensor(x).cpu().numpy() for n,x in zip(names, _leaves(item))})
+        return self.run(**{n: as_plain_tensor(x).cpu().numpy() for n,x in zip(names, _leaves(xb))})
 
     def forward(self,
         *xb # Inputs of a batch, or a list of items, or one item, such as a path
     )->Tensor: # A row an item
         "Return the first output, on the inputs' device"
         kind,first = self.info.get('input', 'tensors'),xb[0]
-        if kind=='table' and isinstance(first, pd.DataFrame):
-            return torch.from_numpy(next(iter(self.run(**table_inputs(first, self.info['columns'])).values())))
         if kind in ('image','table') and isinstance(first, Tensor): raise TypeError(
             f"{self.file.name} takes {kind}s before the preprocessing, got a tensor of shape {(*first.shape,)}: give "
             f"{'files' if kind=='image' else 'a DataFrame'}, compare by learn.kd_parity(files, ...), "
             "or write only the network with export_onnx")
-        if kind in ('image','table'):
-            items = first if isinstance(first, (list,tuple)) else [first]
-            return torch.cat([torch.from_numpy(next(iter(self.outputs(o).values()))) for o in items])
-        inputs = zip([o.name for o in self.session.get_inputs()], _leaves(xb))
-        res = self.run(**{n: as_plain_tensor(x).cpu().numpy() for n,x in inputs})
-        return torch.from_numpy(next(iter(res.values()))).to(_leaves(xb)[0].device)
+        if kind=='table' and isinstance(first, pd.DataFrame):
+            found = [self.run(**table_inputs(first, self.info['columns']))]
+        elif kind in ('image','table'): found = map(self.outputs, first if isinstance(first, (list,tuple)) else [first])
+        else: found = [self._run_tensors(xb)]
+        res = torch.cat([torch.from_numpy(next(iter(o.values()))) for o in found])
+        return res.to(next((o.device for o in _leaves(xb)), 'cpu'))
 
     def predict(self,
         item # As in `outputs`

@@ -7,13 +7,12 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/parity.html.md"""
 # %% auto #0
 __all__ = ['KDParity']
 
-# %% ../../nbs/ship/parity.ipynb #1b2c1e62
+# %% ../../nbs/ship/parity.ipynb #f99a0719
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import GetAttr, patch, store_attr
 from fastai.basics import Learner
@@ -126,7 +125,7 @@ def _likely_cause(learn, file, student, pred):
     best = min(rest, key=rest.get, default=None)
     return best if best is not None and rest[best]<0.2*(student-pred).abs().max() else 'unknown'
 
-# %% ../../nbs/ship/parity.ipynb #6e41de5e
+# %% ../../nbs/ship/parity.ipynb #e94d2fb5
 def _changed_inputs(dls, file):
     "Batches of one picture, each with one step of the preprocessing changed, by name"
     from PIL import Image, ImageOps
@@ -147,22 +146,23 @@ def _changed_inputs(dls, file):
 
 def _other_resizes(image, tfm):
     "The picture at its final size by another method or another filter"
-    from PIL import Image, ImageOps
-    size = tuple(tfm.size)
-    res = {} if tfm.method=='squish' else {'resize: squished': image.resize(size, Image.BILINEAR)}
-    if tfm.method!='crop': res['resize: center crop'] = ImageOps.fit(image, size, Image.BILINEAR)
-    if tfm.method!='pad': res['resize: padded with black'] = ImageOps.pad(image, size, Image.BILINEAR)
-    window = image if tfm.method!='crop' else ImageOps.fit(image, _crop_size(image.size, size), Image.NEAREST)
-    if tfm.method=='pad': return res
-    res |= {f'resize: {n} filter': window.resize(size, f) for n,f in (
-        ('nearest',Image.NEAREST), ('bicubic',Image.BICUBIC), ('Lanczos',Image.LANCZOS))}
-    x = torch.tensor(np.asarray(window)).permute(2,0,1)[None].float()
-    x = F.interpolate(x, size=size[::-1], mode='bilinear', align_corners=False)[0].round().byte()
-    return res|{'resize: no antialiasing': Image.fromarray(x.permute(1,2,0).numpy())}
+    from PIL import Image
+    def resized(method=tfm.method, pad_mode=tfm.pad_mode, mode=Image.BILINEAR):
+        return type(tfm)(tfm.size[::-1], method, pad_mode, (mode,mode))(image, split_idx=1)
+    methods = dict(squish='squished', crop='center crop', pad='padded with black')
+    filters = dict(nearest=Image.NEAREST, bicubic=Image.BICUBIC, Lanczos=Image.LANCZOS)
+    res = {f'resize: {name}': resized(m, 'zeros') for m,name in methods.items() if m!=tfm.method}
+    res |= {f'resize: {name} filter': resized(mode=f) for name,f in filters.items()}
+    return res|{'resize: no antialiasing': _without_antialiasing(image, tfm)}
 
-def _crop_size(size, final):
-    factor = min(a/b for a,b in zip(size, final))
-    return tuple(int(factor*o) for o in final)
+def _without_antialiasing(image, tfm):
+    "The largest crop of the final shape, or with 'squish' all of the picture, by bilinear interpolation of four pixels"
+    from PIL import Image
+    size = tuple(tfm.size)
+    factor = min(a/b for a,b in zip(image.size, size))
+    used = image.size if tfm.method=='squish' else [factor*o for o in size]
+    left,top = ((a-b)/2 for a,b in zip(image.size, used))
+    return image.transform(size, Image.EXTENT, (left, top, left+used[0], top+used[1]), Image.BILINEAR)
 
 def _other_scales(dls, x):
     "The batch without normalization, and without the division by 255"

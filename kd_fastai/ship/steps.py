@@ -6,19 +6,20 @@ Docs: https://kd-fastai.github.io/kd_fastai/ship/steps.html.md"""
 
 # %% auto #0
 __all__ = ['ITEM_TRANSFORMS', 'BATCH_TRANSFORMS', 'TABLE_PROCS', 'Ops', 'OnnxType', 'input_kind', 'image_ops', 'item_pixels',
-           'item_transforms', 'Rescale', 'Standardize', 'Resample', 'batch_module', 'mask_ops', 'table_columns',
-           'table_ops', 'reads_in_chunks', 'text_ops', 'class_names', 'run_versions']
+           'item_transforms', 'Standardize', 'Resample', 'batch_module', 'mask_ops', 'table_columns', 'table_ops',
+           'reads_in_chunks', 'text_ops', 'class_names', 'run_versions']
 
-# %% ../../nbs/ship/steps.ipynb #d70a5914
+# %% ../../nbs/ship/steps.ipynb #c7c72c24
 import math, platform
 from enum import IntEnum
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import torch
 import torch.nn.functional as F
+import kd_fastai
 from torch import nn
 from ..hooks.models import as_plain_tensor, isolated_rng, library_versions
+from ..teacher.classes import plain_vocab
 
 # %% ../../nbs/ship/steps.ipynb #0e927b05
 class Ops:
@@ -60,11 +61,7 @@ class OnnxType(IntEnum):
     STRING = 8
     DOUBLE = 11
 
-# %% ../../nbs/ship/steps.ipynb #750017d9
-def _shape(op, x):
-    "Height and width of pictures `(N, C, H, W)`, as int64 of shape (2,)"
-    return op.Shape(x, start=2)
-
+# %% ../../nbs/ship/steps.ipynb #fe4a8062
 def _ints(op, x): return op.Cast(x, to=OnnxType.INT64)   # cuts off the fraction, as Python's `int`
 def _double(op, x): return op.Cast(x, to=OnnxType.DOUBLE)
 
@@ -81,7 +78,7 @@ def _mirror(op, i, n):
 
 def _crop_pad(op, x, start, size, pad):
     "Cut `size` pixels from `start`, both (2,); pixels outside are black ('zeros'), of the edge or mirrored"
-    shape = _shape(op, x)
+    shape = op.Shape(x, start=2)  # height and width
     for axis in (0,1):
         i,n,k = (op.Gather(o, np.int64(axis)) for o in (start, size, shape))
         places = op.Range(i, op.Add(i, n), np.int64(1))
@@ -106,7 +103,7 @@ def _bilinear(tfm):
 
 def _hw(size): return np.array([size[1], size[0]], np.int64)  # fastai keeps width, height
 
-# %% ../../nbs/ship/steps.ipynb #6102d76a
+# %% ../../nbs/ship/steps.ipynb #d5a38a98
 def _resize_window(op, shape, tfm):
     "Start and size, both (2,), of the largest crop (or smallest padded rectangle) that has the final shape"
     final = _hw(tfm.size).astype(float)
@@ -117,13 +114,13 @@ def _resize_window(op, shape, tfm):
 def _add_resize(op, x, tfm):
     "fastai's `Resize`: crop, pad or nothing, and then Pillow's resize"
     _bilinear(tfm)
-    if tfm.method!='squish': x = _crop_pad(op, x, *_resize_window(op, _shape(op, x), tfm), tfm.pad_mode)
+    if tfm.method!='squish': x = _crop_pad(op, x, *_resize_window(op, op.Shape(x, start=2), tfm), tfm.pad_mode)
     return _resize(op, x, _hw(tfm.size))
 
 def _add_center_crop(op, x, tfm):
     "fastai's `CropPad` and `RandomCrop`"
     size = _hw(tfm.size)
-    return _crop_pad(op, x, _center(op, _shape(op, x), size), size, getattr(tfm, 'pad_mode', 'zeros'))
+    return _crop_pad(op, x, _center(op, op.Shape(x, start=2), size), size, getattr(tfm, 'pad_mode', 'zeros'))
 
 def _add_random_resized_crop(op, x, tfm):
     "fastai's `RandomResizedCrop`: for validation, a slightly larger resize and a center crop"
@@ -131,7 +128,7 @@ def _add_random_resized_crop(op, x, tfm):
     size = _hw(tfm.size)
     extra = math.ceil(max(size)*tfm.val_xtra/8)*8
     x = _resize(op, x, size+extra)
-    return _crop_pad(op, x, _center(op, _shape(op, x), size), size, 'zeros')
+    return _crop_pad(op, x, _center(op, op.Shape(x, start=2), size), size, 'zeros')
 
 ITEM_TRANSFORMS = dict(Resize=_add_resize, CropPad=_add_center_crop, RandomCrop=_add_center_crop,
                        RandomResizedCrop=_add_random_resized_crop)
@@ -195,24 +192,16 @@ def _cannot(tfm, what):
             f"(it can write {known}, and leaves out what is for training only): "
             "remove it, or write only the network with export_onnx and repeat the transform by hand")
 
-# %% ../../nbs/ship/steps.ipynb #4b8e8301
-class Rescale(nn.Module):
-    "fastai's `IntToFloatTensor`"
-    def __init__(self,
-        tfm # The transform
-    ):
-        super().__init__()
-        self.div = tfm.div
-    def forward(self, x): return x.float()/self.div
-
+# %% ../../nbs/ship/steps.ipynb #353a383d
 class Standardize(nn.Module):
-    "fastai's `Normalize`"
+    "Subtract a mean and divide by a deviation, as fastai's `IntToFloatTensor` and `Normalize` do"
     def __init__(self,
-        tfm # The transform
+        mean, # A number, or a tensor that fits the pictures
+        std   # Likewise
     ):
         super().__init__()
-        for n in ('mean','std'): self.register_buffer(n, as_plain_tensor(getattr(tfm, n)).cpu())
-    def forward(self, x): return (x-self.mean)/self.std
+        for n,v in dict(mean=mean, std=std).items(): self.register_buffer(n, torch.as_tensor(v, device='cpu'))
+    def forward(self, x): return (x.float()-self.mean)/self.std
 
 class Resample(nn.Module):
     "What fastai's affine and `RandomResizedCropGPU` transforms do to a picture of the validation set: another size"
@@ -221,8 +210,7 @@ class Resample(nn.Module):
     ):
         super().__init__()
         size = tfm.size if isinstance(tfm.size, (tuple,list)) or tfm.size is None else (tfm.size, tfm.size)
-        self.size,self.crop = size,None
-        self.corners = bool(getattr(tfm, 'align_corners', True))
+        self.size,self.corners = size,bool(getattr(tfm, 'align_corners', True))
         self.mode,self.pad = tfm.mode,getattr(tfm, 'pad_mode', 'reflection')
         if hasattr(tfm, 'valid_scale'): self.ratio,self.scale = tfm.ratio,tfm.valid_scale
 
@@ -246,7 +234,8 @@ class Resample(nn.Module):
         top,left = (h-ch)//2,(w-cw)//2
         return x[...,top:top+ch,left:left+cw]
 
-BATCH_TRANSFORMS = dict(IntToFloatTensor=Rescale, Normalize=Standardize, RandomResizedCropGPU=Resample)
+BATCH_TRANSFORMS = dict(IntToFloatTensor=lambda tfm: Standardize(0., tfm.div), RandomResizedCropGPU=Resample,
+                        Normalize=lambda tfm: Standardize(as_plain_tensor(tfm.mean), as_plain_tensor(tfm.std)))
 
 def batch_module(
     dls # `DataLoaders` of the Learner
@@ -282,7 +271,7 @@ def mask_ops(
         mask = op.Sub(mask, np.int32(1))
     return op.Squeeze(mask, np.array([1]))
 
-# %% ../../nbs/ship/steps.ipynb #78019c4a
+# %% ../../nbs/ship/steps.ipynb #27df2ec7
 TABLE_PROCS = ('Categorify','FillMissing','Normalize')
 _TARGET_PROCS = ('Categorize','MultiCategorize','EncodedMultiCategorize','RegressionSetup','OneHotEncode')
 
@@ -301,11 +290,6 @@ def _proc(dls, kind): return next((f for f in dls.procs.fs if type(f).__name__==
 
 def _fill_values(dls): return getattr(_proc(dls, 'FillMissing'), 'na_dict', {})
 
-def _category_codes(op, column, items):
-    "Codes of strings `(N, 1)`; others are 0, which is `#na#`"
-    return op.LabelEncoder(column, domain='ai.onnx.ml', keys_strings=[str(o) for o in items[1:]],
-                           values_int64s=[*range(1, len(items))], default_int64=0)
-
 def table_ops(
     op:Ops, # Where the nodes are added
     dls     # `TabularDataLoaders`
@@ -317,7 +301,9 @@ def table_ops(
     for n in dls.train_ds.cat_names:
         if n in names['categories']:
             column = op.Gather('categories', np.array([names['categories'].index(n)]), axis=1)
-            codes.append(_category_codes(op, column, dls.classes[n]))
+            names_of_codes = [str(o) for o in dls.classes[n][1:]]  # others are 0, which is `#na#`
+            codes.append(op.LabelEncoder(column, domain='ai.onnx.ml', keys_strings=names_of_codes,
+                                         values_int64s=[*range(1, len(names_of_codes)+1)], default_int64=0))
         else:
             of = op.Gather(missing, np.array([names['numbers'].index(n.removesuffix('_na'))]), axis=1)
             order = [str(o) for o in dls.classes[n]]
@@ -375,19 +361,15 @@ def text_ops(
     largest,mean = (f(x, np.array([0]), keepdims=0) for f in (op.ReduceMax, op.ReduceMean))
     return op.Concat(last, largest, mean, axis=1)
 
-# %% ../../nbs/ship/steps.ipynb #0c639558
+# %% ../../nbs/ship/steps.ipynb #cf69bd27
 def class_names(
     dls # `DataLoaders`
 )->list|None: # None without names
     "Return the names of the classes; a text's vocabulary comes before them"
-    names = getattr(dls, 'vocab', None)
-    if names is None: return None
-    names = [*names]
-    if names and not isinstance(names[-1], str) and hasattr(names[-1], '__iter__'): names = [*names[-1]]
-    return [str(o) for o in names]
+    names = plain_vocab(dls)
+    if names and isinstance(names[-1], list): names = names[-1]
+    return None if names is None else [str(o) for o in names]
 
 def run_versions()->dict:
     "Return the versions of what a training run and its file depend on"
-    try: own = version('kd_fastai')
-    except PackageNotFoundError: own = 'unknown'
-    return dict(python=platform.python_version(), kd_fastai=own)|library_versions()
+    return dict(python=platform.python_version(), kd_fastai=kd_fastai.__version__)|library_versions()

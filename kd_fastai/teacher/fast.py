@@ -6,11 +6,11 @@ Docs: https://kd-fastai.github.io/kd_fastai/teacher/fast.html.md"""
 
 # %% auto #0
 __all__ = ['check_dtype', 'check_convertible', 'converted_copy', 'differences', 'fast_copy', 'has_units', 'teacher_forms',
-           'timed', 'FormTimes', 'Forms', 'FastTeacher']
+           'timed', 'FastTeacher']
 
-# %% ../../nbs/teacher/fast.ipynb #1aeb5e92
+# %% ../../nbs/teacher/fast.ipynb #7baf451b
 import statistics, time, warnings
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,11 @@ from ..hooks.layers import layer_name
 from ..hooks.models import KDWarning, isolated_rng, unwrap_model
 from .live import BaseTeacher, Teacher
 
-# %% ../../nbs/teacher/fast.ipynb #a83233fd
-def _convert_inputs(dtype, memory_format, module, xb):
+# %% ../../nbs/teacher/fast.ipynb #b7846312
+def _convert_inputs(dtype, module, xb):
     def convert(o):
         if not isinstance(o, Tensor) or not o.is_floating_point(): return o
-        return o.to(dtype, memory_format=memory_format) if o.ndim==4 else o.to(dtype)
+        return o.to(dtype, memory_format=torch.channels_last) if o.ndim==4 else o.to(dtype)
     return tree_map(convert, xb)
 
 def _convert_outputs(module, xb, out):
@@ -54,24 +54,23 @@ def check_convertible(
 def converted_copy(
     model:nn.Module,          # A teacher
     dtype:torch.dtype|None=None, # Of the copy's weights; default: that of the model
-    channels_last:bool=True,  # Order images by channels last?
     device:torch.device=None  # Of the copy; default: that of the model
 )->nn.Module:
-    "Return a copy of a model in eval mode, which converts inputs and outputs. The Learner of an `Ensemble` is shared"
+    """Return a copy of a model in eval mode, with images in channels-last order, which converts inputs and outputs.
+
+    The Learner of an `Ensemble` is shared."""
     model = unwrap_model(model)
     learner = getattr(model, 'learner', None)
     res = deepcopy(model, {id(learner): learner}).eval().requires_grad_(False)
     dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
-    memory_format = torch.channels_last if channels_last else torch.preserve_format
     if device is not None and len({p.device for p in res.parameters()})==1: res.to(device)
-    if channels_last: res.to(dtype, memory_format=memory_format)
-    else: res.to(dtype)
-    res.register_forward_pre_hook(partial(_convert_inputs, dtype, memory_format))
+    res.to(dtype, memory_format=torch.channels_last)
+    res.register_forward_pre_hook(partial(_convert_inputs, dtype))
     res.register_forward_hook(_convert_outputs)
     return res
 
 
-# %% ../../nbs/teacher/fast.ipynb #0a1a7300
+# %% ../../nbs/teacher/fast.ipynb #2595e0c3
 def _named(pred, features):
     "Predictions and features by name"
     named = {layer_name(k): v for k,v in features.items()}
@@ -100,7 +99,6 @@ def fast_copy(
     *xb:Tensor,              # An example batch of inputs
     dtype:torch.dtype=torch.float32, # Of the copy: bfloat16 where the processor has it, float16 on a GPU
     layers:list=(),          # Names of the layers that are compared, too
-    channels_last:bool=True, # Order images by channels last?
     tolerance:float=0.02     # Largest difference of an output, relative to the largest value
 )->nn.Module:
     """Return a copy of a model in another form, on the device of the inputs.
@@ -112,7 +110,7 @@ def fast_copy(
         teacher = Teacher(m, layers, early_exit=False)
         with teacher.ready(device): return teacher(*xb, need_pred=False)
     expected = outputs(model)  # before the copy: fastai's WeightDropout cannot be copied after a training batch
-    res = converted_copy(model, dtype, channels_last, device)
+    res = converted_copy(model, dtype, device)
     _check_differences(differences(expected, outputs(res)), tolerance, dtype)
     return res
 
@@ -130,20 +128,16 @@ def has_units(
     kind = {torch.float16: 'fp16', torch.bfloat16: 'bf16'}[dtype]
     return bool(found.get(f'avx512_{kind}') or found.get(f'amx_{kind}'))
 
-# %% ../../nbs/teacher/fast.ipynb #0c434a32
+# %% ../../nbs/teacher/fast.ipynb #41618d4d
 def teacher_forms(
     model:nn.Module,        # A teacher
-    dtypes:list=(),         # Types of copies
-    compile:bool=False      # Also a compiled copy?
+    dtypes:list=()          # Types of copies
 )->dict: # A function of the device that makes each form, by name
     "Return the forms in which a teacher can run"
     res = {'as it is': lambda device: model}
     if any(p.is_floating_point() for p in model.parameters()):
         res['channels last'] = lambda device: converted_copy(model, device=device)
-    def in_type(dtype, device): return converted_copy(model, dtype, device=device)
-    res.update({o: partial(in_type, o) for o in dtypes})
-    if compile: res['compiled'] = lambda device: torch.compile(converted_copy(model, device=device))
-    return res
+    return res | {o: partial(converted_copy, model, o) for o in dtypes}
 
 def timed(
     device:torch.device, # Where `f` runs
@@ -157,151 +151,105 @@ def timed(
     res = f()
     return res,now()-start
 
-class FormTimes:
-    "Times of the forms of a teacher, and how much their outputs differ from those of the model"
-    def __init__(self, names): self.seconds,self.difference = {k: [] for k in names},dict.fromkeys(names, 0.)
+def _fastest(seconds):
+    "The model as it is, unless another form is faster by a twentieth"
+    best = min(seconds, key=seconds.get)
+    return best if seconds[best]<0.95*seconds['as it is'] else 'as it is'
 
-    def in_turn(self)->list:
-        "The names, beginning with another one for each batch"
-        k = len(self.seconds['as it is'])%len(self.seconds)
-        return [*self.seconds][k:]+[*self.seconds][:k]
+def _times_in_words(times):
+    return '; '.join(f"{k} {1e3*s:.3g} ms, difference {max(d.values()):.1g}" for k,(s,d) in times.items())
 
-    def add(self, name, seconds, found):
-        "Keep what one batch showed"
-        self.seconds[name].append(seconds)
-        worst = max([self.difference[name], *found.values()]) if _within(found, torch.inf) else torch.inf
-        self.difference[name] = worst
+def _warn_without_units(dtype, device):
+    if has_units(dtype, device) is False: warnings.warn(
+        f"This {device.type} has no units for {dtype}: the teacher can take several times as long as in float32. "
+        f"FastTeacher(teacher, half={dtype}) takes the fastest form", KDWarning)
 
-    @property
-    def medians(self)->dict:
-        "The median time of each form, without the first batch"
-        return {k: statistics.median(v[1:] or v) for k,v in self.seconds.items()}
+def _run_in_turns(teachers, device, rounds, xb, need_pred):
+    "First outputs and seconds of teachers, by name. Hidden and random states stay"
+    outs,seconds,names = {},{k: [] for k in teachers},[*teachers]
+    with isolated_rng(), ExitStack() as stack:
+        for o in teachers.values(): stack.enter_context(o.ready(device))
+        for i in range(rounds):
+            for k in names[i%len(names):]+names[:i%len(names)]:
+                out,s = timed(device, partial(teachers[k], *xb, need_pred=need_pred))
+                seconds[k].append(s)
+                outs.setdefault(k, out)
+    return outs,seconds
 
-    def fastest(self,
-        limits:dict # Largest allowed difference of each form
-    )->str:
-        "Return the fastest form whose outputs agree: the model as it is, unless another one is faster by a twentieth"
-        agree = {k: t for k,t in self.medians.items() if self.difference[k]<=limits[k]}
-        best = min(agree, key=agree.get)
-        return best if agree[best]<0.95*agree['as it is'] else 'as it is'
-
-    def __repr__(self):
-        return '; '.join(f"{k} {1e3*t:.3g} ms, difference {self.difference[k]:.1g}" for k,t in self.medians.items())
-
-# %% ../../nbs/teacher/fast.ipynb #09048403
-class Forms:
-    "Makes and runs the forms of one `Teacher`; each is made and moved to the device when it is first used"
-    def __init__(self,
-        live:Teacher,  # The model as it is
-        makers:dict    # What `teacher_forms` returns
-    ): self.live,self.makers,self.made = live,makers,{}
-
-    @contextmanager
-    def ready(self, device):
-        "Context of an epoch's training"
-        self.given_device,self.opened = device,set()
-        with ExitStack() as self.stack: yield self
-
-    def device(self, xb):
-        "The device of the batches, or of this one"
-        if self.given_device is not None: return torch.device(self.given_device)
-        return next((o.device for o in tree_leaves(xb) if isinstance(o, Tensor)), torch.device('cpu'))
-
-    def run(self, name, xb, need_pred):
-        "Predictions and features of one form"
-        if name not in self.made: self.made[name] = self._make(name, xb)
-        if name not in self.opened: self.stack.enter_context(self.made[name].ready(self.given_device))
-        self.opened.add(name)
-        return self.made[name](*xb, need_pred=need_pred)
-
-    def _make(self, name, xb):
-        if name=='as it is': return self.live
-        res = copy(self.live)
-        res.model = self.makers[name](self.device(xb))
-        res.capture = Capture(res.model, [o.spec for o in self.live.capture.specs], who='teacher')
-        return res
-
-    def compare(self, name, xb, need_pred)->dict:
-        "Make a form and return how much it differs from the model on this batch. Hidden and random states stay"
-        def outputs(teacher):
-            with isolated_rng(), teacher.ready(self.given_device): return teacher(*xb, need_pred=need_pred)
-        expected = outputs(self.live)  # before the copy: fastai's WeightDropout cannot be copied after a training batch
-        self.made[name] = self._make(name, xb)
-        return differences(expected, outputs(self.made[name]))
-
-# %% ../../nbs/teacher/fast.ipynb #81d4eb64
+# %% ../../nbs/teacher/fast.ipynb #4f4bdd9c
 class FastTeacher(BaseTeacher):
-    """A `Teacher` that runs the fastest of several forms of its model.
+    """A `Teacher` that runs the fastest of several forms of its model, found on the first batch.
 
     Raises `ValueError` if the outputs of a form that was fixed by hand differ too much."""
-    rounds = 4   # Batches in which forms take turns, the first of which is not timed
+    rounds = 4   # Forward passes of each form, in turns, the first of which is not timed
     exact = 1e-4 # Largest relative difference of a form in the model's own type
     def __init__(self,
         source:nn.Module|Learner|str|Path|Teacher, # As in `Teacher`, or a `Teacher`
         form:str|torch.dtype|None=None, # Form that is fixed by hand; default: the fastest is found
         half:torch.dtype|None=None, # Also try a copy in `torch.bfloat16` or `torch.float16`
-        compile:bool=False,         # Also try `torch.compile`? It takes a minute or more to start
         tolerance:float=0.02        # Largest relative difference of a form in half precision
     ):
-        live = copy(source) if isinstance(source, Teacher) else Teacher(source)
-        self.model,self.learner,self.tolerance = live.model,live.learner,tolerance
+        self.live = copy(source) if isinstance(source, Teacher) else Teacher(source)
+        self.model,self.learner,self.tolerance = self.live.model,self.live.learner,tolerance
         dtypes = [o for o in dict.fromkeys([half, form]) if o is not None and not isinstance(o, str)]
         for o in dtypes: check_convertible(self.model, o)
-        self.forms = Forms(live, teacher_forms(self.model, dtypes, compile or form=='compiled'))
-        if form is not None and form not in self.forms.makers: raise ValueError(
-            f"Expected the form of a teacher, {', '.join(map(repr, self.forms.makers))}, got {form!r}")
-        self.choice,self.is_fixed,self.times = form,form is not None,None
-        self.tfm,self.early_exit = live.tfm,live.early_exit
+        self.makers = teacher_forms(self.model, dtypes)
+        if form is not None and form not in self.makers: raise ValueError(
+            f"Expected the form of a teacher, {', '.join(map(repr, self.makers))}, got {form!r}")
+        self.choice,self.is_fixed,self.times = form,form is not None,{}
+        self.tfm,self.early_exit = self.live.tfm,self.live.early_exit
         self.configure()
 
     def configure(self, layers=(), tfm=None, early_exit=True):
         "Set the layers to capture, and what the user has not set; returns `self`"
-        self.forms = Forms(copy(self.forms.live).configure(layers, tfm, early_exit), self.forms.makers)
+        self.live,self.running = copy(self.live).configure(layers, tfm, early_exit),None
         return super().configure(layers, tfm, early_exit)
 
     def prepare(self, dl):
-        "Called when a fit begins: the model may have been trained since the copies were made"
-        self.forms.live.prepare(dl)
-        self.forms.made.clear()
+        "Called when a fit begins: the model may have been trained since the copy was made"
+        self.live.prepare(dl)
+        self.running = None
 
     @contextmanager
     def ready(self, device=None, epoch=None):
         "Prepare to run"
-        with self.forms.ready(device): yield self
+        self.device,self.is_open = device,False
+        with ExitStack() as self.stack: yield self
 
     def __call__(self, *xb, need_pred=True, idx=None):
-        "Run the chosen form on one batch, or all of them until the choice is made"
-        if self.choice is None: return self._take_turns(xb, need_pred)
-        if self.choice not in self.forms.made and self.choice!='as it is': self._check_choice(xb, need_pred)
-        return self.forms.run(self.choice, xb, need_pred)
+        "Run the chosen form on one batch"
+        if self.running is None: self.running = self._choose(xb, need_pred)
+        if not self.is_open: self.stack.enter_context(self.running.ready(self.device))
+        self.is_open = True
+        return self.running(*xb, need_pred=need_pred)
 
-    def _limit(self, name): return self.tolerance if isinstance(name, torch.dtype) else self.exact
+    def _choose(self, xb, need_pred):
+        "Return the fastest form whose outputs on this batch agree, or the one that was chosen before, if it agrees"
+        if self.choice=='as it is': return self.live
+        device = torch.device(self.device or next((o.device for o in tree_leaves(xb) if isinstance(o, Tensor)), 'cpu'))
+        names,rounds = [self.choice],1
+        if self.choice is None:
+            rounds = self.rounds
+            names = [k for k in self.makers if not isinstance(k, torch.dtype) or has_units(k, device) is not False]
+        elif isinstance(self.choice, torch.dtype): _warn_without_units(self.choice, device)
+        # before the copies are made: fastai's WeightDropout cannot be copied after a training batch
+        expected,_ = _run_in_turns({'as it is': self.live}, device, 1, xb, need_pred)
+        forms = {k: self._make(k, device) for k in names}
+        outs,seconds = _run_in_turns(forms, device, rounds, xb, need_pred)
+        found = {k: differences(expected['as it is'], o) for k,o in outs.items()}
+        limits = {k: self.tolerance if isinstance(k, torch.dtype) else self.exact for k in forms}
+        if self.is_fixed: _check_differences(found[self.choice], limits[self.choice], self.choice)
+        agree = [k for k in forms if k=='as it is' or _within(found[k], limits[k])]
+        if self.choice is None:
+            self.times = {k: (statistics.median(v[1:]), found[k]) for k,v in seconds.items()}
+            self.choice = _fastest({k: self.times[k][0] for k in agree})
+            if not rank_distrib(): print(f"The teacher runs {self.choice} ({_times_in_words(self.times)})")
+        elif not agree: self.choice = 'as it is'
+        return forms.get(self.choice, self.live)
 
-    def _check_choice(self, xb, need_pred):
-        name,device = self.choice,self.forms.device(xb)
-        if isinstance(name, torch.dtype) and has_units(name, device) is False: warnings.warn(
-            f"This {device.type} has no units for {name}: the teacher can take several times as long as in float32. "
-            f"FastTeacher(teacher, half={name}) takes the fastest form", KDWarning)
-        found = self.forms.compare(name, xb, need_pred)
-        if _within(found, self._limit(name)): return
-        if self.is_fixed: _check_differences(found, self._limit(name), name)
-        self.choice = 'as it is'
-
-    def _take_turns(self, xb, need_pred):
-        "Run all forms on this batch, time and compare them, and return the outputs of the model as it is"
-        device = self.forms.device(xb)
-        if self.times is None: self.times = FormTimes([
-            k for k in self.forms.makers if not isinstance(k, torch.dtype) or has_units(k, device) is not False])
-        outs = {}
-        for name in self.times.in_turn():
-            with nullcontext() if name=='as it is' else isolated_rng():
-                outs[name] = timed(device, lambda: self.forms.run(name, xb, need_pred))
-        expected = outs['as it is'][0]
-        for name,(out,seconds) in outs.items(): self.times.add(name, seconds, differences(expected, out))
-        if len(self.times.seconds['as it is'])==self.rounds: self._choose()
-        return expected
-
-    def _choose(self):
-        self.choice = self.times.fastest({k: self._limit(k) for k in self.forms.makers})
-        self.forms.made = {k: o for k,o in self.forms.made.items() if k==self.choice}
-        if not rank_distrib(): print(f"The teacher runs {self.choice} ({self.times})")
+    def _make(self, name, device):
+        if name=='as it is': return self.live
+        res = copy(self.live)
+        res.model = self.makers[name](device)
+        res.capture = Capture(res.model, [o.spec for o in self.live.capture.specs], who='teacher')
+        return res

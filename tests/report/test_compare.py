@@ -9,7 +9,7 @@ from kd_fastai.demo import digits, small_net
 from kd_fastai.losses import SoftTarget
 from kd_fastai.report.measure import latency
 from kd_fastai.report.runs import RunTable, lower_is_better
-from kd_fastai.report.scores import calibration_error, predicted_classes
+from kd_fastai.report.scores import calibration_error, score_models
 
 pytestmark = pytest.mark.filterwarnings('ignore:The teacher .*agrees')   # teachers are not trained
 
@@ -140,7 +140,7 @@ def test_plot_shows_each_difference_and_the_interval(result):
 
 def test_predicted_classes_are_those_of_get_preds():
     learn,teacher = make_learner(0),small_net(4)
-    res = predicted_classes(learn, teacher=teacher)
+    res = score_models(learn, {'teacher': teacher}).classes
     with learn.no_bar(): p,y = learn.get_preds()
     assert [*res.student]==p.argmax(1).tolist() and [*res.target]==y.tolist() and [*res['sample']]==[*range(797)]
     x = learn.dls.valid.one_batch()[0]
@@ -153,7 +153,7 @@ def test_ignored_pixels_are_left_out():
     data = [*zip(x, y)]
     dls = DataLoaders(DataLoader(data, bs=2), DataLoader(data, bs=2))
     learn = Learner(dls, nn.Conv2d(1,3,1), loss_func=CrossEntropyLossFlat(axis=1, ignore_index=255))
-    res = predicted_classes(learn)
+    res = score_models(learn).classes
     assert len(res)==5*16 and [*res['sample'].unique()]==[1,2,3,4,5]
     assert [*res.target]==y[1:].flatten().tolist() and [*res.student]==learn.model(x)[1:].argmax(1).flatten().tolist()
 
@@ -161,7 +161,7 @@ def test_no_classes_no_answers():
     data = [*zip(torch.randn(4,3), torch.randn(4,1))]
     dls = DataLoaders(DataLoader(data, bs=2), DataLoader(data, bs=2))
     learn = Learner(dls, nn.Linear(3,1), lr=.1, loss_func=MSELossFlat())
-    assert predicted_classes(learn) is None
+    assert score_models(learn).classes is None
     def make(seed): return Learner(dls, nn.Linear(3,1), lr=.1, loss_func=MSELossFlat())
     res = quick(make, named(None), 2)
     assert res.metric=='valid_loss' and 'agreement' not in res.runs

@@ -85,7 +85,7 @@ def test_a_teacher_that_knows_nothing_is_not_suggested():
 def test_suggestion_by_a_metric_where_lower_is_better():
     runs = pd.DataFrame([dict(seed=s, method=w, valid_loss=v+0.01*s*(i+1)) for s in range(4)
                          for i,(w,v) in enumerate([('baseline',1.), ('a',0.8), ('b',0.5), ('c',1.5)])])
-    found = KDFind(runs, comparison_table(runs, 'valid_loss'), 'valid_loss', 'baseline', 0.95, {})
+    found = KDFind(runs, comparison_table(runs, 'valid_loss'), 'valid_loss', 'baseline', 0.95, arguments={})
     assert found.suggestion=='b'
 
 def test_default_methods():

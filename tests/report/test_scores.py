@@ -7,7 +7,7 @@ from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 from kd_fastai.callback import KnowledgeDistillationCallback as KD
 from kd_fastai.losses import SoftTarget
 from kd_fastai.report.report import KDReport  # noqa: F401  gives Learner its methods
-from kd_fastai.report.scores import first_batch, predicted_classes, score_models
+from kd_fastai.report.scores import first_batch, score_models
 from support import learner, quiet, same, state
 
 pytestmark = pytest.mark.filterwarnings('ignore:The teacher .*agrees')   # teachers are not trained
@@ -29,7 +29,7 @@ def of_classes(n=5, model=None, cbs=None, shuffle=False, **kwargs):
 def test_rows_are_of_the_same_samples_in_a_loader_that_shuffles():
     learn = of_classes(shuffle=True, model=nn.Linear(5,5))
     for dl in (learn.dls.train, learn.dls.valid):
-        res = predicted_classes(learn, dl, teacher=deepcopy(learn.model))
+        res = score_models(learn, {'teacher': deepcopy(learn.model)}, dl).classes
         assert (res.student==res.teacher).all()
         assert (res.student_confidence==res.teacher_confidence).all()
 
@@ -77,14 +77,14 @@ def test_ignored_labels_count_nowhere(loss_func):
     quiet(learn.distill(nn.Conv2d(1,3,3,padding=1)))
     with torch.no_grad(): right = (learn.model(x).argmax(1)==y)[y!=255]
     assert learn.kd_report().scores.accuracy.student==pytest.approx(right.float().mean().item(), abs=1e-6)
-    assert len(predicted_classes(learn))==(y!=255).sum()
+    assert len(score_models(learn).classes)==(y!=255).sum()
 
 def test_labels_of_tabular_data():
     "(B, 1) next to logits (B, C)"
     data = [*zip(6*torch.eye(3).repeat(4,1), torch.arange(3).repeat(4)[:,None])]
     dls = DataLoaders(*(DataLoader(data, bs=5, num_workers=0) for _ in range(2)))
     learn = Learner(dls, eye(3, [0,1,2]), loss_func=CrossEntropyLossFlat())
-    res = predicted_classes(learn)
+    res = score_models(learn).classes
     assert len(res)==12 and (res.student==res.target).all()
 
 def test_labels_that_are_no_classes():
@@ -93,13 +93,13 @@ def test_labels_that_are_no_classes():
     for y,loss in ((torch.randint(2, (8,3)).float(), nn.BCEWithLogitsLoss()),
                    (torch.rand(8,3).softmax(1), nn.CrossEntropyLoss())):
         dls = DataLoaders(*(DataLoader([*zip(x,y)], bs=4, num_workers=0) for _ in range(2)))
-        assert predicted_classes(Learner(dls, nn.Linear(4,3), loss_func=loss)) is None
+        assert score_models(Learner(dls, nn.Linear(4,3), loss_func=loss)).classes is None
 
 def test_classes_are_last_in_predictions_of_text():
     x,y = torch.randn(8,6,4),torch.randint(3, (8,6))
     dls = DataLoaders(*(DataLoader([*zip(x,y)], bs=4, num_workers=0) for _ in range(2)))
     learn = Learner(dls, nn.Linear(4,3), loss_func=CrossEntropyLossFlat())
-    res = predicted_classes(learn)
+    res = score_models(learn).classes
     assert [*res.student]==learn.model(x).argmax(-1).flatten().tolist() and [*res.target]==y.flatten().tolist()
 
 def test_a_teacher_that_changes_its_input_leaves_the_students_alone():

@@ -188,12 +188,12 @@ def test_none_where_nothing_fits_or_comes_near(trained):
     assert far.chosen is None and far.best=='tiny' and 'No candidate comes near enough' in far.sentence
 
 def test_the_sentence_names_the_fastest_the_smallest_and_ties():
-    none = KDShrink(COSTS, [], pd.DataFrame(), [], None, None, .9, 'accuracy', False, None)
+    none = KDShrink(COSTS, pd.DataFrame(), [], None, None, .9, 'accuracy', False, None)
     assert none.sentence=="No candidate is within the budget: the fastest, a, takes 1 ms, and the smallest, a, 5 kB."
     runs = pd.DataFrame([(f'b: {m}', FINAL+s, .8+.01*s) for m in ('distilled','baseline') for s in range(3)],
                         columns=['method','seed','accuracy'])
     scores = table(a=[.75,.8,.85], b=[.8,.79,.86], c=[.82,.77,.86])
-    found = KDShrink(COSTS, [*'abc'], runs, [(8, scores)], 'b', 'b', .9, 'accuracy', False, None)
+    found = KDShrink(COSTS, runs, [(8, scores)], 'b', 'b', .9, 'accuracy', False, None)
     assert found.sentence==(
         "b: 5.0 times faster, 9 points below the teacher [6.5, 11]; the next faster, a, is 1.7 points lower after "
         "8 epochs. 3 runs of 8 epochs cannot tell it from c or a.")

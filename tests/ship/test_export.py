@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 from fastai.vision.all import *
 from kd_fastai.all import *
 from kd_fastai.ship.export import read_image, runner_code
-from support import quiet
+from support import quiet, text_learner
 
 for o in [*globals()]:
     if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
@@ -173,13 +173,7 @@ def test_a_table_by_names_and_raw_numbers(cats, conts, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('max_len', [None,12])
 def test_a_text_of_any_length(max_len, tmp_path):
-    from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
-    df = pd.DataFrame(dict(text=['a good film','a bad film indeed','not a good one','bad']*4, label=list('pnnn')*4,
-                           is_valid=[False]*8+[True]*8))
-    dls = TextDataLoaders.from_df(df, text_col='text', label_col='label', valid_col='is_valid', bs=4, num_workers=0)
-    config = {**awd_lstm_clas_config, 'emb_sz':8, 'n_hid':8, 'n_layers':2}
-    learn = quiet(text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=config, seq_len=6, max_len=max_len,
-                                          metrics=accuracy))
+    learn = quiet(text_learner(6, n_layers=2, max_len=max_len))
     model = OnnxModel(learn.kd_export(tmp_path/'m.onnx', scores={}))
     for text in ('a good film', 'bad indeed film not good '*5):
         ids = learn.dls.test_dl([text]).one_batch()[0][0]
@@ -240,14 +234,31 @@ def test_parity_of_files(exported, folder):
 
 def resized(path, how): return np.asarray(Image.open(path).convert('RGB').resize((24,24), how))
 
+def sampled(path):
+    "The largest square, resized as PyTorch does without antialiasing"
+    im = Image.open(path).convert('RGB')
+    x = torch.tensor(np.asarray(ImageOps.fit(im, (min(im.size),)*2, Image.NEAREST))).permute(2,0,1)[None].float()
+    return F.interpolate(x, size=24, mode='bilinear')[0].round().byte().permute(1,2,0).numpy()
+
 MISTAKES = {'color: BGR instead of RGB': lambda m,f: m(read_image(f)[...,::-1].copy())[0],
-            'resize: squished': lambda m,f: m(resized(f, Image.BILINEAR))[0]}
+            'resize: squished': lambda m,f: m(resized(f, Image.BILINEAR))[0],
+            'resize: nearest filter': lambda m,f: m(np.asarray(
+                ImageOps.fit(Image.open(f).convert('RGB'), (24,24), Image.NEAREST)))[0],
+            'resize: no antialiasing': lambda m,f: m(sampled(f))[0]}
+
+@pytest.fixture(scope='module')
+def noise(tmp_path_factory):
+    "Files of pictures in which each pixel counts"
+    folder,rng = tmp_path_factory.mktemp('noise'),np.random.default_rng(0)
+    for i,(h,w) in enumerate(SHAPES):
+        Image.fromarray(rng.integers(0, 256, (2*h,2*w,3), dtype=np.uint8)).save(folder/f'{i}.png')
+    return get_image_files(folder)
 
 @pytest.mark.parametrize('cause', MISTAKES)
-def test_parity_names_the_step_that_differs(exported, folder, cause):
+def test_parity_names_the_step_that_differs(exported, folder, noise, cause):
     learn,model = exported
-    files = [f for f in get_image_files(folder) if f.suffix=='.png']
-    res = learn.kd_parity(files, wrong=partial(MISTAKES[cause], model), tol=0.01)
+    files = noise if 'antialiasing' in cause else [f for f in get_image_files(folder) if f.suffix=='.png']
+    res = learn.kd_parity(files, wrong=partial(MISTAKES[cause], model), tol=1e-4)
     assert len(res.differ) and res.differ['likely cause'].value_counts().index[0]==cause
 
 def test_parity_names_a_missing_normalization(exported, folder):

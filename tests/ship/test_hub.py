@@ -86,7 +86,7 @@ def pushed(server, tmp_path):
 def test_a_push_keeps_the_card(server, pushed):
     "Card, figures and ONNX file are in the repository, and the file predicts"
     learn,card = pushed
-    assert {'README.md','card.html','recall.png','model.pkl','pyproject.toml','student.onnx'}<={
+    assert {'README.md','recall.png','model.pkl','pyproject.toml','student.onnx'}<={
         o.name for o in server.folder.iterdir()}
     assert (server.folder/'README.md').read_text()==card.markdown
     x,_ = learn.dls.valid.one_batch()

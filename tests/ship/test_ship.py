@@ -5,6 +5,7 @@ from fastai.basics import *
 from fastai.callback.all import *
 from kd_fastai.all import *
 from kd_fastai.demo import digits, small_net
+from support import text_learner
 
 for o in [*globals()]:
     if o=='test' or o.startswith('test_'): del globals()[o]  # fastcore's own helpers, which pytest would take for tests
@@ -105,13 +106,7 @@ def tabular():
     config = dict(use_bn=False, bn_cont=False)
     return tabular_learner(dls, layers=[8], n_out=2, metrics=accuracy, config=config)
 
-def text():
-    from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
-    df = pd.DataFrame(dict(text=['a good film','a bad film indeed','not a good one','bad']*4, label=list('pnnn')*4,
-                           is_valid=[False]*8+[True]*8))
-    dls = TextDataLoaders.from_df(df, text_col='text', label_col='label', valid_col='is_valid', bs=4, num_workers=0)
-    config = {**awd_lstm_clas_config, 'emb_sz':8, 'n_hid':8, 'n_layers':1}
-    return text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=config, seq_len=24, metrics=accuracy)
+def text(): return text_learner(24)
 
 def segmentation():
     data = [*zip(torch.randn(8,1,8,8), torch.randint(3,(8,8,8)))]

@@ -24,6 +24,16 @@ def learner(cbs=None, dls=None, model=None, *, width=4, seed=0, loss_func=None, 
     loss_func = loss_func or CrossEntropyLossFlat()
     return quiet(Learner(dls, model, loss_func=loss_func, metrics=accuracy, cbs=cbs, **kwargs))
 
+def text_learner(seq_len, n_layers=1, **kwargs):
+    "A Learner of fastai's text classifier on a table of four sentences"
+    from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
+    df = pd.DataFrame(dict(text=['a good film','a bad film indeed','not a good one','bad']*4, label=list('pnnn')*4,
+                           is_valid=[False]*8+[True]*8))
+    dls = TextDataLoaders.from_df(df, text_col='text', label_col='label', valid_col='is_valid', bs=4, num_workers=0)
+    config = {**awd_lstm_clas_config, 'emb_sz':8, 'n_hid':8, 'n_layers':n_layers}
+    return text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=config, seq_len=seq_len, metrics=accuracy,
+                                   **kwargs)
+
 def fit(learn, n=1, lr=1e-2, seed=1, **kwargs):
     "Train `n` epochs from the random state `seed`; returns `learn`"
     set_seed(seed)

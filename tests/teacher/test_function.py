@@ -1,9 +1,11 @@
 "Teachers that are functions, and the faster copy of a teacher."
+import time
 from copy import deepcopy
 import pytest, torch
 from fastai.basics import *
 from fastai.callback.all import *
 from kd_fastai.all import *
+from kd_fastai.teacher.fast import fast_copy
 from support import learner, weights
 from support.teachers import cached_fit, loaders, net
 
@@ -62,6 +64,48 @@ def test_a_fast_copy_teaches_nearly_the_same(dtype):
 def test_a_fast_copy_that_differs_is_an_error():
     with pytest.raises(ValueError, match='at most 1e-09 is allowed'):
         fast_copy(net(8), torch.randn(8,1,8,8), dtype=torch.bfloat16, tolerance=1e-9)
+
+# ---- the fastest form
+
+class Sleeps(nn.Module):
+    "A slow model of the same outputs"
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, x): time.sleep(0.02); return self.model(x)
+
+def other(model):
+    "A copy of other outputs"
+    res = deepcopy(model)
+    for p in res.parameters(): p.data += 0.1
+    return res
+
+@pytest.mark.parametrize('dropout,choice', [(0.,'quick'), (0.5,'as it is')])
+def test_the_fastest_form_that_agrees_goes_on(dropout, choice, capsys):
+    "A form of other outputs, or of random ones, is not taken"
+    t,x = nn.Sequential(net(8), Draws(dropout)),loaders().train.dataset.x
+    fast,wrong = FastTeacher(Sleeps(t)),other(t)
+    fast.makers |= {'quick': lambda device: t, 'wrong': lambda device: wrong}
+    state = torch.get_rng_state()
+    with fast.ready(): pred,_ = fast(x)
+    assert fast.choice==choice and f'The teacher runs {choice} (as it is ' in capsys.readouterr().out
+    if not dropout: assert torch.equal(pred, t.eval()(x)) and torch.equal(state, torch.get_rng_state())
+    fast.prepare(loaders().train)
+    with fast.ready(): fast(x)
+    assert fast.choice==choice and not capsys.readouterr().out  # kept in the next fit
+
+def test_a_form_that_no_longer_agrees_is_left():
+    t,x = net(8),loaders().train.dataset.x
+    fast = FastTeacher(Sleeps(t))
+    fast.makers['quick'] = lambda device: t
+    with fast.ready(): fast(x)
+    fast.makers['quick'] = lambda device: other(t)
+    fast.prepare(loaders().train)
+    with fast.ready(): assert torch.equal(fast(x)[0], t.eval()(x))
+    assert fast.choice=='as it is'
+
+class Draws(nn.Module):
+    "Dropout that is also active in eval mode"
+    def __init__(self, p): super().__init__(); self.p = p
+    def forward(self, x): return nn.functional.dropout(x, self.p, training=self.p>0)
 
 # ---- teacher_dtype
 

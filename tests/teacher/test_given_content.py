@@ -9,6 +9,7 @@ from kd_fastai.losses import Logits, SoftTarget
 from kd_fastai.methods.ensemble import Ensemble
 from kd_fastai.teacher.cached import CachedTeacher, StoredTeacher
 from kd_fastai.teacher.function import FunctionTeacher
+from support import batches
 
 pytestmark = pytest.mark.filterwarnings('ignore:The teacher agrees')   # teachers are not trained
 
@@ -33,11 +34,9 @@ def fit(model, cbs, dls=None, n=1, lr=.1):
     with learn.no_bar(): learn.fit(n, lr)
     return learn
 
-class Keep(Callback):
-    "The inputs of each training batch"
-    order,run_valid = 4,False
-    def __init__(self): self.x = []
-    def before_batch(self): self.x.append(self.xb[0].detach().clone())
+class Keep(batches.Keep):
+    "Before callbacks that change the batch"
+    order = 4
 
 def keeping(got):
     "A loss that keeps the teacher's predictions"

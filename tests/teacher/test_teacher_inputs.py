@@ -9,7 +9,7 @@ from fastai.data.transforms import RandomSplitter
 from fastai.learner import load_learner
 from kd_fastai.all import (CachedTeacher, FitNet, MeanTeacher, SoftTarget, StoredTeacher, Term, kd_compare,
     layer_similarity, match_feature_layers, plot_attention, plot_similarity)
-from kd_fastai.report.scores import predicted_classes, score_models
+from kd_fastai.report.scores import score_models
 from kd_fastai.ship.export import deployable
 from kd_fastai.demo import digits, small_net
 from support import KD, KeepBatches, fit, history, hooks, learner, weights
@@ -191,7 +191,7 @@ def test_card_takes_the_callback_of_a_fit(teacher):
 
 def test_predicted_classes_and_metrics(teacher):
     learn = fit(taught(teacher))
-    answers = predicted_classes(learn, teacher=teacher, other=student())
+    answers = score_models(learn, {'teacher': teacher, 'other': student()}).classes
     pred,teacher_pred = by_hand(learn, teacher)
     assert answers.student.tolist()==pred.argmax(1).tolist()
     assert answers.teacher.tolist()==teacher_pred.argmax(1).tolist()

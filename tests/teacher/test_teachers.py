@@ -7,7 +7,7 @@ from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 from fastai.callback.core import Callback
 from kd_fastai.callback import KnowledgeDistillationCallback, Term
 from kd_fastai.hooks.capture import Capture
-from kd_fastai.hooks.layers import get_module_by_name, parse_layer
+from kd_fastai.hooks.layers import get_model_layers, get_module_by_name, parse_layer
 from kd_fastai.losses import FitNet, Logits, SoftTarget
 from kd_fastai.teacher.live import Teacher, get_logits
 
@@ -275,12 +275,15 @@ def bert():
     import transformers as hf
     return hf.BertModel(bert_config(hf)),torch.randint(0, 50, (2,7)),'encoder.layer.1'
 
-@pytest.mark.parametrize('make', [dino, clip, bert])
-def test_predictions_are_missing_only_if_they_are_needed(make):
+@pytest.fixture(params=[dino, clip, bert])
+def headless(request):
+    "A model without a classifier, inputs, and the name of a layer"
     pytest.importorskip('transformers')
-    from kd_fastai.hooks.layers import get_model_layers
-    model,inputs,layer = make()
-    layer = layer or next(n for n in get_model_layers(model) if n.endswith('layers.1'))
+    model,inputs,layer = request.param()
+    return model,inputs,layer or next(n for n in get_model_layers(model) if n.endswith('layers.1'))
+
+def test_predictions_are_missing_only_if_they_are_needed(headless):
+    model,inputs,layer = headless
     teacher = Teacher(model, [layer])
     with teacher.ready():
         for _ in range(2):
@@ -323,12 +326,8 @@ def headless_fit(teacher, student, x, loss, **kwargs):
     with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
     return learn
 
-@pytest.mark.parametrize('make', [dino, clip, bert])
-def test_training_on_features_of_a_headless_model(make):
-    pytest.importorskip('transformers')
-    from kd_fastai.hooks.layers import get_model_layers
-    model,x,layer = make()
-    layer = layer or next(n for n in get_model_layers(model) if n.endswith('layers.1'))
+def test_training_on_features_of_a_headless_model(headless):
+    model,x,layer = headless
     before = copy.deepcopy(model.state_dict())
     student = Words() if x.ndim==2 else Conv()
     learn = headless_fit(model, student, x, Term(FitNet, 1., layers=[('0',layer)], adapt='auto', name='feature'))
