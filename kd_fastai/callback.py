@@ -128,8 +128,7 @@ class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
 @patch(as_prop=True)
 def weights(self:KnowledgeDistillationCallback)->dict: # `{name: number}`; None for a weight that has not been found yet
     "The weight of each term, before schedules: as it was given, or as 'auto' found it"
-    unknown = self.objective.unknown_weights
-    return {o.name: None if o in unknown else self.objective.base_weight(o) for o in self.terms}
+    return {o.name: self.objective.known_weights.get(o.name) for o in self.terms}
 
 @patch
 def reset_weights(self:KnowledgeDistillationCallback):

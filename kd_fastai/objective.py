@@ -144,21 +144,15 @@ class TrainedTerms:
 
     @property
     def known_weights(self)->dict:
-        "Weights that 'auto' found or assumed, by name"
-        return {**self.assumed_weights, **self.found_weights}
+        "Weights before schedule and balance, by name: given, found, or assumed by 'auto'"
+        given = {o.name: o.weight for o in self.terms if o.weight!='auto'}
+        return {**self.assumed_weights, **self.found_weights, **given}
 
     @property
     def unknown_weights(self)->list:
         "Terms whose weight is 'auto' and has not been found yet"
         known = self.known_weights
-        return [o for o in self.terms if o.weight=='auto' and o.name not in known]
-
-    def base_weight(self, term:Term)->float:
-        "Return the weight before schedule and balance. Raises `RuntimeError` if it has not been found yet"
-        if term.weight!='auto': return term.weight
-        if term.name in (known := self.known_weights): return known[term.name]
-        raise RuntimeError(f"The weight of {term.name} has not been found yet: "
-            "call find_weights(gradient_norms(batch.task, values, params)) with a first batch")
+        return [o for o in self.terms if o.name not in known]
 
     def find_weights(self,
         norms:dict # From `gradient_norms`
@@ -319,8 +313,12 @@ class Objective(TrainedTerms):
         """Return the weight of each term: its own or the one found, times its schedule.
 
         Also times `growth`, if the schedule is `rising`, the default; and times a scale, with `balance`. Both move
-        running means: call it once for each batch."""
-        res = {o.name: self.base_weight(o)*o.schedule_at(progress) for o in self.terms}
+        running means: call it once for each batch. Raises `RuntimeError` for a weight that is still to be found."""
+        known = self.known_weights
+        if unknown := [o.name for o in self.terms if o.name not in known]: raise RuntimeError(
+            f"The weight of {', '.join(unknown)} has not been found yet: "
+            "call find_weights(gradient_norms(batch.task, values, params)) with a first batch")
+        res = {o.name: known[o.name]*o.schedule_at(progress) for o in self.terms}
         grown = {o.name: growth(self.task_losses, o.name, batch.task) for o in self.terms if o.schedule is rising}
         res |= {k: res[k]*factor for k,factor in grown.items() if res[k]}
         if not self.balance: return res
