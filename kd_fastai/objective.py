@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/objective.html.md"""
 # %% auto #0
 __all__ = ['AUTO_RATIO', 'KEPT', 'MAX_AUTO_RATIO', 'MAX_GROWTH', 'rising', 'default_schedule', 'auto_ratio', 'gradient_norms',
            'build_losses', 'built_channels', 'load_loss_states', 'TrainedTerms', 'with_teacher',
-           'class_maps_by_teacher', 'autocast_off', 'Objective', 'value_of', 'growth', 'balance_factor']
+           'class_maps_by_teacher', 'autocast_off', 'Objective', 'value_of', 'check_known', 'growth', 'balance_factor']
 
 # %% ../nbs/objective.ipynb #347b0b34
 import operator
@@ -314,10 +314,8 @@ class Objective(TrainedTerms):
 
         Also times `growth`, if the schedule is `rising`, the default; and times a scale, with `balance`. Both move
         running means: call it once for each batch. Raises `RuntimeError` for a weight that is still to be found."""
+        check_known(self.unknown_weights)
         known = self.known_weights
-        if unknown := [o.name for o in self.terms if o.name not in known]: raise RuntimeError(
-            f"The weight of {', '.join(unknown)} has not been found yet: "
-            "call find_weights(gradient_norms(batch.task, values, params)) with a first batch")
         res = {o.name: known[o.name]*o.schedule_at(progress) for o in self.terms}
         grown = {o.name: growth(self.task_losses, o.name, batch.task) for o in self.terms if o.schedule is rising}
         res |= {k: res[k]*factor for k,factor in grown.items() if res[k]}
@@ -346,6 +344,14 @@ def value_of(
     except Exception as e:
         if not e.args: e.args = (f"{type(e).__name__} in {term.name}",)  # fastai's handling needs a message
         raise
+
+def check_known(
+    unknown:list # Terms whose weight is still to be found
+):
+    "Raise `RuntimeError` if there are any"
+    if unknown: raise RuntimeError(
+        f"The weight of {', '.join(o.name for o in unknown)} has not been found yet: "
+        "call find_weights(gradient_norms(batch.task, values, params)) with a first batch")
 
 MAX_GROWTH = 30.  # largest factor of `growth`
 
