@@ -167,7 +167,8 @@ def before_fit(self:KnowledgeDistillationCallback):
     if in_validation_context(learn): return
     self.close()
     live = [m for cb in kd_callbacks(learn) if cb.fit_state for m in cb.fit_state.columns.metrics]
-    learn.metrics = [m for m in learn.metrics if m in live or not isinstance(m, TermColumn)]  # others are of a copied fit
+    # a copy that was made in a fit has columns of that fit
+    learn.metrics = [m for m in learn.metrics if m in live or not isinstance(m, TermColumn)]
     self.check_models(first_running(learn))
     check_data(learn, self.teacher, self.objective, self.warn)
     self.objective.set_layout(*loss_layout(learn.loss_func))
