@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     target:Any=None               # Labels
     idx:Tensor|None=None          # Indices of the samples in the training set
     mixed:tuple|None=None         # Of mixed samples: the labels of their partners, and the shares of the first labels
-    label_mask:Tensor|None=None   # Where there is a label, `(B, *spatial)`; None if everywhere, or labels have other forms
+    label_mask:Tensor|None=None   # Where there is a label, `(B, *spatial)`; None if everywhere or unknown
     known_mask:Tensor|None=None   # Where the teacher has the class of the label, `(B, *spatial)`; None if everywhere
     masks:dict={}                 # Where inputs count, `(B, *positions)`, by the name of the term
     by_teacher:dict={}            # With several teachers: a batch with the predictions of each, by name
