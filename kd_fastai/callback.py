@@ -72,6 +72,7 @@ class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
     the start of a fit for layers of the student and for models, vocabularies and normalizations that do not go
     together; and with the first batch, before any optimizer step, for shapes that do not fit."""
     order,run_valid = GradientAccumulation.order-1,False  # before the loss is divided for accumulation
+    # fastai has no events before these methods of a Learner
     contexts = {**OwningCallback.contexts, 'one_batch': 'before_one_batch', '_do_one_batch': 'before_forward'}
     _copy_by_reference,_not_copied = ('teacher',),('fit_state',)
     has_trained_teacher = True # False for a teacher that learns together with the student
@@ -84,7 +85,7 @@ class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
         activations_student:str|list|dict|None=None, # The same as `layers`
         activations_teacher:str|list|None=None, # Layers of the teacher, if their names differ
         weight:float|str='auto',    # Weight of the bare losses: a number, or 'auto', found on the first batch
-        task_weight:float=1.,       # Weight of the Learner's own loss
+        task_weight:float=1.,       # Weight of the Learner's own loss, and of what earlier callbacks have added to it
         schedule:Callable|str|None='auto',# Multiplies weights: `SchedCos(0,1)`; None: constant; 'auto': see `Objective`
         teacher_tfm:Callable|str|dict|None=None, # Converts the student's inputs to the teacher's: `teacher_tfm(*xb)`
         adapt:str|Callable|list|None=None, # Trained layers for the student's features: 'auto', see `LossWithAdapters`
@@ -127,8 +128,7 @@ class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
 @patch(as_prop=True)
 def weights(self:KnowledgeDistillationCallback)->dict: # `{name: number}`; None for a weight that has not been found yet
     "The weight of each term, before schedules: as it was given, or as 'auto' found it"
-    unknown = self.objective.unknown_weights
-    return {o.name: None if o in unknown else self.objective.base_weight(o) for o in self.terms}
+    return {o.name: self.objective.known_weights.get(o.name) for o in self.terms}
 
 @patch
 def reset_weights(self:KnowledgeDistillationCallback):
@@ -166,7 +166,9 @@ def before_fit(self:KnowledgeDistillationCallback):
     learn = self.learn
     if in_validation_context(learn): return
     self.close()
-    self.history = None
+    live = [m for cb in kd_callbacks(learn) if cb.fit_state for m in cb.fit_state.columns.metrics]
+    # a copy that was made in a fit has columns of that fit
+    learn.metrics = [m for m in learn.metrics if m in live or not isinstance(m, TermColumn)]
     self.check_models(first_running(learn))
     check_data(learn, self.teacher, self.objective, self.warn)
     self.objective.set_layout(*loss_layout(learn.loss_func))
@@ -197,16 +199,22 @@ def compares_with_labels(self:KnowledgeDistillationCallback)->bool:
 
 # %% ../nbs/callback.ipynb #1a3aa4a3
 @patch
-def after_fit(self:KnowledgeDistillationCallback):
-    "Leave the Learner as it was"
-    if in_validation_context(self.learn): return
+@contextmanager
+def around_fit(self:KnowledgeDistillationCallback, *args, **kwargs):
+    "Leave the Learner as it was, and keep the recorder's table, also of a fit without this callback (`run=False`)"
+    self.history = None
+    with OwningCallback.around_fit(self, *args, **kwargs): yield
     self.history = recorder_table(self.learn)
-    self.close()
+
+@patch
+def after_fit(self:KnowledgeDistillationCallback):
+    "Remove hooks and columns before callbacks that come later see the end of the fit"
+    if not in_validation_context(self.learn): self.close()
 
 @patch
 def end_fit(self:KnowledgeDistillationCallback):
-    "Remove hooks and metric columns, and reset `fit_state` to None"
-    self.fit_state.epoch.close()
+    "Remove hooks and columns, and reset `fit_state` to None. The class axis stays known until the next fit"
+    self.fit_state.epoch_scope.close()
     self.learn.metrics = [m for m in self.learn.metrics if m not in self.fit_state.columns.metrics]
     self.fit_state = None
 
@@ -222,7 +230,7 @@ def kd_callbacks(
 def first_running(
     learn:Learner # Any Learner
 )->KnowledgeDistillationCallback|None:
-    "Return the first distillation callback that runs; it has the task loss and splits the inputs"
+    "Return the first distillation callback that runs"
     return next((cb for cb in kd_callbacks(learn) if cb.run), None)
 
 def check_second(
@@ -256,7 +264,8 @@ def check_models(self:KnowledgeDistillationCallback, first):
 @patch
 def before_train(self:KnowledgeDistillationCallback):
     "Put hooks on the models until the epoch's training ends"
-    if self.fit_state is None: raise RuntimeError("The callback was added during a fit: add it before")
+    if self.fit_state is None: raise RuntimeError(
+        "The callback was added or turned on (run=True) during a fit: do this before")
     if self.objective.task_weight: self.objective.assumed_weights.clear()  # layers may have been unfrozen since
     self.owned.before_train(self.learn)
     self.fit_state.start_epoch()
@@ -265,7 +274,7 @@ def before_train(self:KnowledgeDistillationCallback):
 def after_train(self:KnowledgeDistillationCallback):
     "Remove the hooks, restore the teacher's modes and device, and warn about what the epoch has shown"
     state = self.fit_state
-    state.epoch.close()
+    state.epoch_scope.close()
     state.columns.flush()
     is_new = state.is_first_epoch and self.has_trained_teacher
     check_epoch(self.objective, state.columns, is_new, self.warn)
@@ -276,7 +285,7 @@ def after_train(self:KnowledgeDistillationCallback):
 @patch
 def after_epoch(self:KnowledgeDistillationCallback):
     "Also remove the hooks if the epoch was cancelled during its training"
-    if self.fit_state is not None and not in_validation_context(self.learn): self.fit_state.epoch.close()
+    if self.fit_state is not None and not in_validation_context(self.learn): self.fit_state.epoch_scope.close()
 
 
 # %% ../nbs/callback.ipynb #7b941190
@@ -294,11 +303,11 @@ def before_one_batch(self:KnowledgeDistillationCallback, i, b):
 @patch
 def before_forward(self:KnowledgeDistillationCallback):
     "Read the inputs, and run the teacher on them"
-    learn,state,own = self.learn,self.fit_state,None
-    if self.teacher_inputs and self is first_running(learn):
+    learn,state,own,cbs = self.learn,self.fit_state,None,kd_callbacks(self.learn)
+    first = next((cb for cb in cbs if cb.is_capturing), cbs[0])  # has the task loss, and splits the inputs
+    if self.teacher_inputs and self is first:
         learn.xb,own = split_inputs(learn.xb, self.teacher_inputs)  # also in validation
     if not self.is_capturing: return
-    first = next(cb for cb in kd_callbacks(learn) if cb.is_capturing)
     state.start_batch(first, own)
     state.outputs = self.run_teacher(*(first.fit_state.teacher_xb if self.teacher_inputs else learn.xb))
 
@@ -318,7 +327,7 @@ def after_loss(self:KnowledgeDistillationCallback):
     batch,values,weights = self.compute()
     self.fit_state.record(batch, values, weights)
     for k,problem in self.fit_state.agreement.add(batch): self.warn(k, problem)
-    if self.fit_state.first is not self: batch = batch._replace(task=self.learn.loss_grad)
+    if self.fit_state.first is not self: batch = batch._replace(task=self.learn.loss_grad)  # the sum so far
     total = self.objective.total(batch, values, weights)
     if is_distributed(self.learn): total = total + 0*first_tensors(self.learn.pred)[0].sum()
     self.learn.loss_grad,self.learn.loss = total,total.detach().clone()
@@ -328,15 +337,16 @@ def compute(self:KnowledgeDistillationCallback)->tuple: # A `Batch`, and the val
     "Return everything about this batch that the objective computes. On the first one, 'auto' weights are found"
     state,objective = self.fit_state,self.objective
     batch = state.read_batch(None if state.first is self else state.first.loss_parts()[0])
-    if not state.is_checked: self.build(batch)
+    if state.is_first_batch: self.build(batch)
     if not any(objective.needs_pred.values()): batch = batch._replace(teacher_pred=None)
     progress = state.progress
     values = objective.values(batch, progress)
     if objective.unknown_weights: find_weights(self.learn, objective, batch, values, self.warn)
     weights = batch_weights(self.learn, objective, batch, values, progress)
-    if not state.is_checked: check_first_batch(objective, batch, values, self.learn.pred, self.warn)
-    state.is_checked = True
-    state.unchecked = check_gradients(state.unchecked, values, weights, state.capture.modules, self.warn)
+    if state.is_first_batch: check_first_batch(objective, batch, values, self.learn.pred, self.warn)
+    state.is_first_batch = False
+    if state.not_counted:
+        state.not_counted = check_gradients(state.not_counted, values, weights, state.capture, self.warn)
     return batch,values,weights
 
 @patch
@@ -394,13 +404,14 @@ def distill(self:Learner,
 )->Learner:
     """Attach a `KnowledgeDistillationCallback`, and remove an earlier one. Trains nothing; returns the Learner.
 
-    Layers are compared by `FitNet` with trained adapters, or by `features` without, with weight='auto'.
+    Layers are compared by `FitNet` with trained adapters, or by `features` without, with the `weight` of bare losses.
     Raises what `KnowledgeDistillationCallback` and `match_feature_layers` raise."""
     losses = [*loss] if isinstance(loss, (list,tuple)) else [loss]
     if layers=='auto': layers = find_layers(self, teacher, **kwargs)
     if layers is not None and not any(map(needs_layers, losses)):
         adapt = kwargs.get('adapt') or ('auto' if features is None else None)
-        losses,layers = [*losses, Term(features or FitNet, layers=layers, adapt=adapt)],None
+        weight = kwargs.get('weight', 'auto')
+        losses,layers = [*losses, Term(features or FitNet, weight, layers=layers, adapt=adapt)],None
     kd = KnowledgeDistillationCallback(teacher, losses, layers=layers, **kwargs)
     n_s,n_t = (sum(p.numel() for p in dense_parameters(m)) for m in (self.model, kd.teacher.model))
     if kd.has_trained_teacher and 0<4*n_t<n_s: warnings.warn(

@@ -7,7 +7,7 @@ Docs: https://kd-fastai.github.io/kd_fastai/objective.html.md"""
 # %% auto #0
 __all__ = ['AUTO_RATIO', 'KEPT', 'MAX_AUTO_RATIO', 'MAX_GROWTH', 'rising', 'default_schedule', 'auto_ratio', 'gradient_norms',
            'build_losses', 'built_channels', 'load_loss_states', 'TrainedTerms', 'with_teacher',
-           'class_maps_by_teacher', 'autocast_off', 'Objective', 'value_of', 'growth', 'balance_factor']
+           'class_maps_by_teacher', 'autocast_off', 'Objective', 'value_of', 'check_known', 'growth', 'balance_factor']
 
 # %% ../nbs/objective.ipynb #347b0b34
 import operator
@@ -143,18 +143,16 @@ class TrainedTerms:
     def __repr__(self): return ' + '.join([f"{self.task_weight:g}·task_loss", *map(repr, self.terms)])
 
     @property
+    def known_weights(self)->dict:
+        "Weights before schedule and balance, by name: given, found, or assumed by 'auto'"
+        given = {o.name: o.weight for o in self.terms if o.weight!='auto'}
+        return {**self.assumed_weights, **self.found_weights, **given}
+
+    @property
     def unknown_weights(self)->list:
         "Terms whose weight is 'auto' and has not been found yet"
-        known = {**self.found_weights, **self.assumed_weights}
-        return [o for o in self.terms if o.weight=='auto' and o.name not in known]
-
-    def base_weight(self, term:Term)->float:
-        "Return the weight before schedule and balance. Raises `RuntimeError` if it has not been found yet"
-        if term.weight!='auto': return term.weight
-        known = {**self.assumed_weights, **self.found_weights}
-        if term.name in known: return known[term.name]
-        raise RuntimeError(f"The weight of {term.name} has not been found yet: "
-            "call find_weights(gradient_norms(batch.task, values, params)) with a first batch")
+        known = self.known_weights
+        return [o for o in self.terms if o.name not in known]
 
     def find_weights(self,
         norms:dict # From `gradient_norms`
@@ -238,6 +236,9 @@ def class_maps_by_teacher(
     if from_layers: raise ValueError(
         f"class_map is for the models' own predictions, and {', '.join(from_layers)} compares those of layers: "
         "leave one of the two out")
+    if unknown := by_name.keys()-{o.teacher for o in terms}: raise ValueError(
+        f"Expected a class_map by the names of teachers, {[*dict.fromkeys(o.teacher for o in terms)]}, "
+        f"got {[*unknown]}; for a single teacher give the list alone")
     def needing_labels(teacher): return [o.name for o in terms if o.teacher==teacher and o.needs_labels]
     return {k: check_class_map(o, needing_labels(k)) for k,o in by_name.items() if o is not None}
 
@@ -312,8 +313,10 @@ class Objective(TrainedTerms):
         """Return the weight of each term: its own or the one found, times its schedule.
 
         Also times `growth`, if the schedule is `rising`, the default; and times a scale, with `balance`. Both move
-        running means: call it once for each batch."""
-        res = {o.name: self.base_weight(o)*o.schedule_at(progress) for o in self.terms}
+        running means: call it once for each batch. Raises `RuntimeError` for a weight that is still to be found."""
+        check_known(self.unknown_weights)
+        known = self.known_weights
+        res = {o.name: known[o.name]*o.schedule_at(progress) for o in self.terms}
         grown = {o.name: growth(self.task_losses, o.name, batch.task) for o in self.terms if o.schedule is rising}
         res |= {k: res[k]*factor for k,factor in grown.items() if res[k]}
         if not self.balance: return res
@@ -342,6 +345,14 @@ def value_of(
         if not e.args: e.args = (f"{type(e).__name__} in {term.name}",)  # fastai's handling needs a message
         raise
 
+def check_known(
+    unknown:list # Terms whose weight is still to be found
+):
+    "Raise `RuntimeError` if there are any"
+    if unknown: raise RuntimeError(
+        f"The weight of {', '.join(o.name for o in unknown)} has not been found yet: "
+        "call find_weights(gradient_norms(batch.task, values, params)) with a first batch")
+
 MAX_GROWTH = 30.  # largest factor of `growth`
 
 def growth(
@@ -349,7 +360,7 @@ def growth(
     name:str,         # Of a term
     task:Tensor|None  # The task loss
 )->Tensor|float: # From 1 to `MAX_GROWTH`
-    """Return the first task loss divided by its running mean, which goes back about 50 batches.
+    """Return the first task loss divided by its running mean, which goes back about 50 batches, over several fits.
 
     Batches without labels, whose task loss is 0, and losses that are not finite do not count."""
     if task is None: return 1.

@@ -6,17 +6,19 @@ Docs: https://kd-fastai.github.io/kd_fastai/fit/checks.html.md"""
 
 # %% auto #0
 __all__ = ['check_count', 'check_words', 'advice_for', 'check_teacher_names', 'stateful_modules', 'check_pair', 'is_elementwise',
-           'check_data', 'check_terms', 'check_gradients', 'check_frozen', 'check_negligible', 'check_channels',
-           'check_first_batch', 'check_probabilities', 'check_targets', 'check_outputs', 'check_epoch',
-           'AgreementCheck']
+           'check_data', 'check_sizes', 'check_gradients', 'parameters_until', 'check_frozen', 'check_negligible',
+           'check_channels', 'check_first_batch', 'check_probabilities', 'check_targets', 'check_outputs',
+           'check_epoch', 'AgreementCheck']
 
 # %% ../../nbs/fit/checks.ipynb #39502580
+from itertools import takewhile
 from pathlib import Path
 from typing import Callable
 import torch.nn.functional as F
 from torch import nn, Tensor
 from fastai.basics import Learner, rank_distrib
 from .batch import find_mixer
+from ..hooks.capture import Capture
 from ..losses.facts import get_loss_info, loss_name, unwrap_loss
 from ..losses.output import MultiLabel
 from ..losses.batch import Batch
@@ -141,39 +143,47 @@ def check_data(
         f"but the loss of the Learner is {loss_name(task)}: use Logits or MultiLabel")
 
 # %% ../../nbs/fit/checks.ipynb #571ec085
-def check_terms(
+def check_sizes(
     objective:Objective, # The objective
     batch:Batch,         # The first batch
     values:dict,         # Of the terms
     warn:Callable        # `warn(key, message)`
 ):
     "Warn about terms that are too small to have an effect"
-    if objective.balance: return
+    task = objective.task_weight*batch.task.mean().item()
     for o in objective.terms:
-        if o.weight!='auto': check_negligible(o, values[o.name].item(),
-                                              objective.task_weight*batch.task.mean().item(), warn)
+        if not objective.balance and o.weight!='auto': check_negligible(o, values[o.name].item(), task, warn)
 
 def check_gradients(
-    terms:list,   # Terms that have not counted yet in this fit
-    values:dict,  # Of the terms
-    weights:dict, # Of the terms
-    modules:dict, # The student's layers by name
-    warn:Callable # `warn(key, message)`
+    terms:list,     # Terms that have not counted yet in this fit
+    values:dict,    # Of the terms
+    weights:dict,   # Of the terms
+    student:Capture,# Has the student's layers by name
+    warn:Callable   # `warn(key, message)`
 )->list: # Terms that do not count yet: their weight is 0
     "Raise or warn about terms that count, and give the student no gradient"
     counts = [isinstance(weights[o.name], Tensor) or weights[o.name]!=0 for o in terms]
     for o,c in zip(terms, counts):
-        if c and not values[o.name].requires_grad: check_frozen(o, modules, warn)
+        if c and not values[o.name].requires_grad: check_frozen(o, student, warn)
     return [o for o,c in zip(terms, counts) if not c]
 
+def parameters_until(
+    model:nn.Module, # A model
+    layer:nn.Module  # One of its layers
+)->list:
+    "Return the parameters of a layer; if it has none, as a ReLU, those of the layers that are registered before it"
+    if own := [*layer.parameters()]: return own
+    before = takewhile(lambda m: m is not layer, model.modules())
+    return [p for m in before for p in m.parameters(recurse=False)]
+
 def check_frozen(
-    term:Term,    # A term without a gradient
-    modules:dict, # The student's layers by name
-    warn:Callable # `warn(key, message)`
+    term:Term,      # A term without a gradient
+    student:Capture,# Has the student's layers by name
+    warn:Callable   # `warn(key, message)`
 ):
     "Warn if the layers of the term are frozen; otherwise raise `ValueError`"
     layers = term.layers[0] if term.uses_features else []
-    params = [p for n in layers for p in modules[n].parameters()]
+    params = [p for n in layers for p in parameters_until(student.model, student.modules[n])]
     if params and not any(p.requires_grad for p in params): return warn(
         term.name, f"The student's layers {layers} are frozen: {term.name} has no effect on them")
     through = f' through its layers {layers}' if layers else ''
@@ -217,7 +227,7 @@ def check_first_batch(
     warn:Callable        # `warn(key, message)`
 ):
     "Raise or warn about terms that are too small, and about predictions and labels that losses misread"
-    check_terms(objective, batch, values, warn)
+    check_sizes(objective, batch, values, warn)
     check_probabilities(objective, batch, warn)
     check_targets(objective, batch, warn)
     if any(o.reads_output for o in objective.terms) and not any(o.from_layers for o in objective.terms):

@@ -70,7 +70,7 @@ class Columns:
             values = dict(zip(self.names, means))
             for k in must_be_finite:
                 if not math.isfinite(values[k]): raise FloatingPointError(
-                    f"{k} is {values[k]} in {where}: check that the outputs of the teacher are finite; "
+                    f"{k} is {values[k]} in {where}: check that the outputs of student and teacher are finite; "
                     "a smaller learning rate or gradient clipping may help")
             for k,v in values.items(): self.sums[k] += n*v
             self.count += n

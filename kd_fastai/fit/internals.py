@@ -83,7 +83,7 @@ class ScopedCallback(Callback):
 
     def __call__(self, event_name):
         "Skip events that this class does not define: fastai would search the Learner and its model for each of them"
-        if hasattr(type(self), event_name): return super().__call__(event_name)
+        if hasattr(type(self), event_name) or event_name=='after_fit': return super().__call__(event_name)
 
     @property
     def scope(self)->ExitStack:
@@ -176,7 +176,7 @@ class ExtraParams:
         opt.param_lists = type(opt.param_lists)([*rest, type(last)(params)])
 
     def _enter(self, opt):
-        if self.opt is not opt and self.is_in(self.opt): self._exit(self.opt)  # `create_opt` in a fit
+        if self.opt is not opt: self.leave(self.opt)  # `create_opt` in a fit
         self._set_last(opt, [*opt.param_lists[-1], *self.params])
         if self.opt not in (None, opt) or len(self.states)!=len(self.params):  # None: loaded from a file
             self.states,self.slow = [[{} for _ in self._state_dicts(opt)] for _ in self.params],None
@@ -203,6 +203,10 @@ class ExtraParams:
         "Whether they are in this optimizer now"
         return opt is not None and any(id(p) in self._ids() for p in opt.param_lists[-1])
 
+    def leave(self, opt:Optimizer|None):
+        "Leave this optimizer, if they are in it"
+        if self.is_in(opt): self._exit(opt)
+
     @contextmanager
     def added_to(self,
         opt:Optimizer,         # A fastai optimizer
@@ -213,7 +217,7 @@ class ExtraParams:
         self._enter(opt)
         try: yield
         finally:
-            if self.is_in(opt): self._exit(opt)
+            self.leave(opt)
             if restore_state: self.states = before
 
     @contextmanager
@@ -247,6 +251,7 @@ class _Parameters:
     "What a Learner has as `parameters` inside of `extra_parameters`, which may end in any order"
     def __init__(self, learn): self.own,self.replaced,self.extra = learn.parameters,learn.__dict__.get('parameters'),[]
     def __call__(self): return chain(self.own(), *self.extra)
+    def __deepcopy__(self, memo): return copy.deepcopy(self.own, memo)  # of a copied Learner, which is in no fit
 
 def _set_parameters(learn, value):
     if value is None: learn.__dict__.pop('parameters', None)

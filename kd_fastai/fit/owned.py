@@ -99,6 +99,7 @@ class OwnedParameters(OwnedState):
             "give each student a callback of its own", KDWarning)
         self.student = weakref.ref(learn.model)
         if learn.opt is None: return  # learn.summary, for one, calls before_fit without an optimizer
+        self.extra.leave(learn.opt)   # of a Learner that was copied in a fit
         trial = any(isinstance(cb, LRFinder) for cb in learn.cbs)
         if trial: scope.callback(self.source.load_state_dict, copy.deepcopy(self.source.state_dict()))
         in_optimizer = {id(p) for group in learn.opt.param_lists for p in group}

@@ -50,10 +50,10 @@ class FitState:
         self.learn,self.objective,self.teacher,self.columns = learn,objective,teacher,columns
         self.agreement = AgreementCheck([]) if agreement is None else agreement
         self.capture = Capture(learn.model, objective.layers[0], who='student')
-        self.epoch = ExitStack()    # closed at the end of the epoch's training
+        self.epoch_scope = ExitStack() # closed at the end of the epoch's training
         self.has_hooks = False   # whether hooks are on the models
-        self.is_checked = False     # whether the first batch has been checked
-        self.unchecked = objective.terms # those that had a weight of 0 in all batches
+        self.is_first_batch = True  # of this fit
+        self.not_counted = objective.terms # those that had a weight of 0 in all batches
         self.is_first_epoch = True  # of this fit
         self.is_trial = any(isinstance(cb, LRFinder) for cb in learn.cbs)
         self.uses_idx = teacher.needs_idx or any(o.uses_idx for o in objective.terms)
@@ -70,11 +70,11 @@ class FitState:
     def start_epoch(self):
         "Put hooks on the models until `epoch` is closed"
         learn = self.learn
-        self.epoch.close()
+        self.epoch_scope.close()
         self.columns.reset()
         for o in (tracking(learn.dl, self.uses_idx), self.teacher.ready(model_device(learn.model), learn.epoch),
-                  self.capture, capture_one_forward(learn.model, self.capture)): self.epoch.enter_context(o)
-        self.epoch.callback(setattr, self, 'has_hooks', False)
+                  self.capture, capture_one_forward(learn.model, self.capture)): self.epoch_scope.enter_context(o)
+        self.epoch_scope.callback(setattr, self, 'has_hooks', False)
         self.has_hooks = True
 
     def end_batch(self):

@@ -27,13 +27,13 @@ class Batch(NamedTuple):
     target:Any=None               # Labels
     idx:Tensor|None=None          # Indices of the samples in the training set
     mixed:tuple|None=None         # Of mixed samples: the labels of their partners, and the shares of the first labels
-    label_mask:Tensor|None=None   # Where there is a label, `(B, *spatial)`; None as in `find_label_mask`
+    label_mask:Tensor|None=None   # Where there is a label, `(B, *spatial)`; None if everywhere or unknown
     known_mask:Tensor|None=None   # Where the teacher has the class of the label, `(B, *spatial)`; None if everywhere
     masks:dict={}                 # Where inputs count, `(B, *positions)`, by the name of the term
     by_teacher:dict={}            # With several teachers: a batch with the predictions of each, by name
     fields:dict={}                # Other tensors of the batch by name, such as weights of the samples
     sample_weight:Tensor|None=None # Weights of the samples in one term, `(B,)` or `(B, *spatial)`
-    task:Tensor|None=None         # The task loss
+    task:Tensor|None=None         # The task loss; that of the first callback, if there are several
 
     def of(self,
         teacher:str|None # Name of a teacher; None for the only one

@@ -131,12 +131,14 @@ def has_units(
 # %% ../../nbs/teacher/fast.ipynb #41618d4d
 def teacher_forms(
     model:nn.Module,        # A teacher
-    dtypes:list=()          # Types of copies
+    dtypes:list=(),         # Types of copies
+    compile:bool=False      # Also a compiled copy?
 )->dict: # A function of the device that makes each form, by name
     "Return the forms in which a teacher can run"
     res = {'as it is': lambda device: model}
     if any(p.is_floating_point() for p in model.parameters()):
         res['channels last'] = lambda device: converted_copy(model, device=device)
+        if compile: res['compiled'] = lambda device: torch.compile(converted_copy(model, device=device))
     return res | {o: partial(converted_copy, model, o) for o in dtypes}
 
 def timed(
@@ -187,13 +189,14 @@ class FastTeacher(BaseTeacher):
         source:nn.Module|Learner|str|Path|Teacher, # As in `Teacher`, or a `Teacher`
         form:str|torch.dtype|None=None, # Form that is fixed by hand; default: the fastest is found
         half:torch.dtype|None=None, # Also try a copy in `torch.bfloat16` or `torch.float16`
+        compile:bool=False,         # Also try `torch.compile`? It takes a minute or more to start
         tolerance:float=0.02        # Largest relative difference of a form in half precision
     ):
         self.live = copy(source) if isinstance(source, Teacher) else Teacher(source)
         self.model,self.learner,self.tolerance = self.live.model,self.live.learner,tolerance
         dtypes = [o for o in dict.fromkeys([half, form]) if o is not None and not isinstance(o, str)]
         for o in dtypes: check_convertible(self.model, o)
-        self.makers = teacher_forms(self.model, dtypes)
+        self.makers = teacher_forms(self.model, dtypes, compile or form=='compiled')
         if form is not None and form not in self.makers: raise ValueError(
             f"Expected the form of a teacher, {', '.join(map(repr, self.makers))}, got {form!r}")
         self.choice,self.is_fixed,self.times = form,form is not None,{}

@@ -249,7 +249,7 @@ def test_copies_of_the_model_during_a_fit_hold_no_live_hook(teacher):
 def test_a_callback_that_is_added_during_a_fit_says_so(teacher):
     class Late(Callback):
         def after_epoch(self): self.learn.add_cb(KD(teacher, SoftTarget))
-    with pytest.raises(RuntimeError, match='was added during a fit'): fit(learner(Late()), 2)
+    with pytest.raises(RuntimeError, match='was added or turned on'): fit(learner(Late()), 2)
 
 @pytest.mark.parametrize('shapes', ['equal','unequal'])
 def test_lookahead_forgets_the_weights_of_an_earlier_callback(teacher, shapes):
@@ -313,7 +313,7 @@ def test_nan_in_a_term_of_weight_0_does_not_stop_the_training(teacher):
 def test_a_nan_teacher_is_named():
     broken = small_net(4)
     with torch.no_grad(): broken[0][0].weight.fill_(float('nan'))
-    with pytest.raises(FloatingPointError, match='check that the outputs of the teacher are finite'):
+    with pytest.raises(FloatingPointError, match='check that the outputs of student and teacher are finite'):
         fit(learner(KD(broken, SoftTarget)))
 
 def test_balance_is_bounded_where_a_term_passes_zero():
@@ -415,3 +415,75 @@ def test_the_history_survives_validate(teacher):
     before = learn.kd_history()
     learn.validate()
     assert learn.kd_history().equals(before)
+
+# ---- layers without parameters
+
+def test_a_relu_after_frozen_layers_is_frozen(teacher):
+    learn = learner(KD(teacher, Term(Attention, 1., layers='0.2')), train_bn=False,
+                    splitter=lambda m: L(m[:2], m[2:]).map(lambda o: [*o.parameters()]))
+    learn.freeze()
+    with pytest.warns(UserWarning, match=r"layers \['0.2'\] are frozen"): fit(learn)
+
+def test_a_layer_without_parameters_that_detaches_is_an_error(teacher):
+    class Detach(nn.Module):
+        def forward(self, x): return x.detach()
+    model = small_net(8)
+    model[1] = nn.Sequential(Detach(), *model[1])
+    with pytest.raises(ValueError, match='no gradient through its layers'):
+        fit(learner(KD(teacher, Term(Attention, 1., layers=[('1.0','0')])), model=model))
+
+# ---- a copy that is made in a fit
+
+class KeepCopy(Callback):
+    order = 70
+    def after_epoch(self): self.copied = copy.deepcopy(self.learn)
+
+def test_a_copy_that_is_made_in_a_fit_is_in_no_fit(teacher):
+    keep = KeepCopy()
+    learn = learner([KD(teacher, [SoftTarget, Term(FitNet, layers='1', adapt='auto')]), keep])
+    fit(learn)
+    copied = quiet(keep.copied)
+    copied.remove_cbs([o for o in copied.cbs if isinstance(o, KeepCopy)])
+    fit(copied)
+    assert [*history(copied)]==[*history(learn)]
+    assert len(copied.opt.param_lists[-1])==len(learn.opt.param_lists[-1])==len([*copied.model.parameters()])
+    assert len([*copied.parameters()])==len([*copied.model.parameters()])
+
+# ---- a callback that is turned off
+
+class TurnOff(Callback):
+    order = -100
+    def before_fit(self):
+        for cb in self.learn.cbs:
+            if isinstance(cb, KnowledgeDistillationCallback): cb.run = False
+
+def test_a_fit_without_the_callback_has_its_own_history(teacher):
+    learn = fit(learner(KD(teacher, SoftTarget)), 2)
+    learn.add_cb(TurnOff())
+    fit(learn)
+    assert len(learn.kd_history())==1
+    assert all(cb.run for cb in learn.cbs)  # fastai turns callbacks on again after a fit
+
+def test_the_students_inputs_stay_its_own_without_the_callback(teacher):
+    class Twice(Callback):
+        "A second input of each batch, for the teacher"
+        order = -50
+        def before_batch(self): self.learn.xb = (*self.xb, self.xb[0])
+    cb = KD(teacher, SoftTarget, teacher_inputs=1)
+    learn = learner([Twice(), cb])
+    expected = learn.validate()[0]
+    cb.run = False
+    assert learn.validate()[0]==expected
+
+# ---- words of the user that reach the terms
+
+def test_a_class_map_of_an_unknown_teacher(teacher):
+    for t,name in (({'a': teacher}, 'A'), (teacher, 'big')):
+        loss = Term(SoftTarget, teacher='a') if isinstance(t, dict) else SoftTarget
+        with pytest.raises(ValueError, match='class_map by the names of teachers'):
+            KD(t, loss, class_map={name: [*range(10)]})
+
+def test_distill_gives_its_weight_to_the_layers(teacher):
+    learn = learner().distill(teacher, layers='1', balance=True, weight=0.5)
+    assert [o.weight for o in learn.knowledge_distillation.terms]==[0.5,0.5]
+    fit(learn)

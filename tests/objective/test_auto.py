@@ -202,7 +202,7 @@ def test_equal_models_have_no_gradient():
     "A term that is at its minimum on the first batch is named, and gets the default weight of its loss."
     net = nn.Sequential(nn.Flatten(), nn.Linear(64,10))
     learn = learner(KD(deepcopy(net), Logits, weight='auto'), model=net)
-    with pytest.warns(UserWarning, match='logits has no gradient on the first batch.*default of the loss'): fit(learn)
+    with pytest.warns(UserWarning, match='gradients of logits and.*logits 1, the default of the loss'): fit(learn)
     assert found(learn)=={'logits': get_loss_info(Logits).weight}
 
 def test_a_classifier_that_starts_at_zero():
@@ -223,7 +223,7 @@ def test_frozen_layers_have_no_gradient(teacher):
     terms = [SoftTarget, Term(Attention, 'auto', layers='0')]
     learn = learner(KD(teacher, terms, weight='auto'), splitter=two_groups, train_bn=False)
     learn.freeze()
-    with pytest.warns(UserWarning, match='attention has no gradient on the first batch'): fit(learn)
+    with pytest.warns(UserWarning, match='gradients of attention and of the task loss'): fit(learn)
     assert found(learn)['attention']==get_loss_info(Attention).weight
     assert found(learn)['soft_target']!=get_loss_info(SoftTarget).weight
 
@@ -239,5 +239,18 @@ def test_a_gradient_that_is_not_finite_is_named(teacher):
     "It cannot be compared."
     def endless(pred): return pred.sum()*float('inf')
     learn = learner(KD(teacher, endless, weight='auto'))
-    with pytest.warns(UserWarning, match='endless has no gradient on the first batch, or one that is not finite'):
+    with pytest.warns(UserWarning, match='gradients of endless.*values not finite'):
         with pytest.raises(Exception): fit(learn)
+
+def test_weights_that_are_the_default_are_not_shown_as_found(teacher, capsys):
+    learn = learner(KD(teacher, CWD, '1', weight='auto', adapt='auto', task_weight=0))
+    learn.logger = print
+    fit(learn, 2)
+    assert 'Weights found' not in capsys.readouterr().out
+
+def test_a_full_memory_is_no_reason_for_a_default_weight(teacher, monkeypatch):
+    def full_once(*args):
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError('no memory')
+    monkeypatch.setattr('kd_fastai.fit.auto.gradient_norms', full_once)
+    with pytest.raises(torch.OutOfMemoryError): fit(learner(KD(teacher, SoftTarget, weight='auto')))

@@ -1,23 +1,26 @@
 "The command, as a user types it."
-import os, runpy, subprocess, sys
+import io, os, runpy, subprocess, sys
+from contextlib import redirect_stdout
 from pathlib import Path
 import pytest, torch
+from fastcore.xtras import working_directory
 from torch import nn
 from kd_fastai.demo import digits, kd_demo
 
 pytestmark = pytest.mark.slow
 
-def demo(*args, **kwargs):
-    command = [str(Path(sys.executable).parent/'kd-demo'), *map(str, args)]
-    return subprocess.run(command, text=True, capture_output=True, **kwargs)
+def demo(*args):
+    "Run the command in this process"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, 'argv', ['kd-demo', *map(str, args)])
+        runpy.run_module('kd_fastai.demo', run_name='__main__')
 
 @pytest.fixture(scope='module')
 def done(tmp_path_factory):
     "What the command printed, and the folder in which it ran"
     folder = tmp_path_factory.mktemp('demo')
-    r = demo('--seeds', 2, '--epochs', 3, cwd=folder)
-    assert r.returncode==0, r.stderr
-    return r.stdout,folder
+    with working_directory(folder), redirect_stdout(io.StringIO()) as out: demo('--seeds', 2, '--epochs', 3)
+    return out.getvalue(),folder
 
 def test_prints_a_table_and_draws_a_plot(done):
     stdout,folder = done
@@ -37,15 +40,15 @@ def test_bad_values_end_the_command_with_a_sentence(args, says, tmp_path, monkey
 
 def test_help():
     "It is the first that a user sees: no warning of another library comes before it"
-    r = demo('--help', env={k: v for k,v in os.environ.items() if k!='PYTHONWARNINGS'})
+    command,env = Path(sys.executable).parent/'kd-demo',{k: v for k,v in os.environ.items() if k!='PYTHONWARNINGS'}
+    r = subprocess.run([command, '--help'], text=True, capture_output=True, env=env)
     assert not r.stderr
     options = '--seeds','--labels','--epochs','--temperature','--data','--out'
     assert r.returncode==0 and all(o in r.stdout for o in options)
 
 @pytest.mark.parametrize('args,says', [(['--labels','5'],'10 to 990'), (['--seeds','many'],'invalid int value')])
-def test_module_runs_too(args, says, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['kd-demo', *args])
-    with pytest.raises(SystemExit) as e: runpy.run_module('kd_fastai.demo', run_name='__main__')
+def test_module_runs_too(args, says, capsys):
+    with pytest.raises(SystemExit) as e: demo(*args)
     assert says in str(e.value)+capsys.readouterr().err
 
 def test_data_sets_share_no_images():

@@ -64,6 +64,7 @@ def test_unknown_baseline():
     with pytest.raises(ValueError, match=r"baseline 'x' has no run; expected one of \['a', 'b', 'c'\]"):
         comparison_table(RUNS, 'accuracy', 'x')
 
+@pytest.mark.slow
 def test_false_verdicts_are_as_rare_as_promised():
     "600 comparisons of three equal methods with a baseline: at most 5% have any verdict, within three standard errors"
     g = np.random.default_rng(1)

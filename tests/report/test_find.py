@@ -62,6 +62,7 @@ def test_losses_with_weights_start_again_in_each_training(teacher):
     learner().kd_find(teacher, {'VID': Term(loss, 'auto', layers='1')}, budget=4, seeds=2, **quick())
     assert not [*loss.parameters()]
 
+@pytest.mark.slow
 def test_a_useful_teacher_is_suggested(teacher):
     "The suggestion is the best of those that are better, and its arguments attach it."
     learn = learner(dls=digits(50), lr=1e-2)
@@ -73,6 +74,7 @@ def test_a_useful_teacher_is_suggested(teacher):
     learn.distill(teacher, **found.arguments[found.suggestion])
     assert '2·SoftTarget(T=4)' in repr(learn.knowledge_distillation)
 
+@pytest.mark.slow
 def test_a_teacher_that_knows_nothing_is_not_suggested():
     set_seed(3)
     methods = {'SoftTarget': SoftTarget, 'Logits': Logits}

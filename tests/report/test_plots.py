@@ -196,6 +196,7 @@ def test_plots_that_fail_change_nothing(student, teacher, unchanged):
     with pytest.raises(ValueError, match="'5'"): plot_attention(student, teacher, x, '5')
     with pytest.raises(ValueError, match='no layer of depth 9'): plot_similarity(student, teacher, x[:50], depth=9)
 
+@pytest.mark.slow
 def test_any_teacher_of_the_callback(student, tmp_path):
     "A `Teacher` with a conversion, and the file of an exported Learner"
     wide = train(dls, 8, 1, seed=0)

@@ -158,6 +158,7 @@ def trained():
                         nn.Linear(16,10))
     return fit(learner(model=net, dls=digits(300), lr=1e-2), 2)
 
+@pytest.mark.slow
 def test_a_student_for_a_budget(trained, tmp_path):
     "It changes nothing, keeps to the budget, scores on other seeds, and a second call repeats no run"
     before = state(trained)
@@ -197,6 +198,7 @@ def test_the_sentence_names_the_fastest_the_smallest_and_ties():
         "b: 5.0 times faster, 9 points below the teacher [6.5, 11]; the next faster, a, is 1.7 points lower after "
         "8 epochs. 3 runs of 8 epochs cannot tell it from c or a.")
 
+@pytest.mark.slow
 def test_within_finds_the_fastest_that_comes_near(trained):
     nets = dict(small=lambda: small_net(1), middle=lambda: small_net(4), large=lambda: small_net(8))
     found = trained.kd_shrink(within=2., candidates=nets, epochs=1, seeds=2, pilot_seeds=1, rounds=5, progress=False)

@@ -98,6 +98,7 @@ def test_says_how_it_was_trained(card, trained):
               'loss function: FlattenedLoss of CrossEntropyLoss()'):
         assert o in card.markdown
 
+@pytest.mark.slow
 def test_files(card, tmp_path):
     "Each picture that the Markdown names is there"
     assert card.save(tmp_path/'new')==tmp_path/'new/README.md'

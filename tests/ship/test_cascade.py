@@ -35,6 +35,7 @@ def pair(rng, n):
     teacher = 5*torch.eye(4)[torch.where(right, y, (y+1)%4)]
     return Table(student),Table(teacher),y
 
+@pytest.mark.slow
 def test_the_bound_holds_on_new_data():
     "in at least 95 of 100 calibrations; with 60 draws, all but a few"
     rng,missed = np.random.default_rng(0),0

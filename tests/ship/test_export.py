@@ -119,6 +119,7 @@ def test_a_mask_has_the_size_of_the_picture(folder, method, tmp_path):
         assert {*mask.flat}=={0,1}
         assert (np.asarray(nearest)!=mask).mean()<0.01   # few pixels are in the middle between two
 
+@pytest.mark.slow
 def test_a_transform_that_cannot_be_written_is_named(folder, tmp_path):
     def posterize(x:PILImage): return PILImage.create(np.asarray(x)//64*64)
     def shift(x:TensorImage): return x+1
@@ -137,6 +138,7 @@ def test_a_learner_without_data_says_where_to_export(folder, tmp_path):
     with pytest.raises(ValueError, match='export from the Learner that was trained'):
         load_learner(tmp_path/'m.pkl').kd_export(tmp_path/'m.onnx')
 
+@pytest.mark.slow
 def test_metadata(folder, tmp_path):
     learn = pictures(folder, [Resize(32)])
     loss,acc = learn.validate()
@@ -188,6 +190,7 @@ class Bag(nn.Module):
     def __init__(self): super().__init__(); self.emb,self.head = nn.Embedding(30,8),nn.Linear(8,4)
     def forward(self, b): return self.head(self.emb(b['ids']).mean(1))
 
+@pytest.mark.slow
 def test_inputs_in_a_dict(tmp_path):
     set_seed(0)
     dls = DataLoaders.from_dsets(Words(), Words(), bs=8, num_workers=0, device='cpu')
@@ -197,6 +200,7 @@ def test_inputs_in_a_dict(tmp_path):
     model = OnnxModel(learn.kd_export(tmp_path/'k.onnx'))
     torch.testing.assert_close(model(b), learn.model(b).softmax(1))
 
+@pytest.mark.slow
 def test_loaders_of_pytorch(tmp_path):
     data = [*zip(torch.randn(16,4), torch.arange(16)%3)]
     loader = torch.utils.data.DataLoader(data, 4)
@@ -204,6 +208,7 @@ def test_loaders_of_pytorch(tmp_path):
     x = data[0][0][None]
     torch.testing.assert_close(OnnxModel(learn.kd_export(tmp_path/'m.onnx'))(x), learn.model(x).softmax(1))
 
+@pytest.mark.slow
 def test_export_changes_nothing(folder, tmp_path):
     learn = pictures(folder, [Resize(32)])
     learn.model.train()

@@ -27,9 +27,12 @@ contrast = '''() => {
     const rgba = s => { const c = s.match(/[\\d.]+/g).map(Number); return c.length==3 ? [...c, 1] : c };
     const linear = v => (v/=255)<=.04045 ? v/12.92 : ((v+.055)/1.055)**2.4;
     const light = c => { const [r,g,b] = c.slice(0,3).map(linear); return .2126*r+.7152*g+.0722*b };
+    const grounds = new Map([[null, [255,255,255,1]]]);   // thousands of words of code have the same
     const ground = e => {
-        for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor); if (c[3]==1) return c }
-        return [255,255,255,1] };
+        if (!grounds.has(e)) {
+            const c = rgba(getComputedStyle(e).backgroundColor);
+            grounds.set(e, c[3]==1 ? c : ground(e.parentElement)) }
+        return grounds.get(e) };
     const ratio = e => {
         const [a,b] = [light(rgba(getComputedStyle(e).color)), light(ground(e))].sort((x,y) => y-x);
         return (a+.05)/(b+.05) };

@@ -345,6 +345,18 @@ def test_shown_code_has_its_imports(source):
     used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     assert not used-known
 
+def code_on_page(cell):
+    "The code that a page shows of a cell"
+    source = ''.join(cell['source'])
+    if cell['cell_type']=='markdown': return '\n'.join(re.findall(r'```\w*\n(.*?)```', source, re.S))
+    hidden = re.search(r'^#\| *(hide|export|exports|exporti|default_exp|echo: false)\b', source, re.M)
+    return '' if hidden else re.sub(r'^#\|.*', '', source, flags=re.M)
+
+def test_lines_of_code_fit_the_page(source):
+    "At 1,280 pixels a page is 93 characters wide; a longer line of code wraps"
+    lines = [l for c in json.loads(source)['cells'] for l in code_on_page(c).split('\n')]
+    assert not [l for l in lines if len(l)>93]
+
 def test_stored_outputs_have_no_bars():
     "What a terminal shows after a progress bar stays, also an error in the line of a bar"
     sys.path.insert(0, str(root/'.github'/'scripts'))

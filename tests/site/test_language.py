@@ -91,3 +91,12 @@ def test_finds(text): assert hits(text)
     'supervised, revised', 'as far as known', 'a 3x3 precision', 'the training takes long', 'normalize, center',
     'three times as many.'])
 def test_no_false_alarm(text): assert not hits(text)
+
+def stored_text(path):
+    "The text of the stored outputs of a notebook"
+    outputs = [o for c in json.loads(path.read_text(encoding='utf-8'))['cells'] for o in c.get('outputs', [])]
+    return json.dumps([o.get('text') or {k: v for k,v in o['data'].items() if k!='image/png'} for o in outputs])
+
+def test_tables_name_the_baseline():
+    "Stored tables call the student without a teacher *baseline*"
+    assert not [name(p) for p in files if p.suffix=='.ipynb' and re.search(r'\balone\b', stored_text(p))]

@@ -18,9 +18,9 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i): return self.x[i],self.y[i]
 
 def loaders(n=100, bs=16, cls=TfmdDL, **kwargs):
-    ds = Images(n)
+    ds,few = Images(n),Images(2*bs)   # few to validate on: the same path for each batch
     set_seed(3)  # the order of batches
-    return DataLoaders(cls(ds, bs=bs, **{'shuffle':True, 'num_workers':0, **kwargs}), TfmdDL(ds, bs=bs, num_workers=0))
+    return DataLoaders(cls(ds, bs=bs, **{'shuffle':True, 'num_workers':0, **kwargs}), TfmdDL(few, bs=bs, num_workers=0))
 
 def cached_fit(teacher, dls=None, n=3, losses=None, layers='1', **kwargs):
     "Train by predictions and features"

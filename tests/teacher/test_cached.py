@@ -21,6 +21,10 @@ for o in [*globals()]:
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
 
+def quick(name, names):
+    "All cases, of which the quick tests take one"
+    return [o if o==name else pytest.param(o, marks=pytest.mark.slow) for o in names]
+
 def files(d): return sorted(d.glob('*.npy'))
 def records(d, kind='pred'):
     "The table with this kind of predictions"
@@ -32,7 +36,7 @@ LOADERS = dict(shuffled={}, ordered=dict(shuffle=False), workers=dict(num_worker
     normalized=dict(after_batch=[Normalize.from_stats([0.1], [2.], cuda=False)]))
 
 @pytest.mark.parametrize('where', ['memory','file'])
-@pytest.mark.parametrize('name', LOADERS)
+@pytest.mark.parametrize('name', quick('shuffled', LOADERS))
 def test_trains_as_without_a_cache(name, where, tmp_path):
     t = net(8)
     plain = cached_fit(t, loaders(**LOADERS[name]))
@@ -155,6 +159,7 @@ def crash(path):
     t.register_forward_hook(die)
     CachedTeacher(t, path, layers=['1']).fill(loaders(), bar=False)
 
+@pytest.mark.slow
 def test_a_crash_while_filling_loses_nothing(tmp_path):
     "killed in the fourth batch: three are stored, and the rest is predicted"
     assert run_processes(crash, (tmp_path/'c',))==[-signal.SIGKILL]
@@ -222,6 +227,7 @@ def fill_together(rank, port, path):
     (path/f'{rank}').write_text(str(sum(seen)))
     torch.distributed.destroy_process_group()
 
+@pytest.mark.slow
 def test_processes_that_train_together_share_a_cache(tmp_path):
     "each predicts its own samples, which are others in the next epoch, and reads what any has written"
     port = free_port()
@@ -242,6 +248,7 @@ def fill_up_to_a_file_limit(path):
     try: CachedTeacher(net(8), path, layers=['1']).fill(loaders(), bar=False)
     except OSError as e: sys.exit(e.errno)
 
+@pytest.mark.slow
 def test_a_file_limit_is_an_oserror(tmp_path):
     assert run_processes(fill_up_to_a_file_limit, (tmp_path/'c',))==[errno.EFBIG]
 
@@ -550,6 +557,7 @@ def test_a_full_cache_does_not_touch_its_model(tmp_path, monkeypatch):
 def live_answers(t):
     with torch.no_grad(): return t.eval()(Images().x)
 
+@pytest.mark.slow
 def test_stored_answers_train_as_the_teacher(tmp_path):
     t = net(8)
     args = dict(losses=[Term(SoftTarget)], layers=None)
@@ -603,7 +611,7 @@ VIEWS = dict(item=dict(batch=False), batch=dict(item=False), both={}, workers=di
     keeps_last=dict(n=90), weighted=dict(cls=WeightedDL, wgts=[1+i%7 for i in range(100)]), ordered=dict(shuffle=False),
     sorts=dict(before_batch=by_label), both_workers=dict(num_workers=2, n=90, drop_last=True))
 
-@pytest.mark.parametrize('name', VIEWS)
+@pytest.mark.parametrize('name', quick('both', VIEWS))
 def test_views_answer_as_the_live_teacher(name, tmp_path):
     "on the very inputs that the student gets; then another student, and another with nothing but the folder"
     t,n = net(8),VIEWS[name].get('n', 100)
@@ -709,6 +717,7 @@ def test_fastai_and_torchvision_augmentation(tmp_path):
     assert sum(seen)==120
     with pytest.raises(ValueError, match='at random by RandomResizedCrop'): exact_fit(CachedTeacher(t), t, dls(), 1)
 
+@pytest.mark.slow
 def test_text_in_a_shuffled_sorted_loader(tmp_path):
     "the padding of a sample depends on its batch, so that orders are replayed"
     from fastai.text.data import SortedDL, TensorText, pad_input
@@ -788,6 +797,7 @@ def check_views(tfm, tmp_path, **kwargs):
     with pytest.raises(ValueError, match='From(OtherLibrary|Albumentations)'):
         exact_fit(CachedTeacher(t), t, pictures(tfm), 1)
 
+@pytest.mark.slow
 def test_torchvision_transforms(tmp_path):
     from torchvision.transforms import v2
     check_views(FromOtherLibrary(v2.Compose([v2.RandomCrop(16), v2.RandomHorizontalFlip(), v2.RandomRotation(10)])),
@@ -884,6 +894,7 @@ def test_two_processes_fill_the_same_views(tmp_path):
     assert not seen
     assert exact_fit(StoredTeacher(tmp_path/'c'), t, jittered(), 2)==200
 
+@pytest.mark.slow
 def test_text_classification_of_fastai(tmp_path):
     "its training loader is a shuffled SortedDL, and its models have a hidden state"
     from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner

@@ -206,6 +206,7 @@ def test_parity_and_example_inputs_are_the_students(teacher):
     assert table.largest_difference['exported']<1e-5<table.largest_difference['other']
     assert table.accuracy['exported']==pytest.approx(learn.validate()[1])
 
+@pytest.mark.slow
 def test_compare_gives_students_their_inputs(teacher):
     def make(seed): return learner(dls=data(), model=student(), seed=seed)
     def small_alone(seed): return learner(dls=data((small,)), model=student(), seed=seed)
@@ -228,6 +229,7 @@ def find(learn, **kwargs):
     ways = {'T=1': SoftTarget, 'T=4': Term(SoftTarget, 0.5, T=4)}
     return learn.kd_find(methods=ways, budget=6, seeds=2, show_plot=False, progress=False, **kwargs)
 
+@pytest.mark.slow
 def test_find_keeps_the_inputs(teacher):
     learn = taught(teacher)
     found = find(learn)
