@@ -163,7 +163,8 @@ def cost(name):
     "Time and memory of the loss, forward and backward, as text"
     o = runs('losses').query('loss==@name')
     if not len(o): return ''
-    rows = [f'| {r.B} | {r.C} | {r.ms:.3g} | {r.MiB:.3g} |' for r in o.itertuples()]
+    def number(x): return f'{x:,.0f}' if x>=1000 else f'{x:.3g}'
+    rows = [f'| {r.B} | {r.C} | {number(r.ms)} | {number(r.MiB)} |' for r in o.itertuples()]
     return '\n'.join(['Time and memory of the loss itself, forward and backward, on one CPU core '
         '([cost](../tutorials/cost.ipynb)):', '',
         '| batch | classes or channels | ms | MiB |', '|---|---|---|---|', *rows])
@@ -231,8 +232,9 @@ def page(name, module, cells, before):
     return [*head, *docs, *(shown if examples else []), markdown(end)]
 
 def link(cells, name):
-    "What the page of the module keeps of a section"
+    "What the page of the module keeps of a section: the sentences before its formula"
     text = re.sub(r'^## .*\n+', '', source(cells[0])).split('\n\n')[0].split('\n$$')[0].split('\n- ')[0]
+    text = re.sub(r'(?<=[.?])\s[^.?]*[^.?:]$', '', text)   # a sentence that ends in the formula
     return markdown(f'## {name}\n\n{text}\n\n[{name}: formula, parameters, gain, cost and examples]({name}.ipynb)')
 
 def write_loss_pages(proc):

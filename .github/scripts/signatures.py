@@ -3,6 +3,7 @@
 nbdev shows each parameter on a line with its full type and a comment, which wraps in the middle of words."""
 import json, re
 from dataclasses import dataclass
+from fastai.callback.core import event
 
 fence = re.compile(r'```python\n((?:def|class) [\w.]+\(.*?)\n```', re.S)
 bare = {'NoneType': 'None', 'Ellipsis': '...'}
@@ -60,14 +61,16 @@ def code(text): return f'`{cell(text)}`' if text else ''
 
 def table(parameters, returns):
     "A Markdown table with a row for each documented parameter, or an empty text"
-    rows = [(code(p.name), code(p.type), cell(p.details)) for p in parameters if p.details]
+    rows = [(code(p.name.removeprefix('*, ')), code(p.type), cell(p.details)) for p in parameters if p.details]
     if returns.details: rows.append(('returns', code(returns.type), cell(returns.details)))
     if not rows: return ''
     return '\n'.join(f'| {" | ".join(r)} |' for r in [('parameter','type','details'), ('--',)*3, *rows])
 
 def call(name, parameters, returns):
-    "The signature without the types of parameters"
-    args = ', '.join(p.name + (f'={p.default}' if p.default else '') for p in parameters)
+    "The signature without the types of parameters, and without the events that any fastai callback takes"
+    events = {'*', *vars(event)} if any(p.name=='after_create' for p in parameters) else ()
+    own = [p for p in parameters if p.name not in events]
+    args = ', '.join(p.name + (f'={p.default}' if p.default else '') for p in own)
     result = f' -> {returns.type}' if returns.type not in ('','None') else ''
     return f'{name}({args}){result}'
 
@@ -77,6 +80,8 @@ def tidy(markdown):
     parts = read(m[1]) if m else None
     if parts is None: return markdown
     name,parameters,returns = parts
+    # nbdev emphasizes the first line of a docstring: emphasize the whole paragraph
+    markdown = re.sub(r'^\*(.+)\*\n(?=[\w`(])(.+(?:\n.+)*)', r'*\1\n\2*', markdown, count=1, flags=re.M)
     text = markdown.replace(m[0], f'```python\n{call(name, parameters, returns)}\n```')
     return '\n\n'.join(filter(None, [text, table(parameters, returns)]))
 

@@ -42,8 +42,11 @@ document.addEventListener("DOMContentLoaded", () => {
   if (here && bar) bar.scrollTop = here.getBoundingClientRect().top - bar.getBoundingClientRect().top - bar.clientHeight / 2;
 });
 
-// Progress tables scroll on a narrow screen; other output wraps.
+// Progress tables scroll on a narrow screen; other printed output wraps, and so does a value of one line.
 document.addEventListener("DOMContentLoaded", () => {
+  document.querySelectorAll(".cell-output-display pre:not(.sourceCode) > code").forEach((e) => {
+    if (!e.textContent.trim().includes("\n")) e.style.whiteSpace = "pre-wrap";
+  });
   document.querySelectorAll(".cell-output-stdout pre").forEach((e) => {
     if (innerWidth < 768 && /^epoch\s/.test(e.textContent)) { e.style.overflowX = "auto"; e.querySelector("code").style.whiteSpace = "pre"; }
   });

@@ -147,6 +147,9 @@ def test_wide_parts_fade_out(url, new_tab):
     assert not hidden and tab.locator('main p.kd-more > img').count()
     tab.evaluate("window.wide = document.querySelector('main .kd-more'); wide.scrollLeft = wide.scrollWidth")
     tab.wait_for_function("!wide.classList.contains('kd-more')")
+    tab.goto(f'{url}tutorials/when_not.html')   # a report: sentences between tables
+    tab.wait_for_function("document.querySelectorAll('main .kd-more').length>5")
+    assert not tab.locator('main .kd-more p').count()
     tab.close()
 
 def test_nothing_to_scroll(look, page):

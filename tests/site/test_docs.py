@@ -243,17 +243,18 @@ def shows_something(source):
 
 silent = """append assert_close backward clear close extend fill freeze load load_state_dict mkdir register_forward_hook
     remove set_num_threads
-    remove_cb rmtree save set_seed simplefilter step test_close test_eq unfreeze write_text export""".split()
+    remove_cb rmtree save set_seed show_doc simplefilter step test_close test_eq test_fail test_is test_ne unfreeze
+    write_text export""".split()
 
 def is_silent(source):
     "Whether the last expression calls something that returns nothing"
     call = ast.parse(source).body[-1].value
     f = getattr(call, 'func', None)
-    return getattr(f, 'attr', getattr(f, 'id', None)) in silent
+    name = getattr(f, 'attr', getattr(f, 'id', None)) or ''
+    return name in silent or name.startswith('check_')
 
 def test_cells_store_what_they_show(page, source):
-    "A visible cell of a tutorial that ends in a value stores it"
-    if not is_tutorial(page) and page!='index.html': return
+    "A visible cell that ends in a value stores it"
     for c in json.loads(source)['cells']:
         code = ''.join(c['source'])
         if c['cell_type']!='code' or re.search(r'^#\| *(hide|eval: false|export)', code, re.M): continue
@@ -408,6 +409,25 @@ f(net, loss=partial(SoftTarget, T=4), out='a.b=c', tfm=None, lr, *args) -> list
 | `out` | `str` | A file \\| a folder |
 | `tfm` |  | A function |
 | returns | `list` | The losses |'''
+
+def test_signature_of_a_callback():
+    "Events of fastai callbacks and a bare star are left out; a first paragraph is emphasized as a whole"
+    sys.path.insert(0, str(root/'.github'/'scripts'))
+    try: from signatures import tidy
+    finally: sys.path.pop(0)
+    given = """```python
+class C(
+    n:int=1, # A number
+    *, after_create=None, before_fit=None,
+    late:bool=False, # A bool
+):
+```
+
+*What it does, in*
+two lines"""
+    assert tidy(given).startswith('```python\nC(n=1, late=False)\n```\n\n*What it does, in\ntwo lines*\n\n| parameter')
+    given = '```python\ndef f(\n    a, # Any\n    *, b:int=0, # A number\n):\n```\n\n*Do*'
+    assert 'f(a, *, b=0)' in tidy(given) and '| `b` |' in tidy(given)
 
 def test_counts_of_losses():
     "The numbers of losses on the front page are those that the page of losses computes and asserts"
