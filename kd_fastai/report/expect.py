@@ -66,7 +66,7 @@ def expectations(
     res = [f"{labels:,} training samples, {batches:,} batches an epoch: 500 steps are {epochs} epochs. "
            "In the measured cases, fewer than 200 steps gained nothing",
            f"The teacher is right on {teacher:.1%} of the validation set, the student, as it is now, on {student:.1%}. "
-           "What a trained baseline lacks to the teacher is the head room"]
+           "The head room is the distance of a trained baseline to the teacher"]
     if on_training: res.append(f"On a batch of training samples the teacher is right on {on_training[0]:.0%}, "
                                f"with a mean confidence of {on_training[1]:.2f}")
     return [*res, *map(gains_in_words, nearest_cases(labels, is_same))]

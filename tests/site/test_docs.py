@@ -366,6 +366,10 @@ def test_stored_outputs_have_no_bars():
     assert as_shown(f'epoch\n{bars[0]}Expected x\n{bars[1]}0  1.2\n')=='epoch\nExpected x\n0  1.2\n'
     assert as_shown(f'{bars[1]}0  228.49555100:41\n')=='0  228.495551  00:41\n'   # a number that fills its column
 
+def test_pages_store_no_bars(source):
+    "`run_page.py` removes the frames of progress bars from stored outputs"
+    assert '|████' not in source
+
 def test_pictures_are_described(source):
     "Each cell that draws a picture has a text for readers who cannot see it"
     cells = [c for c in json.loads(source)['cells'] if c['cell_type']=='code']
