@@ -157,7 +157,7 @@ def gains(name):
         'From the [benchmark of all losses](../tutorials/which_loss.ipynb), in which nothing is tuned for a loss.'])
     why = runs('which_loss').query('loss==@name').why_not.dropna()
     return ('Not measured in the [benchmark](../tutorials/which_loss.ipynb)'
-            + (f': its task does not fit. The loss says: *{why.iloc[0]}*.' if len(why) else '.'))
+            + (': its task does not fit. The loss says: "'+why.iloc[0].replace('*', r'\*')+'".' if len(why) else '.'))
 
 def cost(name):
     "Time and memory of the loss, forward and backward, as text"
