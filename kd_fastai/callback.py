@@ -65,8 +65,8 @@ class KnowledgeDistillationCallback(SplitsInputs, OwningCallback):
     During training, the loss is `task_weight * task loss` plus `weight * schedule * loss` of every term. A weight
     that is found and rises is also multiplied by `growth`.
 
-    The progress table and the recorder get a column `task_loss` and one for each term: its mean over the epoch's
-    training, before weights. `valid_loss` stays the task loss.
+    The progress table and the recorder get a column `task_loss` and one for each term: its mean over the
+    training batches of the epoch, before weights. `valid_loss` stays the task loss.
 
     Raises `TypeError` and `ValueError` for losses, weights, schedules and layers of the teacher that cannot work; at
     the start of a fit for layers of the student and for models, vocabularies and normalizations that do not go
@@ -166,6 +166,7 @@ def before_fit(self:KnowledgeDistillationCallback):
     learn = self.learn
     if in_validation_context(learn): return
     self.close()
+    self.history = None
     live = [m for cb in kd_callbacks(learn) if cb.fit_state for m in cb.fit_state.columns.metrics]
     # a copy that was made in a fit has columns of that fit
     learn.metrics = [m for m in learn.metrics if m in live or not isinstance(m, TermColumn)]
@@ -201,15 +202,16 @@ def compares_with_labels(self:KnowledgeDistillationCallback)->bool:
 @patch
 @contextmanager
 def around_fit(self:KnowledgeDistillationCallback, *args, **kwargs):
-    "Leave the Learner as it was, and keep the recorder's table, also of a fit without this callback (`run=False`)"
+    "Leave the Learner as it was. A fit in which this callback does not run (`run=False`) leaves no history"
     self.history = None
     with OwningCallback.around_fit(self, *args, **kwargs): yield
-    self.history = recorder_table(self.learn)
 
 @patch
 def after_fit(self:KnowledgeDistillationCallback):
-    "Remove hooks and columns before callbacks that come later see the end of the fit"
-    if not in_validation_context(self.learn): self.close()
+    "Leave the Learner as it was, before callbacks that come later see the end of the fit"
+    if in_validation_context(self.learn): return
+    self.history = recorder_table(self.learn)
+    self.close()
 
 @patch
 def end_fit(self:KnowledgeDistillationCallback):
