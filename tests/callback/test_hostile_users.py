@@ -8,6 +8,7 @@ from fastai.basics import Adam, Callback, DataLoaders, L, Learner, OptimWrapper,
 from kd_fastai.all import *
 from kd_fastai.callback import loss_layout
 from kd_fastai.demo import digits, small_net
+from kd_fastai.fit.internals import ScopedCallback
 from kd_fastai.objective import Batch
 from support import KD, fit, history, hooks, learner, quiet, weights
 
@@ -463,6 +464,14 @@ def test_a_fit_without_the_callback_has_its_own_history(teacher):
     fit(learn)
     assert len(learn.kd_history())==1
     assert all(cb.run for cb in learn.cbs)  # fastai turns callbacks on again after a fit
+
+def test_callbacks_without_after_fit_run_again_after_a_fit():
+    "fastai turns each callback on at that event, which callbacks here skip if they do not define it"
+    cb = ScopedCallback()
+    learn = learner(cb)
+    cb.run = False
+    fit(learn)
+    assert cb.run
 
 def test_the_students_inputs_stay_its_own_without_the_callback(teacher):
     class Twice(Callback):
