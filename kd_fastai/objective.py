@@ -314,8 +314,8 @@ class Objective(TrainedTerms):
 
         Also times `growth`, if the schedule is `rising`, the default; and times a scale, with `balance`. Both move
         running means: call it once for each batch. Raises `RuntimeError` for a weight that is still to be found."""
-        check_known(self.unknown_weights)
         known = self.known_weights
+        check_known(self.terms, known)
         res = {o.name: known[o.name]*o.schedule_at(progress) for o in self.terms}
         grown = {o.name: growth(self.task_losses, o.name, batch.task) for o in self.terms if o.schedule is rising}
         res |= {k: res[k]*factor for k,factor in grown.items() if res[k]}
@@ -346,11 +346,12 @@ def value_of(
         raise
 
 def check_known(
-    unknown:list # Terms whose weight is still to be found
+    terms:list, # `Term`s
+    known:dict  # Weights by name
 ):
-    "Raise `RuntimeError` if there are any"
-    if unknown: raise RuntimeError(
-        f"The weight of {', '.join(o.name for o in unknown)} has not been found yet: "
+    "Raise `RuntimeError` for a term whose weight is still to be found"
+    unknown = [o.name for o in terms if o.name not in known]
+    if unknown: raise RuntimeError(f"The weight of {', '.join(unknown)} has not been found yet: "
         "call find_weights(gradient_norms(batch.task, values, params)) with a first batch")
 
 MAX_GROWTH = 30.  # largest factor of `growth`

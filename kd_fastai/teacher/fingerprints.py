@@ -36,11 +36,12 @@ def _project(x, seed):
     if x.device.type=='mps': x = x.cpu()  # it has no double precision
     x = x.reshape(len(x), -1)  # first, since double precision in another memory format is slow to read
     directions = _directions(x.shape[1], seed, x.device)
-    def of(part):
-        part = part.double() if part.is_floating_point() else _scatter(part, 1)
-        return F.linear(part, directions),part.norm(dim=1)
-    with torch.autocast(x.device.type, enabled=False):  # in parts that fit in a processor's cache
-        return tuple(map(torch.cat, zip(*map(of, x.split(max(1, 2**18//max(1, x.shape[1])))))))
+    def project(x):
+        x = x.double() if x.is_floating_point() else _scatter(x, 1)
+        return F.linear(x, directions),x.norm(dim=1)
+    n = max(1, 2**18//max(1, x.shape[1]))  # samples that fit in a processor's cache in double precision
+    with torch.autocast(x.device.type, enabled=False): projections,norms = zip(*map(project, x.split(n)))
+    return torch.cat(projections),torch.cat(norms)
 
 # %% ../../nbs/teacher/fingerprints.ipynb #a4838fb8
 def batch_size(

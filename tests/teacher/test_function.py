@@ -78,6 +78,16 @@ def other(model):
     for p in res.parameters(): p.data += 0.1
     return res
 
+def test_a_compiled_form_is_tried_where_it_is_wanted(monkeypatch):
+    "The compiler itself is PyTorch's"
+    monkeypatch.setattr(torch, 'compile', lambda model: model)
+    net,x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3)).eval(),torch.randn(4,1,8,8)
+    for wanted in (True, False):
+        fast = FastTeacher(net, compile=wanted)
+        with fast.ready(): pred,_ = fast(x)
+        assert ('compiled' in fast.times)==wanted
+        torch.testing.assert_close(pred, net(x).detach())
+
 @pytest.mark.parametrize('dropout,choice', [(0.,'quick'), (0.5,'as it is')])
 def test_the_fastest_form_that_agrees_goes_on(dropout, choice, capsys):
     "A form of other outputs, or of random ones, is not taken"
